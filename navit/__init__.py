@@ -1,0 +1,38 @@
+"""Train and run NaViT / NaFlex vision encoders on packed batches of images of any size.
+
+The names here are loaded when first used, so `import navit` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from navit.batch import PackedImages as PackedImages
+    from navit.config import Config as Config
+    from navit.embed import Embedder as Embedder
+    from navit.input.geometry import grid_for as grid_for
+    from navit.input.pipeline import pack as pack
+    from navit.weights import load as load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "navit.config",
+    "Embedder": "navit.embed",
+    "PackedImages": "navit.batch",
+    "grid_for": "navit.input.geometry",
+    "load": "navit.weights",
+    "pack": "navit.input.pipeline",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'navit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

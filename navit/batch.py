@@ -1,0 +1,90 @@
+"""The one batch type: images packed into rows of fixed length.
+
+NaFlex is packing with one image a row, so both share this contract. Letters: `b` rows,
+`n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class PackedImages(NamedTuple):
+    """Images packed into rows; numpy on the host, jax arrays on a device.
+
+    Attributes:
+      patches: `[b, n, p*p*3]` uint8 pixels in (row, column, channel) order, 0 where
+        padded; or float, already normalised to [-1, 1].
+      segment_ids: `[b, n]` int32; 0 is padding, k the image in slot k-1 of its row.
+      coords: `[b, n, 2]` int32 (row, column) of the patch in its image's grid.
+      grids: `[b, s, 2]` int32 (rows, columns) of each slot's image; (0, 0) is empty.
+    """
+
+    patches: Any
+    segment_ids: Any
+    coords: Any
+    grids: Any
+
+    def check(self) -> None:
+        """Checks that the four arrays agree; for host arrays, never under jit.
+
+        Raises:
+          ValueError: names the field, what it holds and what it should.
+        """
+        patches, segments, coords, grids = (np.asarray(x) for x in self)
+        if patches.ndim != 3:
+            raise ValueError(f"patches must be [b, n, p*p*3], not {patches.shape}")
+        b, n, _ = patches.shape
+        if patches.dtype != np.uint8 and not np.issubdtype(patches.dtype, np.floating):
+            raise ValueError(f"patches must be uint8 or float, not {patches.dtype}")
+        if segments.shape != (b, n):
+            raise ValueError(f"segment_ids must be {(b, n)}, not {segments.shape}")
+        if coords.shape != (b, n, 2):
+            raise ValueError(f"coords must be {(b, n, 2)}, not {coords.shape}")
+        if grids.ndim != 3 or grids.shape[0] != b or grids.shape[2] != 2:
+            raise ValueError(f"grids must be [{b}, s, 2], not {grids.shape}")
+        counts = tokens_per_slot(segments, grids.shape[1])
+        if counts.sum() != (segments != 0).sum():
+            raise ValueError(
+                f"segment_ids reach from {segments.min()} to {segments.max()}, and "
+                f"grids has {grids.shape[1]} slots"
+            )
+        wrong = np.argwhere(counts != grids.prod(-1))
+        if len(wrong):
+            row, slot = wrong[0]
+            raise ValueError(
+                f"row {row} slot {slot} has {counts[row, slot]} tokens, but its grid "
+                f"is {tuple(grids[row, slot].tolist())}"
+            )
+
+
+class Batch(NamedTuple):
+    """A training batch: packed images and, for every slot, what goes with the image.
+
+    Attributes:
+      images: the packed images.
+      text: `[b, s, t]` int32 token ids of the slot's caption.
+      label: `[b, s]` int32 class, -1 = none.
+      id: `[b, s]` int32 index of the record in its source; -1 = empty slot. A slot with
+        an id and an empty grid held an image that could not be read.
+      size: `[b, s, 2]` int32 (height, width) of the image before any resize.
+    """
+
+    images: PackedImages
+    text: Any
+    label: Any
+    id: Any
+    size: Any
+
+
+def tokens_per_slot(segment_ids: np.ndarray, slots: int) -> np.ndarray:
+    """Counts each slot's tokens: `[b, n]` -> `[b, s]`."""
+    slot_ids = np.arange(1, slots + 1)
+    return np.stack([(row[:, None] == slot_ids).sum(0) for row in segment_ids])
+
+
+def fill(images: PackedImages) -> float:
+    """Share of tokens that are not padding."""
+    return float((np.asarray(images.segment_ids) > 0).mean())

@@ -1,0 +1,172 @@
+"""The `navit` command: arguments in, one-line errors out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# What a user can cause and mend: shown in one line, without a traceback.
+_USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+    AttributeError,
+    FloatingPointError,
+)
+
+log = logging.getLogger("navit")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status (130 when interrupted)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    log.setLevel(logging.INFO)
+    try:
+        return args.run(args)
+    except _USER_ERRORS as error:
+        if args.debug:
+            raise
+        print(f"navit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("navit: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="navit",
+        description="Train and run NaViT / NaFlex vision encoders in JAX.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  navit train configs/quickstart.py\n"
+        "  navit train configs/photos.py data.train.path=~/photos optim.lr=3e-4\n"
+        "  navit eval runs/quickstart --budgets 64,256,1024\n"
+        "  navit embed runs/quickstart photos/*.jpg --max-tokens 729 --out z.npz",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser(
+        "train",
+        help="train a config, then evaluate it over token budgets",
+        description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
+        "same command again to go on after an interruption.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
+    train.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="any field of the config, as optim.lr=3e-4 or data.budgets=64,256",
+    )
+    train.add_argument(
+        "--workdir", type=Path, help="where to write (default: runs/NAME_OF_CONFIG)"
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint at any token budgets",
+        description="Evaluates the latest checkpoint of WORKDIR with the config saved "
+        "in it; prints a table and writes budgets.json and budgets.png.",
+    )
+    evaluate.add_argument("workdir", type=Path, metavar="WORKDIR")
+    evaluate.add_argument(
+        "--budgets", type=_integers, help="token budgets, as 256,729,1024"
+    )
+    evaluate.add_argument(
+        "--task", action="append", default=[], help="only this task (repeatable)"
+    )
+    evaluate.add_argument("--out", type=Path, help="folder to write (default: WORKDIR)")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="fields of the saved config to change, as data.eval.path=~/other",
+    )
+    evaluate.set_defaults(run=_eval)
+
+    embed = commands.add_parser(
+        "embed",
+        help="embed image files",
+        description="Embeds image files of any sizes into OUT, an .npz with `names` "
+        "and `embeddings` (float32, unit norm), in the order given.",
+    )
+    embed.add_argument("workdir", type=Path, metavar="WORKDIR")
+    embed.add_argument("images", nargs="+", metavar="IMAGE")
+    embed.add_argument(
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="token budget of an image (default: 256)",
+    )
+    embed.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    embed.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out files that cannot be read, naming them, instead of stopping",
+    )
+    embed.set_defaults(run=_embed)
+    return parser
+
+
+# Heavy imports wait until a command runs, so that --help and mistakes answer at once.
+
+
+def _train(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+
+    config = config_lib.load(args.config, args.overrides)
+    from navit.train.loop import train
+
+    workdir = args.workdir or Path("runs") / Path(args.config).stem
+    return 0 if train(config, workdir) else 130
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+    from navit.evals import budgets
+    from navit.weights import load
+
+    embedder = load(args.workdir)
+    config = config_lib.override(embedder.config, args.overrides)
+    if args.budgets:
+        evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
+        config = dataclasses.replace(config, eval=evaluation)
+    budgets.run(embedder, config, args.out or args.workdir, tasks=tuple(args.task))
+    return 0
+
+
+def _embed(args: argparse.Namespace) -> int:
+    from navit.embed import embed_files
+    from navit.weights import load
+
+    count = embed_files(
+        load(args.workdir),
+        args.images,
+        args.out,
+        max_tokens=args.max_tokens,
+        skip_unreadable=args.skip_unreadable,
+    )
+    print(f"wrote {count} embeddings to {args.out}")
+    return 0
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(x) for x in text.split(",") if x)
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers as 256,729, not {text!r}")
+    return values

@@ -1,0 +1,422 @@
+"""The configuration of a run: frozen dataclasses, overrides by key, JSON both ways.
+
+A config is data and nothing else. `configs/*.py` each define `get_config() -> Config`;
+`load` reads one and applies `key.path=value` overrides; the whole tree is saved with
+the checkpoint, and evaluation rebuilds the model from it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+
+
+def _divisible(config: Any) -> None:
+    if config.width % config.num_heads:
+        raise ValueError(
+            f"width {config.width} is not divisible by num_heads {config.num_heads}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionConfig:
+    """Which position embedding, and how far it reaches.
+
+    `kind`:
+      * `"siglip2"`: a learned `size` x `size` table, resized bilinearly with
+        antialiasing to the image's grid, per token (SigLIP 2 section 2.4.2).
+      * `"learned_1d"`: a learned vector for each of `size` raster positions (ViT).
+      * `"learned_2d"`: a learned `size` x `size` table read at (row, column), without
+        resizing (Pix2Struct, as NaViT section 3.2 describes it).
+      * `"factorized"`: one embedding of the row and one of the column (NaViT section
+        3.2), made by `coordinates`, `encoding` and `combine`.
+    `coordinates`: `"absolute"` counts patches; `"fractional"` divides by the image's
+    own side; `"fractional_aspect"` divides both by the longer side, so the aspect ratio
+    can be told (NaViT Fig. 16).
+    `encoding`: a learned table of `size` entries, fixed sinusoids, or learned Fourier
+    features. `combine`: `phi_row + phi_column`, their product, or half the width each.
+    """
+
+    kind: Literal["siglip2", "learned_1d", "learned_2d", "factorized"] = "siglip2"
+    size: int = 16
+    coordinates: Literal["absolute", "fractional", "fractional_aspect"] = "fractional"
+    encoding: Literal["learned", "sinusoidal", "fourier"] = "learned"
+    combine: Literal["sum", "product", "stack"] = "sum"
+
+    def __post_init__(self) -> None:
+        _positive(self, "size")
+
+    def check(self, grids: np.ndarray) -> None:
+        """Raises ValueError if any grid `[..., 2]` reaches beyond a learned table."""
+        grids = np.asarray(grids).reshape(-1, 2)
+        if self.kind == "learned_1d":
+            reach, unit = grids.prod(-1), "tokens"
+        elif self.kind == "learned_2d" or (
+            self.kind == "factorized"
+            and self.encoding == "learned"
+            and self.coordinates == "absolute"
+        ):
+            reach, unit = grids.max(-1, initial=0), "patches a side"
+        else:
+            return
+        if (reach > self.size).any():
+            rows, columns = grids[int(reach.argmax())]
+            raise ValueError(
+                f"a grid of {rows}x{columns} has {reach.max()} {unit}, and the "
+                f"position table ends at {self.size}: lower the token budget, raise "
+                'position.size, or choose position.kind="siglip2", which has no limit'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The image tower. `embed_dim=None` means no projection after pooling."""
+
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+    position: PositionConfig = PositionConfig()
+    qk_norm: bool = False
+    use_bias: bool = True
+    pool: Literal["map", "mean", "max", "none"] = "map"
+    embed_dim: int | None = None
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads")
+        _divisible(self)
+        if self.pool == "none" and (self.embed_dim or self.num_classes):
+            raise ValueError(
+                'pool="none" returns tokens only, so it takes no embed_dim and no '
+                f"num_classes (got {self.embed_dim} and {self.num_classes})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text tower: `length` token ids in, the last position projected out."""
+
+    tokenizer: Literal["bytes"] = "bytes"
+    vocab_size: int = 258
+    length: int = 64
+    width: int = 768
+    depth: int = 12
+    mlp_dim: int = 3072
+    num_heads: int = 12
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "length", "width", "depth", "mlp_dim")
+        _divisible(self)
+        if self.tokenizer == "bytes" and self.vocab_size < 258:
+            raise ValueError(f"the byte tokenizer needs vocab_size 258, not {self}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Both towers, the logit scale and bias, and how they are computed.
+
+    `dtype="auto"` is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
+    slower. Parameters, softmax and losses are float32 always.
+    `init_scale` is exp(t') and `init_bias` is b of the SigLIP paper's section 3.
+    """
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig | None = TextConfig()
+    init_scale: float = 10.0
+    init_bias: float = -10.0
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "xla", "unpack"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    scan_unroll: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "init_scale", "scan_unroll")
+        if self.text and (self.vision.embed_dim or self.vision.width) < 1:
+            raise ValueError("the towers need a common embedding width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """The built-in offline dataset (`navit/input/synthetic.py`)."""
+
+    size: int = 20_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "size")
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Photographs in `path` with a CSV or JSONL table of `file,caption[,label]`.
+
+    `table` is relative to `path`; empty means the only .csv or .jsonl file there.
+    `split` keeps every image ("all"), or sets `holdout` of them aside by a hash of the
+    file name: "train" is the rest and "eval" the part set aside.
+    """
+
+    path: str = ""
+    table: str = ""
+    split: Literal["all", "train", "eval"] = "all"
+    holdout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is packed.
+
+    A global batch is `rows` rows of `row_tokens` tokens with `slots` images at most
+    each. Every image takes one of `budgets` (in tokens), drawn anew each epoch.
+    `max_upscale` caps how far a small image is enlarged (None: as far as the budget
+    allows, SigLIP 2's own rule). `workers` is the number of processes that decode;
+    0 decodes in threads of this process.
+    """
+
+    train: Synthetic | Folder = Synthetic()
+    eval: Synthetic | Folder | None = None
+    budgets: tuple[int, ...] = (256,)
+    row_tokens: int = 1024
+    rows: int = 8
+    slots: int = 8
+    open_rows: int = 16
+    max_upscale: float | None = None
+    dct: Literal["fast", "accurate"] = "fast"
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "row_tokens", "rows", "slots", "open_rows")
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
+        if max(self.budgets) > self.row_tokens:
+            raise ValueError(
+                f"data.budgets reach {max(self.budgets)} tokens, more than a row of "
+                f"data.row_tokens={self.row_tokens}: lower one or raise the other"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1)."""
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, which loss, and how often to log and save (in steps)."""
+
+    steps: int = 1000
+    loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "log_every", "checkpoint_every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Token budgets to evaluate at, images at most, and the prompts of zero-shot."""
+
+    budgets: tuple[int, ...] = (256, 729, 1024)
+    max_images: int | None = None
+    batch_tokens: int = 8192
+    prompts: tuple[str, ...] = ("{}",)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; -1 takes what is left. `fsdp` also shards the parameters.
+
+    Where both are given, the first `data * fsdp` devices of a single host are used.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        vision, loss = self.model.vision, self.train.loss
+        if loss == "classification" and not vision.num_classes:
+            raise ValueError(
+                'train.loss="classification" needs model.vision.num_classes'
+            )
+        if loss != "classification":
+            if self.model.text is None:
+                raise ValueError(f'train.loss="{loss}" needs a text tower, model.text')
+            if vision.pool == "none":
+                raise ValueError(f'train.loss="{loss}" needs model.vision.pool')
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the `get_config()` of a python file and applies `key.path=value`s."""
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.py")]
+        )
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise FileNotFoundError(f"there is no config {path}{hint}")
+    spec = importlib.util.spec_from_file_location(f"navit_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise AttributeError(f"{path} defines no get_config() -> navit.config.Config")
+    return override(module.get_config(), overrides)
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Returns a copy of `config` with each `"a.b=value"` applied.
+
+    Values are python literals; a bare word is a string; `256,729` is a tuple.
+
+    Raises:
+      ValueError: for an unknown key (with the nearest known one), a value of the wrong
+        type, or a config that contradicts itself.
+    """
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ValueError(f"expected key.path=value, got {assignment!r}")
+        config = _set(config, path.split("."), text, path)
+    return config
+
+
+def to_json(config: Any) -> Any:
+    """The config as JSON data; a dataclass says which it is where there is a choice."""
+    if dataclasses.is_dataclass(config):
+        fields = {
+            f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)
+        }
+        return {"type": type(config).__name__} | fields
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_json(data: Any, hint: Any = Config) -> Any:
+    """The way back from `to_json`.
+
+    Raises:
+      ValueError: names a key that this version of navit does not know.
+    """
+    if isinstance(data, dict):
+        options = [hint, *typing.get_args(hint)]
+        cls = next((o for o in options if _name(o) == data.get("type")), None)
+        if cls is None:
+            raise ValueError(f"a config of type {data.get('type')!r} is not known here")
+        hints = typing.get_type_hints(cls)
+        fields = {k: v for k, v in data.items() if k != "type"}
+        for key in fields:
+            if key not in hints:
+                raise ValueError(f"{cls.__name__} has no field {key!r} in this version")
+        return cls(**{k: from_json(v, hints[k]) for k, v in fields.items()})
+    return tuple(data) if isinstance(data, list) else data
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """`key: a -> b` for every leaf in which two configs differ."""
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        found = []
+        for f in dataclasses.fields(a):
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            found += differences(x, y, f"{path}.{f.name}".lstrip("."))
+        return found
+    return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
+
+
+def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
+    key, *rest = keys
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise ValueError(f"{path}: {node!r} has no field {key!r}")
+    hints = typing.get_type_hints(type(node))
+    if key not in hints:
+        near = difflib.get_close_matches(key, hints, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
+        raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}; {known}")
+    child = getattr(node, key)
+    value = _set(child, rest, text, path) if rest else _parse(text, hints[key], path)
+    try:
+        return dataclasses.replace(node, **{key: value})
+    except ValueError as error:
+        raise ValueError(f"{path}={text}: {error}") from None
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    value = _fit(value, hint)
+    if not _matches(value, hint):
+        raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")
+    return value
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """Widens what the command line cannot write: 1 for 1.0, 256 for (256,)."""
+    hints = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if float in hints and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_tuple = any(typing.get_origin(h) is tuple for h in hints)
+    if is_tuple and value is not None and not isinstance(value, tuple):
+        return tuple(value) if isinstance(value, list) else (value,)
+    return value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if _is_union(hint):
+        return any(_matches(value, h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_matches(v, item) for v in value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("typing.", "")

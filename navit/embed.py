@@ -1,0 +1,265 @@
+"""A trained model as its users hold it: images and texts in, unit vectors out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from navit.batch import PackedImages
+from navit.config import Config
+from navit.input import geometry, pipeline, pixels, text
+from navit.input.plan import pack_rows
+from navit.model.text import Text
+from navit.model.two_tower import TwoTower, normalize
+from navit.model.vision import Vision
+
+log = logging.getLogger("navit")
+
+
+class Embedder:
+    """A model with its config: `embed_images`, `embed_texts`, `logits`, and the towers.
+
+    Attributes:
+      vision: packed images -> tokens and pooled vectors.
+      text: token ids `[m, t]` -> vectors `[m, e]`, before normalisation.
+      config: what the model was trained with.
+      step: how many steps it was trained for.
+    """
+
+    def __init__(self, model: TwoTower, config: Config, *, step: int) -> None:
+        self.model, self.config, self.step = model, config, step
+
+    @property
+    def vision(self) -> Vision:
+        return self.model.vision
+
+    @property
+    def text(self) -> Text:
+        if self.model.text is None:
+            raise ValueError("this model was trained without a text tower")
+        return self.model.text
+
+    def embed_images(
+        self, images: Sequence[pixels.ImageLike], max_tokens: int = 256
+    ) -> np.ndarray:
+        """Embeds images of any sizes: float32 `[len, e]`, unit norm, in order.
+
+        Args:
+          images: arrays `(h, w, 3)` uint8, PIL images, or encoded files as bytes.
+          max_tokens: the token budget of each.
+
+        Raises:
+          ValueError: names the first image that cannot be read.
+        """
+        if not len(images):
+            return np.zeros((0, self._embed_dim), np.float32)
+        sizes = []
+        for i, image in enumerate(images):
+            try:
+                sizes.append(pixels.size_of(image))
+            except ValueError as error:
+                raise ValueError(f"image {i} cannot be read: {error}") from error
+
+        def fail(index: int, error: ValueError) -> None:
+            raise ValueError(f"image {index} cannot be read: {error}") from error
+
+        return self.embed_source(
+            lambda i: images[i], np.array(sizes), max_tokens, on_error=fail
+        )
+
+    def embed_source(
+        self,
+        load: Callable[[int], pixels.ImageLike],
+        sizes: np.ndarray,
+        max_tokens: int,
+        *,
+        on_error: Callable[[int, ValueError], None],
+        normalized: bool = True,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """`embed_images` for images that are loaded one by one, as they are needed.
+
+        Args:
+          load: index -> image, from several threads.
+          sizes: `[m, 2]` (height, width) of each.
+          on_error: called with (index, error); unless it raises, that vector is 0.
+          normalized: to unit norm; else as pooled.
+          progress: show a bar with rate and remaining time on the terminal.
+
+        Raises:
+          ValueError: if a grid reaches beyond the model's position table.
+        """
+        data, patch_size = self.config.data, self.vision.config.patch_size
+        grids = geometry.grids_for(
+            sizes, max_tokens, patch_size=patch_size, max_upscale=data.max_upscale
+        )
+        self.vision.config.position.check(grids)
+        # With every image at its budget a row holds one; without upscaling, several.
+        slots = 1 if data.max_upscale is None else 8
+        rows = pack_rows(grids, max_tokens, slots)
+        # A power of two of rows at a time, so that few shapes are ever compiled.
+        at_once = max(1, self.config.eval.batch_tokens // max_tokens)
+        at_once = self._shared_by_devices(min(at_once, len(rows)))
+        parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
+        fill_rows = functools.partial(
+            pipeline.fill_rows,
+            load=load,
+            patch_size=patch_size,
+            row_tokens=max_tokens,
+            slots=slots,
+            dct=data.dct,
+            on_error=on_error,
+        )
+        batches = grain.MapDataset.source(parts).map(fill_rows)
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        out = np.zeros((len(grids), self._embed_dim), np.float32)
+        with tqdm(
+            total=len(grids),
+            desc=f"{max_tokens} tokens",
+            unit="image",
+            disable=None if progress else True,
+            leave=False,
+        ) as bar:
+            for part, packed in zip(
+                parts, batches.to_iter_dataset(options), strict=True
+            ):
+                placed = self._place(packed)
+                vectors = np.asarray(
+                    _embed_packed(self.vision, placed, max_tokens, normalized)
+                )
+                counts = np.diff(part.offsets)
+                out[part.index] = vectors[np.arange(slots) < counts[:, None]]
+                bar.update(len(part.index))
+        return out
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds captions: float32 `[len, e]`, unit norm, in order."""
+        out = np.zeros((len(texts), self._embed_dim), np.float32)
+        at_once = self._shared_by_devices(min(256, max(len(texts), 1)))
+        for start in range(0, len(texts), at_once):
+            part = texts[start : start + at_once]
+            ids = text.encode_bytes(
+                [*part, *[""] * (at_once - len(part))], self.text.config.length
+            )
+            vectors = np.asarray(_embed_ids(self.text, self._place(ids)))
+            out[start : start + len(part)] = vectors[: len(part)]
+        return out
+
+    def logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        """`[images, texts]`: exp(scale) * images @ texts.T + bias."""
+        if self.model.scale is None or self.model.bias is None:
+            raise ValueError("this model was trained without a text tower")
+        scale, bias = float(self.model.scale[...]), float(self.model.bias[...])
+        return np.exp(scale) * (np.asarray(images) @ np.asarray(texts).T) + bias
+
+    def classify(self, pooled: np.ndarray) -> np.ndarray:
+        """Class logits `[m, c]` of pooled vectors `[m, e]`, before normalisation."""
+        if self.vision.classifier is None:
+            raise ValueError("this model was trained without classes")
+        return np.asarray(self.vision.classifier(jnp.asarray(pooled)), np.float32)
+
+    def _shared_by_devices(self, count: int) -> int:
+        """`count` rounded up to a power of two, then to a multiple of the devices.
+
+        Few shapes are ever compiled, and all devices get as much.
+        """
+        mesh = jax.sharding.get_mesh()
+        devices = 1 if mesh.empty else mesh.size
+        return -(-(2 ** (count - 1).bit_length()) // devices) * devices
+
+    def _place(self, x: Any) -> Any:
+        """Splits host arrays over the devices by rows, if the model is on a mesh."""
+        spec = self.vision.rules("batch")
+        if spec is None:
+            return x
+        return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+
+    @property
+    def _embed_dim(self) -> int:
+        config = self.vision.config
+        if config.pool == "none":
+            raise ValueError('a model with pool="none" embeds tokens, not images')
+        return config.embed_dim or config.width
+
+
+@functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
+def _embed_packed(
+    vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
+) -> jax.Array:
+    pooled = vision(packed, max_image_tokens=max_tokens).pooled
+    assert pooled is not None
+    return vision.rules.replicate(normalize(pooled) if normalized else pooled)
+
+
+@jax.jit
+def _embed_ids(tower: Text, token_ids: jax.Array) -> jax.Array:
+    return tower.rules.replicate(normalize(tower(token_ids)))
+
+
+def embed_files(
+    embedder: Embedder,
+    names: Sequence[str],
+    out: Path,
+    *,
+    max_tokens: int = 256,
+    skip_unreadable: bool = False,
+) -> int:
+    """Embeds image files into an .npz with `names` and `embeddings`, in order.
+
+    Files are read as they are needed, so there may be any number of them.
+
+    Returns:
+      How many were embedded.
+
+    Raises:
+      ValueError: names the first file that cannot be read, unless they are skipped.
+    """
+    kept, sizes, failed = [], [], set()
+
+    def fail(name: str, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) else error
+        if not skip_unreadable:
+            raise ValueError(
+                f"cannot read {name}: {reason} (--skip-unreadable leaves it out)"
+            ) from error
+        log.warning("left out, unreadable: %s (%s)", name, reason)
+
+    for name in names:
+        try:
+            sizes.append(pixels.size_of(Path(name).read_bytes()))
+            kept.append(name)
+        except (ValueError, OSError) as error:
+            fail(name, error)
+    if not kept:
+        raise ValueError(f"not one of the {len(names)} files is readable")
+
+    def skip(index: int, error: ValueError) -> None:
+        fail(kept[index], error)
+        failed.add(index)
+
+    vectors = embedder.embed_source(
+        lambda i: Path(kept[i]).read_bytes(),
+        np.array(sizes),
+        max_tokens,
+        on_error=skip,
+        progress=True,
+    )
+    good = [i for i in range(len(kept)) if i not in failed]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.savez(
+            file, names=np.array([kept[i] for i in good]), embeddings=vectors[good]
+        )
+    os.replace(temporary, out)
+    return len(good)

@@ -1,0 +1,1 @@
+"""Evaluations over embeddings, and over token budgets."""

@@ -1,0 +1,186 @@
+"""One checkpoint at many token budgets: one table, one plot."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import navit
+from navit import config as config_lib
+from navit.config import Config
+from navit.embed import Embedder
+from navit.evals.classification import Classification
+from navit.evals.retrieval import Retrieval
+from navit.evals.zero_shot import ZeroShot
+from navit.input import geometry, pipeline
+from navit.input.sources import Source, Task
+
+log = logging.getLogger("navit")
+
+
+def run(
+    embedder: Embedder,
+    config: Config,
+    out: Path,
+    *,
+    tasks: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Evaluates at `config.eval.budgets`; prints a table, writes budgets.json and .png.
+
+    Args:
+      config: says the data, the budgets and the prompts.
+      out: the folder to write to.
+      tasks: only these of the source's classification tasks; empty for all.
+
+    Raises:
+      ValueError: for a task that the source does not have, or a budget beyond the
+        model's position table.
+    """
+    if config.data.eval is None:
+        log.info("evaluating on the training images, as data.eval is not set")
+    source = pipeline.open_source(config.data.eval or config.data.train)
+    results = evaluate(embedder, config, source, tasks=tasks)
+    results = {
+        "step": embedder.step,
+        "date": datetime.date.today().isoformat(),
+        "navit": navit.__version__,
+        "data": config_lib.to_json(config.data.eval or config.data.train),
+        **results,
+    }
+    log.info("%s", table(results))
+    if jax.process_index() == 0:
+        _write(out / "budgets.json", (json.dumps(results, indent=2) + "\n").encode())
+        _write(out / "budgets.png", plot(results))
+        log.info("wrote %s and budgets.png beside it", out / "budgets.json")
+    return results
+
+
+def evaluate(
+    embedder: Embedder, config: Config, source: Source, *, tasks: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Metrics by budget, and what guessing would give; see `run`."""
+    count = min(len(source), config.eval.max_images or len(source))
+    chosen = _choose(source.tasks, tasks)
+    evaluators: list[Any]
+    if config.model.text is None:
+        name = next(iter(source.tasks))
+        evaluators = [Classification(embedder.classify, name, source.tasks[name])]
+    else:
+        captions = [source.captions(i) for i in range(count)]
+        evaluators = [
+            ZeroShot(embedder.embed_texts, chosen, config.eval.prompts),
+            Retrieval(embedder.embed_texts, captions),
+        ]
+    chance = {k: v for e in evaluators for k, v in e.chance.items()}
+    budgets = {}
+    for budget in config.eval.budgets:
+        unreadable: list[int] = []
+
+        def report(index: int, error: ValueError, into: list = unreadable) -> None:
+            log.warning("not evaluated: %s (%s)", source.name(index), error)
+            into.append(index)
+
+        start = time.perf_counter()
+        images = embedder.embed_source(
+            source.image,
+            source.sizes[:count],
+            budget,
+            on_error=report,
+            normalized=config.model.text is not None,
+            progress=True,
+        )
+        seconds = time.perf_counter() - start
+        metrics = {k: v for e in evaluators for k, v in e.run(images)}
+        grids = geometry.grids_for(
+            source.sizes[:count],
+            budget,
+            patch_size=config.model.vision.patch_size,
+            max_upscale=config.data.max_upscale,
+        )
+        budgets[str(budget)] = {
+            "tokens_per_image": round(float(grids.prod(-1).mean()), 1),
+            "images_per_second": round(count / seconds, 2),
+            "unreadable": len(unreadable),
+            **{name: round(value, 4) for name, value in metrics.items()},
+        }
+    return {
+        "images": count,
+        "chance": {k: round(v, 4) for k, v in chance.items()},
+        "budgets": budgets,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as text: a line per budget, and one for chance."""
+    names = list(results["chance"])
+    header = ["tokens", *(_label(name) for name in names)]
+    lines = [
+        [budget, *(_percent(metrics.get(name)) for name in names)]
+        for budget, metrics in results["budgets"].items()
+    ]
+    lines.append(["chance", *(_percent(results["chance"][name]) for name in names)])
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    text = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [header, *lines]
+    ]
+    return f"step {results['step']}, {results['images']} images\n" + "\n".join(text)
+
+
+def plot(results: dict[str, Any]) -> bytes:
+    """The results as a PNG: each metric against the token budget."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    budgets = sorted(results["budgets"], key=int)
+    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for name, chance in results["chance"].items():
+        values = [results["budgets"][b].get(name, np.nan) for b in budgets]
+        drawn = axes.plot([int(b) for b in budgets], values, "o-", label=_label(name))
+        axes.axhline(chance, color=drawn[0].get_color(), linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([int(b) for b in budgets], budgets)
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("tokens an image may take")
+    axes.set_title(f"one checkpoint, step {results['step']} (dotted: chance)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:
+    for name in names:
+        if name not in tasks:
+            known = ", ".join(tasks) or "none: its table has no label column"
+            raise ValueError(f"the data has no task {name!r}; it has {known}")
+    return {name: tasks[name] for name in names or tasks}
+
+
+def _label(metric: str) -> str:
+    return (
+        metric.replace("_to_", "→").replace("_r1", " R@1").replace("_accuracy", " acc.")
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

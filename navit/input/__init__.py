@@ -1,0 +1,1 @@
+"""The host's side: image sizes to packed batches. Imports neither jax nor model."""

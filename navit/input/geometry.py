@@ -1,0 +1,77 @@
+"""Image size and token budget -> grid of patches. Pure arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Bounds and tolerance of the search for the scale, part of SigLIP 2's rule
+# (big_vision, pp/proj/image_text/ops_naflex.py); other values give other grids.
+_MIN_SCALE, _MAX_SCALE, _TOLERANCE = 1e-6, 100.0, 1e-5
+
+
+def grid_for(
+    height: int,
+    width: int,
+    *,
+    patch_size: int = 16,
+    max_tokens: int = 256,
+    max_upscale: float | None = None,
+) -> tuple[int, int]:
+    """The (rows, columns) of patches that an image of this size is resized to.
+
+    The largest scale at which both sides, each rounded up to whole patches, fit the
+    budget (SigLIP 2 section 2.4.2), so small images are enlarged.
+
+    Args:
+      height, width: of the image, in pixels, at least 1.
+      patch_size: side of a patch in pixels.
+      max_tokens: the token budget; rows * columns never exceeds it.
+      max_upscale: enlarge an image by this factor at most; None for no cap.
+
+    Raises:
+      ValueError: if a size or the budget is not positive.
+    """
+    rows, columns = grids_for(
+        np.array([[height, width]]),
+        np.array([max_tokens]),
+        patch_size=patch_size,
+        max_upscale=max_upscale,
+    )[0]
+    return int(rows), int(columns)
+
+
+def grids_for(
+    sizes: np.ndarray,
+    max_tokens: np.ndarray | int,
+    *,
+    patch_size: int = 16,
+    max_upscale: float | None = None,
+) -> np.ndarray:
+    """`grid_for` of many images at once: (height, width) `[m, 2]` -> int32 `[m, 2]`."""
+    sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
+    budget = np.broadcast_to(np.asarray(max_tokens), len(sizes))
+    if len(sizes) and sizes.min() < 1:
+        bad = sizes[sizes.min(-1) < 1][0]
+        raise ValueError(f"an image of {bad[0]:g}x{bad[1]:g} pixels has no patches")
+    if len(sizes) and budget.min() < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {budget.min()}")
+    if patch_size < 1 or (max_upscale is not None and max_upscale <= 0):
+        raise ValueError(
+            "patch_size and max_upscale must be positive, not "
+            f"{patch_size} and {max_upscale}"
+        )
+
+    def patches(scale: np.ndarray) -> np.ndarray:
+        return np.maximum(1.0, np.ceil(sizes * scale[:, None] / patch_size))
+
+    low = np.full(len(sizes), _MIN_SCALE)
+    high = np.full(len(sizes), _MAX_SCALE)
+    # All intervals have one width and halve together, so this is each image's own
+    # search, step for step.
+    while len(sizes) and high[0] - low[0] >= _TOLERANCE:
+        middle = (low + high) / 2
+        fits = patches(middle).prod(-1) <= budget
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    if max_upscale is not None:
+        low = np.minimum(low, max_upscale)
+    return patches(low).astype(np.int32)

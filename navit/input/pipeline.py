@@ -1,0 +1,270 @@
+"""Plan -> pixels -> packed batches, on grain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, overload
+
+import grain
+import numpy as np
+from absl import flags
+
+from navit import config
+from navit.batch import Batch, PackedImages
+from navit.input import geometry, pixels, text
+from navit.input.plan import BatchPlans, Rows, pack_rows
+from navit.input.sources import FolderSource, Source
+from navit.input.synthetic import SyntheticSource
+
+log = logging.getLogger("navit")
+
+
+def open_source(source: config.Synthetic | config.Folder) -> Source:
+    """Opens what a config names; sizes are known from here on."""
+    if isinstance(source, config.Synthetic):
+        return SyntheticSource(source.size, source.seed)
+    return FolderSource(source)
+
+
+def fill_rows(
+    rows: Rows,
+    load: Callable[[int], pixels.ImageLike],
+    *,
+    patch_size: int,
+    row_tokens: int,
+    slots: int,
+    dct: str = "fast",
+    on_error: Callable[[int, ValueError], None],
+) -> PackedImages:
+    """Decodes each planned image straight into its place.
+
+    Args:
+      rows: the plan.
+      load: record index -> image.
+      on_error: called with (record index, error) for an image that cannot be decoded;
+        unless it raises, the slot stays empty and the shapes stay the same.
+    """
+    packed = PackedImages(
+        patches=np.zeros((len(rows), row_tokens, patch_size**2 * 3), np.uint8),
+        segment_ids=np.zeros((len(rows), row_tokens), np.int32),
+        coords=np.zeros((len(rows), row_tokens, 2), np.int32),
+        grids=np.zeros((len(rows), slots, 2), np.int32),
+    )
+    for row in range(len(rows)):
+        start = 0
+        for slot, image in enumerate(range(rows.offsets[row], rows.offsets[row + 1])):
+            grid = rows.grids[image]
+            tokens = slice(start, start := start + int(grid.prod()))
+            index = int(rows.index[image])
+            try:
+                height, width = (grid * patch_size).tolist()
+                array = pixels.load(load(index), height, width, dct=dct)
+            except (ValueError, OSError) as error:
+                on_error(index, ValueError(str(error)))
+                continue
+            pixels.to_patches(array, patch_size, packed.patches[row, tokens])
+            packed.segment_ids[row, tokens] = slot + 1
+            packed.coords[row, tokens] = np.indices(grid).reshape(2, -1).T
+            packed.grids[row, slot] = grid
+    return packed
+
+
+@overload
+def pack(
+    images: Sequence[pixels.ImageLike],
+    *,
+    patch_size: int = ...,
+    max_tokens: int = ...,
+    row_tokens: int = ...,
+    slots: int | None = ...,
+    max_upscale: float | None = ...,
+    dct: str = ...,
+    return_index: Literal[False] = ...,
+) -> PackedImages: ...
+@overload
+def pack(
+    images: Sequence[pixels.ImageLike],
+    *,
+    patch_size: int = ...,
+    max_tokens: int = ...,
+    row_tokens: int = ...,
+    slots: int | None = ...,
+    max_upscale: float | None = ...,
+    dct: str = ...,
+    return_index: Literal[True],
+) -> tuple[PackedImages, np.ndarray]: ...
+def pack(
+    images: Sequence[pixels.ImageLike],
+    *,
+    patch_size: int = 16,
+    max_tokens: int = 256,
+    row_tokens: int = 1024,
+    slots: int | None = None,
+    max_upscale: float | None = None,
+    dct: str = "fast",
+    return_index: bool = False,
+) -> PackedImages | tuple[PackedImages, np.ndarray]:
+    """Packs images of any sizes into rows, each within its token budget.
+
+    Args:
+      images: arrays `(h, w, 3)` uint8, PIL images, or encoded files as bytes.
+      patch_size: side of a patch in pixels.
+      max_tokens: tokens that one image may take at most.
+      row_tokens: length of a row.
+      slots: images that one row may hold; None takes as many as the fullest row has.
+      max_upscale: enlarge an image by this factor at most; None as the budget allows.
+      dct: as in `navit.input.pixels.load`.
+      return_index: also return `[b, s]` int: which image each slot holds, -1 if none.
+
+    Raises:
+      ValueError: names the image that cannot be decoded; or the budget and the row, if
+        one image may be longer than a row.
+    """
+    if max_tokens > row_tokens:
+        raise ValueError(
+            f"max_tokens={max_tokens} is more than a row of row_tokens={row_tokens}"
+        )
+    if not len(images):
+        raise ValueError("there are no images to pack")
+    sizes = []
+    for i, image in enumerate(images):
+        try:
+            sizes.append(pixels.size_of(image))
+        except ValueError as error:
+            raise ValueError(f"image {i} cannot be read: {error}") from error
+    grids = geometry.grids_for(
+        np.array(sizes), max_tokens, patch_size=patch_size, max_upscale=max_upscale
+    )
+    rows = pack_rows(grids, row_tokens, slots)
+    slots = slots or int(np.diff(rows.offsets).max())
+
+    def fail(index: int, error: ValueError) -> None:
+        raise ValueError(f"image {index} cannot be decoded: {error}") from error
+
+    packed = fill_rows(
+        rows,
+        lambda i: images[i],
+        patch_size=patch_size,
+        row_tokens=row_tokens,
+        slots=slots,
+        dct=dct,
+        on_error=fail,
+    )
+    if not return_index:
+        return packed
+    return packed, slot_array(rows, slots, rows.index, -1)
+
+
+def slot_array(rows: Rows, slots: int, values: np.ndarray, empty: int) -> np.ndarray:
+    """Values per planned image `[m, ...]` -> per slot `[b, s, ...]`."""
+    out = np.full((len(rows), slots, *values.shape[1:]), empty, values.dtype)
+    counts = np.diff(rows.offsets)
+    out[np.arange(slots) < counts[:, None]] = values
+    return out
+
+
+class Materialize(grain.transforms.Map):
+    """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each."""
+
+    def __init__(
+        self,
+        source: Source,
+        data: config.DataConfig,
+        *,
+        patch_size: int,
+        text_length: int,
+        task: str | None = None,
+    ) -> None:
+        self._source, self._data, self._patch_size = source, data, patch_size
+        self._text_length, self._task = text_length, task
+
+    def map(self, rows: Rows) -> Batch:
+        slots, source = self._data.slots, self._source
+        images = fill_rows(
+            rows,
+            source.image,
+            patch_size=self._patch_size,
+            row_tokens=self._data.row_tokens,
+            slots=slots,
+            dct=self._data.dct,
+            on_error=self._report,
+        )
+        captions = [self._caption(int(i), rows.epoch) for i in rows.index]
+        token_ids = text.encode_bytes(captions, self._text_length)
+        labels = np.full(len(rows.index), -1, np.int32)
+        if source.tasks:
+            task = source.tasks[self._task or next(iter(source.tasks))]
+            labels = task.labels[rows.index].astype(np.int32)
+        batch = Batch(
+            images=images,
+            text=slot_array(rows, slots, token_ids, text.PAD),
+            label=slot_array(rows, slots, labels, -1),
+            id=slot_array(rows, slots, rows.index.astype(np.int32), -1),
+            size=slot_array(rows, slots, source.sizes[rows.index], 0),
+        )
+        return batch
+
+    def _caption(self, index: int, epoch: int) -> str:
+        captions = self._source.captions(index)
+        if len(captions) == 1:
+            return captions[0]
+        rng = np.random.default_rng([self._data.seed, epoch, index])
+        return captions[rng.integers(len(captions))]
+
+    def _report(self, index: int, error: ValueError) -> None:
+        log.warning("left empty: %s (%s)", self._source.name(index), error)
+
+
+def train_batches(
+    cfg: config.Config,
+    source: Source,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This host's training batches, from `start_step` to `cfg.train.steps`.
+
+    Batch i is a function of the config and i alone, so a run continues exactly with any
+    number of workers.
+
+    Raises:
+      ValueError: if a planned grid reaches beyond the position table, or `data.rows`
+        cannot be shared by the processes.
+    """
+    data, vision, text_tower = cfg.data, cfg.model.vision, cfg.model.text
+    plans = BatchPlans(
+        source.sizes,
+        data,
+        patch_size=vision.patch_size,
+        steps=cfg.train.steps,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    for budget in data.budgets:
+        vision.position.check(
+            geometry.grids_for(
+                source.sizes,
+                budget,
+                patch_size=vision.patch_size,
+                max_upscale=data.max_upscale,
+            )
+        )
+    materialize = Materialize(
+        source,
+        data,
+        patch_size=vision.patch_size,
+        text_length=text_tower.length if text_tower else 1,
+    )
+    dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]
+    if not data.workers:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(dataset.to_iter_dataset(options))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its flags when it starts workers
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    workers = grain.multiprocessing.MultiprocessingOptions(
+        num_workers=data.workers, per_worker_buffer_size=2
+    )
+    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))

@@ -1,0 +1,188 @@
+"""Where images and captions come from: random access, sizes known before any decode."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from navit import config
+from navit.input import pixels
+
+log = logging.getLogger("navit")
+
+# Column names as other trainers' tables have them (transformers, open_clip).
+_FILE = ("file", "file_name", "filepath")
+_CAPTION = ("caption", "text", "title")
+
+
+class Task(NamedTuple):
+    """A classification: a prompt-ready name per class, a class per image (-1: none)."""
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+
+
+class Source(Protocol):
+    """Random access to images, their captions and their sizes."""
+
+    sizes: np.ndarray  # [len, 2] int32 (height, width), upright
+    tasks: dict[str, Task]  # the first one labels the training batch
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> pixels.ImageLike: ...
+    def captions(self, index: int) -> tuple[str, ...]: ...
+    def name(self, index: int) -> str: ...
+
+
+class _Entry(NamedTuple):
+    file: str
+    captions: tuple[str, ...]
+    label: str | None
+
+
+class FolderSource:
+    """Photographs in a folder, with a CSV or JSONL table of `file,caption[,label]`.
+
+    A file may stand in several rows, one caption each. Sizes are read from the headers
+    here, once. A file that cannot be read is left out, with a warning that names it.
+
+    Raises:
+      FileNotFoundError, ValueError: a folder, table or image that is not there, a table
+        without the columns, a path that leaves the folder, or nothing left to read.
+    """
+
+    def __init__(self, folder: config.Folder) -> None:
+        self.path = Path(folder.path).expanduser()
+        if not folder.path or not self.path.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {folder.path!r}: set data.train.path (and "
+                "data.eval.path) to the folder with your images"
+            )
+        table = _find_table(self.path, folder.table)
+        entries = _read_table(table)
+        for line, entry in enumerate(entries, 1):
+            _check_inside(self.path, entry.file, table, line)
+        if folder.split != "all":
+            entries = [
+                e
+                for e in entries
+                if (_hash(e.file) < folder.holdout) == (folder.split == "eval")
+            ]
+            if not entries:
+                raise ValueError(
+                    f"no image of {table} falls in split={folder.split!r} with "
+                    f"holdout={folder.holdout}: change the holdout or use split='all'"
+                )
+        with ThreadPoolExecutor() as pool:
+            sizes = list(pool.map(self._size, entries))
+        kept = [i for i, size in enumerate(sizes) if size is not None]
+        if not kept:
+            raise ValueError(
+                f"not one of the {len(sizes)} files of {table} is readable"
+            )
+        self._entries = [entries[i] for i in kept]
+        self.sizes = np.array([sizes[i] for i in kept], np.int32)
+        labels = [e.label for e in self._entries]
+        names = sorted({label for label in labels if label})
+        self.tasks = {}
+        if names:
+            ids = [names.index(label) if label else -1 for label in labels]
+            self.tasks["label"] = Task(tuple(names), np.array(ids, np.int32))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def image(self, index: int) -> bytes:
+        return (self.path / self._entries[index].file).read_bytes()
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._entries[index].captions
+
+    def name(self, index: int) -> str:
+        return str(self.path / self._entries[index].file)
+
+    def _size(self, entry: _Entry) -> tuple[int, int] | None:
+        file = self.path / entry.file
+        try:
+            return pixels.size_of(file.read_bytes())
+        except (ValueError, OSError) as error:
+            log.warning("left out, unreadable: %s (%s)", file, error)
+            return None
+
+
+def _find_table(path: Path, name: str) -> Path:
+    if name:
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"there is no table {path / name}")
+        return path / name
+    found = sorted(p for p in path.iterdir() if p.suffix in (".csv", ".jsonl"))
+    if len(found) != 1:
+        what = f"{len(found)} tables" if found else "no .csv or .jsonl table"
+        raise FileNotFoundError(
+            f"{path} has {what}: write one with the columns file,caption[,label], or "
+            "name it with data.train.table"
+        )
+    return found[0]
+
+
+def _read_table(table: Path) -> list[_Entry]:
+    """The table's images in order, with all the captions that each has."""
+    captions: dict[str, list[str]] = {}
+    labels: dict[str, str | None] = {}
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        rows: Iterable[dict]
+        rows = csv.DictReader(file) if table.suffix == ".csv" else _json_lines(file)
+        for line, row in enumerate(rows, 1):
+            name = _column(row, _FILE, table, line)
+            caption = _column(row, _CAPTION, table, line)
+            many = caption if isinstance(caption, list) else [caption]
+            captions.setdefault(name, []).extend(str(c) for c in many)
+            label = row.get("label")
+            labels.setdefault(name, None if label in (None, "") else str(label))
+    if not captions:
+        raise ValueError(f"{table} lists no images")
+    return [_Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
+
+
+def _json_lines(file: Iterable[str]) -> Iterable[dict]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object: {line[:40]!r}")
+            yield row
+
+
+def _column(row: dict, names: tuple[str, ...], table: Path, line: int):  # type: ignore[no-untyped-def]
+    for name in names:
+        if row.get(name):
+            return row[name]
+    found = ", ".join(str(key) for key in row)
+    raise ValueError(f"{table} record {line} has no {names[0]!r} (it has: {found})")
+
+
+def _check_inside(path: Path, file: str, table: Path, line: int) -> None:
+    pure = PurePath(file)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(f"{table} record {line}: {file!r} leaves the folder {path}")
+    if not (path / file).is_file():
+        raise FileNotFoundError(
+            f"{table} names {file!r} (image {line}), which is not in {path}: add the "
+            "file or delete the line"
+        )
+
+
+def _hash(text: str) -> float:
+    """A stable number in [0, 1) for a string."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

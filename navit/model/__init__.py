@@ -1,0 +1,1 @@
+"""The device's side: towers over packed tokens. Never imports navit.input."""

@@ -1,0 +1,196 @@
+"""Transformer blocks, stacked and scanned; the same for images and for text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from navit.config import ModelConfig
+from navit.sharding import Rules
+
+# (q, k, v) -> the attended values, `[b, n, h, k]` each.
+Attend = Callable[[Array, Array, Array], Array]
+
+_LINEAR_INIT = jax.nn.initializers.xavier_uniform()
+
+
+def compute_dtype(name: str) -> Any:
+    """Where "auto" is decided: float32 on a CPU, bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    *,
+    names: tuple[str | None, str | None],
+    use_bias: bool,
+    dtype: Any,
+    rules: Rules,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer whose kernel's axes carry sharding names."""
+    init = functools.partial(_LINEAR_INIT, out_sharding=rules(*names))
+    return nnx.Linear(
+        inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs
+    )
+
+
+def layer_norm(width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> Any:
+    """LayerNorm with epsilon 1e-6, computed in float32."""
+    return nnx.LayerNorm(width, epsilon=1e-6, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        *,
+        use_bias: bool,
+        dtype: Any,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        make = functools.partial(
+            linear, use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs
+        )
+        self.up = make(width, mlp_dim, names=("embed", None))
+        self.down = make(mlp_dim, width, names=(None, "embed"))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head attention; what may see what is the caller's `attend`."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        qk_norm: bool,
+        use_bias: bool,
+        dtype: Any,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_heads = num_heads
+        make = functools.partial(
+            linear, use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs
+        )
+        self.query = make(width, width, names=("embed", None))
+        self.key = make(width, width, names=("embed", None))
+        self.value = make(width, width, names=("embed", None))
+        self.out = make(width, width, names=(None, "embed"))
+        norm = functools.partial(
+            layer_norm, width // num_heads, use_bias=False, dtype=dtype, rngs=rngs
+        )
+        self.query_norm = norm() if qk_norm else None
+        self.key_norm = norm() if qk_norm else None
+
+    def __call__(
+        self, x: Float[Array, "b n d"], attend: Attend
+    ) -> Float[Array, "b n d"]:
+        heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
+        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return self.out(attend(q, k, v).reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        num_heads: int,
+        *,
+        qk_norm: bool,
+        use_bias: bool,
+        dtype: Any,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        norm = functools.partial(
+            layer_norm, width, use_bias=use_bias, dtype=dtype, rngs=rngs
+        )
+        shared = dict(use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs)
+        self.attention_norm = norm()
+        self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm, **shared)
+        self.mlp_norm = norm()
+        self.mlp = Mlp(width, mlp_dim, **shared)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], attend: Attend
+    ) -> Float[Array, "b n d"]:
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Encoder(nnx.Module):
+    """`depth` blocks in one stacked tree, run by one scan, and a final norm.
+
+    `config.remat`: "none" keeps every activation for the backward pass, "dots" only the
+    outputs of matrix products with parameters, "full" only each block's input.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        width: int,
+        depth: int,
+        mlp_dim: int,
+        num_heads: int,
+        qk_norm: bool,
+        use_bias: bool,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.remat, self.unroll = config.remat, config.scan_unroll
+        self.rules, self.dtype = rules, compute_dtype(config.dtype)
+        shared = dict(use_bias=use_bias, dtype=self.dtype)
+
+        @jax.vmap
+        def make(key: jax.Array) -> Block:
+            return Block(
+                width,
+                mlp_dim,
+                num_heads,
+                qk_norm=qk_norm,
+                rules=rules,
+                rngs=nnx.Rngs(key),
+                **shared,
+            )
+
+        self.blocks = make(jax.random.split(rngs.params(), depth))
+        self.norm = layer_norm(width, rngs=rngs, **shared)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], attend: Attend
+    ) -> Float[Array, "b n d"]:
+        def step(x: Array, block: Block) -> tuple[Array, None]:
+            return self.rules.gather(block, self.dtype)(x, attend), None
+
+        if self.remat != "none":
+            policy = {
+                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                "full": jax.checkpoint_policies.nothing_saveable,
+            }[self.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(step, x.astype(self.dtype), self.blocks, unroll=self.unroll)
+        return self.norm(x)

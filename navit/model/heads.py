@@ -1,0 +1,128 @@
+"""Pooling per segment: packed tokens -> one vector for every slot.
+
+Linear in the row: a token touches only its own slot's sums. The sums are products with
+the `[n, s]` membership matrix, which an accelerator does faster than a scatter.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from navit.model.encoder import Mlp, layer_norm, linear
+from navit.sharding import Rules
+
+
+def membership(segment_ids: Int[Array, "b n"], slots: int) -> Float[Array, "b n s"]:
+    """1.0 where token n belongs to the image in slot s, else 0.0."""
+    return (segment_ids[..., None] == jnp.arange(1, slots + 1)).astype(jnp.float32)
+
+
+def mean_pool(
+    x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+) -> Float[Array, "b s d"]:
+    """Mean over each slot's tokens; 0 for an empty slot. float32."""
+    counts = jnp.maximum(member.sum(1), 1.0)
+    return _segment_sum(x, member) / counts[..., None]
+
+
+def max_pool(
+    x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+) -> Float[Array, "b s d"]:
+    """Maximum over each slot's tokens; 0 for an empty slot. float32.
+
+    Tokens that tie share the gradient evenly.
+    """
+    x = x.astype(jnp.float32)
+    top = _per_token(_segment_max(x, member), member)
+    hit = (x == top).astype(jnp.float32) * member.max(-1)[..., None]
+    hits = jnp.maximum(_segment_sum(hit, member), 1.0)
+    return _segment_sum(x * hit, member) / hits
+
+
+class MapHead(nnx.Module):
+    """Attention pooling: one probe attends over one image's tokens, then an MLP.
+
+    Big_vision's MAPHead (models/vit.py), with the softmax taken per segment.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mlp_dim: int,
+        num_heads: int,
+        *,
+        use_bias: bool,
+        dtype: Any,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.num_heads = num_heads
+        shared = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
+        make = functools.partial(linear, width, width, rules=rules, **shared)
+        init = jax.nn.initializers.xavier_uniform()
+        self.probe = nnx.Param(init(rngs.params(), (1, width), jnp.float32))
+        self.query = make(names=("embed", None))
+        self.key = make(names=("embed", None))
+        self.value = make(names=("embed", None))
+        self.out = make(names=(None, "embed"))
+        self.norm = layer_norm(width, **shared)
+        self.mlp = Mlp(width, mlp_dim, rules=rules, **shared)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+    ) -> Float[Array, "b s d"]:
+        h, width = self.num_heads, x.shape[-1]
+        q = self.query(self.probe[...]).reshape(h, width // h)
+        k = self.key(x).reshape(*x.shape[:2], h, width // h)
+        logits = jnp.einsum("hk,bnhk->bnh", q, k).astype(jnp.float32)
+        logits = logits * (width // h) ** -0.5
+        weights = _segment_softmax(logits, member).astype(x.dtype)
+        values = self.value(x).reshape(k.shape) * weights[..., None]
+        pooled = _segment_sum(values.reshape(x.shape), member).astype(x.dtype)
+        pooled = self.out(pooled)
+        return pooled + self.mlp(self.norm(pooled))
+
+
+def _segment_sum(
+    x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+) -> Float[Array, "b s d"]:
+    return jnp.einsum(
+        "bns,bnd->bsd",
+        member.astype(x.dtype),
+        x,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _segment_max(
+    x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+) -> Float[Array, "b s d"]:
+    """Maximum per slot, 0 where empty; no gradient. XLA fuses it: no `[n, s, d]`."""
+    x = jax.lax.stop_gradient(x)
+    top = jnp.where(member[..., None] > 0, x[:, :, None], -jnp.inf).max(1)
+    return jnp.where(jnp.isfinite(top), top, 0.0)
+
+
+def _per_token(
+    x: Float[Array, "b s d"], member: Float[Array, "b n s"]
+) -> Float[Array, "b n d"]:
+    """Each token gets its slot's vector, unrounded; padding gets 0."""
+    return jnp.einsum("bsd,bns->bnd", x, member, precision=jax.lax.Precision.HIGHEST)
+
+
+def _segment_softmax(
+    logits: Float[Array, "b n h"], member: Float[Array, "b n s"]
+) -> Float[Array, "b n h"]:
+    """Softmax over the tokens of each slot; 0 at padding."""
+    real = member.max(-1)[..., None] > 0
+    top = _per_token(_segment_max(logits, member), member)
+    weights = jnp.exp(jnp.where(real, logits - top, -jnp.inf))
+    total = _per_token(_segment_sum(weights, member), member)
+    return weights / jnp.where(real, total, 1.0)

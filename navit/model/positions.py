@@ -1,0 +1,154 @@
+"""Every position embedding, computed per token from its coordinates and its grid.
+
+Nothing here depends on an image's shape statically, so images of all shapes share a
+row. A lookup is a product of per-axis weights with a table: one-hot weights read it,
+triangle weights resize it. No gather: its gradient is a matrix product too.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from navit.config import PositionConfig
+
+_HIGHEST = jax.lax.Precision.HIGHEST  # a table read must not round the table
+
+
+def axis_weights(
+    index: Int[Array, "*b"], extent: Int[Array, "*b"], size: int
+) -> Float[Array, "*b {size}"]:
+    """Weights of `size` source cells for cell `index` of an axis resized to `extent`.
+
+    The linear kernel of `jax.image.scale_and_translate(..., antialias=True)`, and of
+    TensorFlow's and PyTorch's antialiased bilinear resize: half-pixel centres, widened
+    when shrinking, renormalised at the border. Rows sum to 1.
+    """
+    scale = size / extent.astype(jnp.float32)
+    center = (index.astype(jnp.float32) + 0.5) * scale - 0.5
+    return _triangle(center, jnp.maximum(scale, 1.0), size)
+
+
+class PositionEmbedding(nnx.Module):
+    """(coords, grid) of each token -> its position embedding, `[b, n, d]`."""
+
+    def __init__(self, config: PositionConfig, width: int, *, rngs: nnx.Rngs) -> None:
+        self.config, self.width = config, width
+        size = config.size
+        if config.kind == "factorized":
+            halves = 2 if config.combine == "stack" else 1
+            if width % (halves * (1 if config.encoding == "learned" else 2)):
+                raise ValueError(f"width {width} cannot be split for {config}")
+            # The product of two embeddings should be as large as a sum would be.
+            std = width**-0.25 if config.combine == "product" else width**-0.5
+            make = _ENCODINGS[config.encoding]
+            self.row = make(size, width // halves, std, rngs=rngs)
+            self.column = make(size, width // halves, std, rngs=rngs)
+        else:
+            sides = (size,) if config.kind == "learned_1d" else (size, size)
+            table = jax.random.normal(rngs.params(), (*sides, width))
+            self.table = nnx.Param(table * width**-0.5)
+
+    def __call__(
+        self, coords: Int[Array, "b n 2"], grid: Int[Array, "b n 2"]
+    ) -> Float[Array, "b n d"]:
+        """float32; `grid` is the (rows, columns) of the image that each token is of."""
+        kind, size = self.config.kind, self.config.size
+        if kind == "factorized":
+            return self._factorized(coords, grid)
+        table = self.table[...].reshape(-1, self.width)
+        if kind == "learned_1d":
+            raster = coords[..., 0] * grid[..., 1] + coords[..., 1]
+            return _lookup(_one_hot(raster, size), table)
+        if kind == "learned_2d":
+            row, column = _one_hot(coords[..., 0], size), _one_hot(coords[..., 1], size)
+        else:
+            row = axis_weights(coords[..., 0], grid[..., 0], size)
+            column = axis_weights(coords[..., 1], grid[..., 1], size)
+        both = row[..., :, None] * column[..., None, :]
+        return _lookup(both.reshape(*both.shape[:-2], size * size), table)
+
+    def _factorized(
+        self, coords: Int[Array, "b n 2"], grid: Int[Array, "b n 2"]
+    ) -> Float[Array, "b n d"]:
+        kind, size = self.config.coordinates, self.config.size
+        # In units of table cells, from 0 at the centre of the first cell.
+        if kind == "absolute":
+            position = coords.astype(jnp.float32)
+        else:
+            side = grid if kind == "fractional" else grid.max(-1, keepdims=True)
+            position = (coords + 0.5) / side * size - 0.5
+        row, column = self.row(position[..., 0]), self.column(position[..., 1])
+        if self.config.combine == "sum":
+            return row + column
+        if self.config.combine == "product":
+            return row * column
+        return jnp.concatenate([row, column], -1)
+
+
+class _Learned(nnx.Module):
+    """A table of `size` entries, read with linear interpolation."""
+
+    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+        self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
+
+    def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
+        table = self.table[...]
+        weights = _triangle(position, jnp.ones_like(position), table.shape[0])
+        return _lookup(weights, table)
+
+
+class _Sinusoidal(nnx.Module):
+    """Fixed sines and cosines of geometric wavelengths, up to 10,000 cells."""
+
+    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+        del size, rngs
+        self.width, self.scale = width, std * math.sqrt(2)
+
+    def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
+        half = self.width // 2
+        frequency = 10_000.0 ** (-jnp.arange(half) / half)
+        angle = position[..., None] * frequency
+        return self.scale * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+class _Fourier(nnx.Module):
+    """One learned linear map of the position, then its sine and cosine."""
+
+    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+        half = width // 2
+        # From less than one period to several over the axis of `size` cells.
+        self.frequency = nnx.Param(
+            jax.random.normal(rngs.params(), (half,)) * 2 * math.pi / size
+        )
+        self.phase = nnx.Param(jnp.zeros((half,)))
+        self.scale = std * math.sqrt(2)
+
+    def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
+        angle = position[..., None] * self.frequency[...] + self.phase[...]
+        return self.scale * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+
+
+_ENCODINGS = {"learned": _Learned, "sinusoidal": _Sinusoidal, "fourier": _Fourier}
+
+
+def _triangle(
+    center: Float[Array, "*b"], reach: Float[Array, "*b"], size: int
+) -> Float[Array, "*b {size}"]:
+    distance = jnp.abs(center[..., None] - jnp.arange(size)) / reach[..., None]
+    weights = jnp.maximum(0.0, 1.0 - distance)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _one_hot(index: Int[Array, "*b"], size: int) -> Float[Array, "*b {size}"]:
+    return (index[..., None] == jnp.arange(size)).astype(jnp.float32)
+
+
+def _lookup(
+    weights: Float[Array, "b n c"], table: Float[Array, "c d"]
+) -> Float[Array, "b n d"]:
+    return jnp.einsum("bnc,cd->bnd", weights, table, precision=_HIGHEST)

@@ -1,0 +1,80 @@
+"""The text tower, as SigLIP 2's: no mask, and the last position is the embedding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from navit.config import ModelConfig
+from navit.model.attention import attention
+from navit.model.encoder import Encoder, compute_dtype, linear
+from navit.sharding import Rules
+
+
+class Text(nnx.Module):
+    """Token ids -> one vector each.
+
+    Padding is attended to like any token: the towers were trained so, and the last
+    position, whatever it holds, is what is pooled (big_vision,
+    models/proj/image_text/text_transformer.py; transformers, models/siglip2).
+    """
+
+    def __init__(
+        self, config: ModelConfig, rules: Rules = Rules(), *, rngs: nnx.Rngs
+    ) -> None:
+        c = config.text
+        assert c is not None
+        self.config, self.rules = c, rules
+        self.dtype = compute_dtype(config.dtype)
+        init = jax.nn.initializers.normal(stddev=c.width**-0.5)
+        self.embedding = nnx.Param(
+            init(
+                rngs.params(),
+                (c.vocab_size, c.width),
+                out_sharding=rules(None, "embed"),
+            )
+        )
+        self.position = nnx.Param(init(rngs.params(), (c.length, c.width)))
+        self.encoder = Encoder(
+            config,
+            width=c.width,
+            depth=c.depth,
+            mlp_dim=c.mlp_dim,
+            num_heads=c.num_heads,
+            qk_norm=False,
+            use_bias=True,
+            rules=rules,
+            rngs=rngs,
+        )
+        self.head = linear(
+            c.width,
+            config.vision.embed_dim or config.vision.width,
+            names=("embed", None),
+            use_bias=True,
+            dtype=self.dtype,
+            rules=rules,
+            rngs=rngs,
+        )
+
+    def __call__(self, token_ids: Int[Array, "m t"]) -> Float[Array, "m e"]:
+        """Embeds captions; float32, before normalisation.
+
+        Raises:
+          ValueError: if there are not exactly `config.length` tokens each.
+        """
+        token_ids = jnp.asarray(token_ids)
+        if token_ids.shape[-1] != self.config.length:
+            raise ValueError(
+                f"token_ids {token_ids.shape} must have {self.config.length} tokens "
+                "each: the last position is pooled, so pad to the trained length"
+            )
+        gather = functools.partial(self.rules.gather, dtype=self.dtype)
+        table = gather(self.embedding[...])
+        x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
+        x = x.astype(jnp.float32) + self.position[...]
+        x = self.encoder(x, functools.partial(attention, segment_ids=None))
+        return gather(self.head)(x[:, -1]).astype(jnp.float32)

@@ -1,0 +1,149 @@
+"""The image tower: packed patches -> tokens, and one vector for every slot."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from navit.batch import PackedImages
+from navit.config import ModelConfig
+from navit.model.attention import attention
+from navit.model.encoder import Encoder, compute_dtype, linear
+from navit.model.heads import MapHead, max_pool, mean_pool, membership
+from navit.model.positions import PositionEmbedding
+from navit.sharding import Rules
+
+
+class VisionOutput(NamedTuple):
+    """What the image tower returns.
+
+    Attributes:
+      tokens: `[b, n, d]` after the final norm; 0 at padding.
+      pooled: `[b, s, e]` float32, before normalisation; 0 for an empty slot. None with
+        pool="none".
+      logits: `[b, s, c]` float32 class logits; None without classes.
+    """
+
+    tokens: Float[Array, "b n d"]
+    pooled: Float[Array, "b s e"] | None
+    logits: Float[Array, "b s c"] | None
+
+
+class Vision(nnx.Module):
+    """Patch embedding, position embedding, encoder, pooling per segment."""
+
+    def __init__(
+        self, config: ModelConfig, rules: Rules = Rules(), *, rngs: nnx.Rngs
+    ) -> None:
+        c = config.vision
+        self.config, self.rules = c, rules
+        self.implementation = None if config.attention == "auto" else config.attention
+        self.dtype = compute_dtype(config.dtype)
+        shared = dict(use_bias=c.use_bias, dtype=self.dtype, rules=rules, rngs=rngs)
+        self.patch = linear(
+            c.patch_size**2 * 3, c.width, names=(None, "embed"), **shared
+        )
+        self.position = PositionEmbedding(c.position, c.width, rngs=rngs)
+        self.encoder = Encoder(
+            config,
+            width=c.width,
+            depth=c.depth,
+            mlp_dim=c.mlp_dim,
+            num_heads=c.num_heads,
+            qk_norm=c.qk_norm,
+            use_bias=c.use_bias,
+            rules=rules,
+            rngs=rngs,
+        )
+        # One assignment each: NNX decides then whether an attribute holds parameters.
+        self.head = (
+            MapHead(c.width, c.mlp_dim, c.num_heads, **shared)
+            if c.pool == "map"
+            else None
+        )
+        self.projection = (
+            linear(c.width, c.embed_dim, names=("embed", None), **shared)
+            if c.embed_dim is not None
+            else None
+        )
+        self.classifier = (
+            linear(
+                c.embed_dim or c.width, c.num_classes, names=("embed", None), **shared
+            )
+            if c.num_classes
+            else None
+        )
+
+    def __call__(
+        self, packed: PackedImages, *, max_image_tokens: int | None = None
+    ) -> VisionOutput:
+        """Encodes packed images.
+
+        Args:
+          packed: `patches` uint8, or float already normalised to [-1, 1].
+          max_image_tokens: no image here has more tokens; lets attention choose a
+            cheaper way. The plan's token budget, never a guess.
+
+        Raises:
+          ValueError: if, outside jit, a grid reaches beyond the position table.
+        """
+        if not isinstance(packed.grids, jax.core.Tracer):
+            self.config.position.check(np.asarray(packed.grids))
+        patches, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
+        slots = grids.shape[1]
+        real = (segment_ids > 0)[..., None]
+        gather = functools.partial(self.rules.gather, dtype=self.dtype)
+
+        coords = jnp.where(real, coords, 0)
+        x = gather(self.patch)(_normalize(patches, real).astype(self.dtype))
+        x = x.astype(jnp.float32) + self.position(coords, _own(grids, segment_ids))
+        x = self.encoder(
+            jnp.where(real, x, 0.0),
+            functools.partial(
+                attention,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                max_segments=slots,
+                max_segment_tokens=max_image_tokens,
+            ),
+        )
+        x = jnp.where(real, x, jnp.zeros((), x.dtype))
+        if self.config.pool == "none":
+            return VisionOutput(x, None, None)
+
+        member = membership(segment_ids, slots)
+        if self.head is not None:
+            pooled = gather(self.head)(x, member)
+        else:
+            pool = mean_pool if self.config.pool == "mean" else max_pool
+            pooled = pool(x, member)
+        if self.projection is not None:
+            pooled = gather(self.projection)(pooled)
+        filled = (grids[..., :1] > 0).astype(jnp.float32)
+        pooled = pooled.astype(jnp.float32) * filled
+        logits = None
+        if self.classifier is not None:
+            logits = gather(self.classifier)(pooled).astype(jnp.float32)
+        return VisionOutput(x, pooled, logits)
+
+
+def _normalize(patches: Array, real: Array) -> Float[Array, "b n c"]:
+    """uint8 pixels to [-1, 1] in float32; exactly 0 at padding."""
+    if patches.dtype == jnp.uint8:
+        patches = patches.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.where(real, patches.astype(jnp.float32), 0.0)
+
+
+def _own(
+    grids: Int[Array, "b s 2"], segment_ids: Int[Array, "b n"]
+) -> Int[Array, "b n 2"]:
+    """The grid of the image that each token is of; 1x1 at padding."""
+    slot = jnp.maximum(segment_ids - 1, 0)[..., None]
+    own = jnp.take_along_axis(grids, slot, axis=1)
+    return jnp.where((segment_ids > 0)[..., None], own, 1)

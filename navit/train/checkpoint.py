@@ -1,0 +1,112 @@
+"""Checkpoints of the state and its config. The only file that knows orbax."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from navit import config as config_lib
+from navit.config import Config
+from navit.train.state import TrainState
+
+# Raised when what a checkpoint holds changes; older ones are refused by number.
+FORMAT = 1
+
+_FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one work directory.
+
+    Each holds the model, the optimizer's state and the config, under its step. Writes
+    are atomic: a run killed while saving keeps the one before.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=keep is not None, read_only=keep is None
+        )
+        folder = workdir.absolute() / _FOLDER
+        if keep is None and not folder.is_dir():
+            raise FileNotFoundError(
+                f"{workdir} is not a navit work directory: it has no {_FOLDER}/"
+            )
+        self._path = workdir
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, config: Config) -> None:
+        """Starts writing; returns before it is on disk (`close` waits)."""
+        step = int(state.step)
+        if step == self.latest_step():
+            return
+        about = {"format": FORMAT, "config": config_lib.to_json(config)}
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(state.model),
+            opt_state=ocp.args.StandardSave(state.opt_state),
+            about=ocp.args.JsonSave(about),
+        )
+        self._manager.save(step, args=items)
+
+    def config(self) -> Config:
+        """The config that the latest checkpoint was trained with.
+
+        Raises:
+          FileNotFoundError: if there is no checkpoint yet.
+          ValueError: if it is of another format.
+        """
+        items = ocp.args.Composite(about=ocp.args.JsonRestore())
+        about = self._manager.restore(self._latest(), args=items)["about"]
+        if about.get("format") != FORMAT:
+            raise ValueError(
+                f"{self._path} holds checkpoints of format {about.get('format')}, and "
+                f"this version of navit reads format {FORMAT}"
+            )
+        return config_lib.from_json(about["config"])
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest state, placed as `like` (from `jax.eval_shape`) is sharded."""
+        step = self._latest()
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(_concrete(like.model)),
+            opt_state=ocp.args.StandardRestore(_concrete(like.opt_state)),
+        )
+        found = self._manager.restore(step, args=items)
+        counter = jax.device_put(
+            jax.numpy.full((), step, like.step.dtype), _concrete(like.step).sharding
+        )
+        return TrainState(counter, found["model"], found["opt_state"])
+
+    def restore_model(self, like: Any) -> tuple[Any, int]:
+        """The latest model alone, and its step."""
+        step = self._latest()
+        items = ocp.args.Composite(model=ocp.args.StandardRestore(_concrete(like)))
+        return self._manager.restore(step, args=items)["model"], step
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _latest(self) -> int:
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{self._path} has no finished checkpoint yet")
+        return step
+
+
+def _concrete(tree: Any) -> Any:
+    """Abstract leaves -> the same with shardings of real devices, which orbax needs."""
+    mesh = jax.sharding.get_mesh()
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        place = one if mesh.empty else jax.NamedSharding(mesh, x.sharding.spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(leaf, tree)
