@@ -1,6 +1,9 @@
 """Two small towers on the built-in dataset, trained and evaluated in minutes.
 
-navit train configs/quickstart.py
+  navit train configs/quickstart.py
+
+Long enough to learn the coarse task (two colours), too short for the fine one (a small
+letter): configs/budgets_demo.py learns both.
 """
 
 from navit.config import (
@@ -30,7 +33,9 @@ def get_config() -> Config:
             rows=8,
             slots=6,
         ),
-        optim=OptimConfig(lr=2e-3, warmup_steps=30),
-        train=TrainConfig(steps=300, log_every=10, checkpoint_every=100),
+        optim=OptimConfig(lr=3e-3, warmup_steps=30),
+        train=TrainConfig(
+            steps=300, loss="softmax", log_every=10, checkpoint_every=100
+        ),
         eval=EvalConfig(budgets=(256, 729, 1024)),
     )

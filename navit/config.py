@@ -313,12 +313,19 @@ def override(config: T, assignments: Sequence[str]) -> T:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
         type, or a config that contradicts itself.
     """
+    changes: dict[str, Any] = {}
     for assignment in assignments:
         path, sep, text = assignment.partition("=")
         if not sep:
             raise ValueError(f"expected key.path=value, got {assignment!r}")
-        config = _set(config, path.split("."), text, path)
-    return config
+        *parents, last = path.split(".")
+        node = changes
+        for key in parents:
+            node = node.setdefault(key, {})
+            if isinstance(node, str):
+                raise ValueError(f"{path} is set both whole and in part")
+        node[last] = text
+    return _apply(config, changes)
 
 
 def to_json(config: Any) -> Any:
@@ -362,21 +369,30 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
 
 
-def _set(node: Any, keys: list[str], text: str, path: str) -> Any:
-    key, *rest = keys
+def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
+    """All changes of a node at once, so that their order never matters."""
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
-        raise ValueError(f"{path}: {node!r} has no field {key!r}")
+        raise ValueError(f"{path}: {node!r} has no field {next(iter(changes))!r}")
     hints = typing.get_type_hints(type(node))
-    if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1)
-        known = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
-        raise ValueError(f"{path}: {type(node).__name__} has no field {key!r}; {known}")
-    child = getattr(node, key)
-    value = _set(child, rest, text, path) if rest else _parse(text, hints[key], path)
+    values = {}
+    for key, change in changes.items():
+        full = f"{path}.{key}".lstrip(".")
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            known = (
+                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
+            )
+            raise ValueError(
+                f"{full}: {type(node).__name__} has no field {key!r}; {known}"
+            )
+        if isinstance(change, dict):
+            values[key] = _apply(getattr(node, key), change, full)
+        else:
+            values[key] = _parse(change, hints[key], full)
     try:
-        return dataclasses.replace(node, **{key: value})
+        return dataclasses.replace(node, **values)
     except ValueError as error:
-        raise ValueError(f"{path}={text}: {error}") from None
+        raise ValueError(f"{path}: {error}".lstrip(": ")) from None
 
 
 def _parse(text: str, hint: Any, path: str) -> Any:

@@ -1,6 +1,7 @@
 """Test-wide settings: 8 forced host devices, checked shapes, warnings as errors."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -10,6 +11,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Within a run of the suite, what was compiled once is not compiled again.
+_cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Every `Float[Array, "b n d"]` in navit is checked on every call of every test.
 install_import_hook("navit", "beartype.beartype")
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,7 @@ class Task(NamedTuple):
     labels: np.ndarray
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to images, their captions and their sizes."""
 

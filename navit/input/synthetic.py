@@ -1,13 +1,15 @@
 """The offline dataset: drawn images of any size, each with something coarse and fine.
 
-An image shows one large shape on a coloured ground (readable at 64 tokens); all but
-the small ones also show one letter, tiny and repeated (readable with several hundred).
+An image shows a large figure of one colour on a ground of another (seen at 64 tokens);
+all but the small ones also show one letter, tiny and repeated (readable with several
+hundred tokens).
 Captions name both, so accuracy on either against the budget shows what tokens buy.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from navit.input.sources import Task
 
-GROUNDS = {
+COLORS = {
     "red": (200, 40, 36),
     "green": (30, 130, 58),
     "blue": (40, 70, 200),
@@ -25,8 +27,10 @@ GROUNDS = {
     "brown": (112, 72, 40),
     "gray": (128, 130, 134),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-LETTERS = "AEHKOSTXVL"
+LETTERS = "ILOXTHEV"
+
+# (figure, ground)
+_PAIRS = list(itertools.permutations(COLORS, 2))
 
 # The height of a letter, as a share of the square root of the image's area. An image
 # resized to N tokens of 16 pixels shows it 16 * sqrt(N) / 56 pixels high: 2 at 64
@@ -41,18 +45,17 @@ _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 class SyntheticSource:
     """`size` drawn images, each a function of (seed, index) alone.
 
-    Tasks: "coarse" (ground and shape, 32 classes) and "fine" (the letter, 10 classes,
-    -1 for an image too small to show one).
+    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the letter, 8 classes; -1
+    for an image too small to show one). The figure's shape and place mean nothing.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self._size, self._seed = size, seed
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
-        height, width, ground, shape, letter = traits.T
+        height, width, coarse, letter = traits.T
         self.sizes = np.stack([height, width], -1)
-        coarse = tuple(f"{ground} {shape}" for ground in GROUNDS for shape in SHAPES)
         self.tasks = {
-            "coarse": Task(coarse, ground * len(SHAPES) + shape),
+            "coarse": Task(tuple(_coarse_name(*pair) for pair in _PAIRS), coarse),
             "fine": Task(tuple(f"letter {x.lower()}" for x in LETTERS), letter),
         }
 
@@ -63,8 +66,8 @@ class SyntheticSource:
         return f"synthetic image {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        _, _, _, ground, shape, letter = self._traits(index)
-        coarse = f"{list(GROUNDS)[ground]} {SHAPES[shape]}"
+        *_, pair, letter = self._traits(index)
+        coarse = _coarse_name(*_PAIRS[pair])
         if letter < 0:
             return (coarse,)
         fine = f"letter {LETTERS[letter].lower()}"
@@ -72,34 +75,35 @@ class SyntheticSource:
 
     def image(self, index: int) -> np.ndarray:
         """Draws image `index`: `[height, width, 3]` uint8."""
-        rng, height, width, ground, shape, letter = self._traits(index)
-        tint = np.array(list(GROUNDS.values())[ground]) + rng.integers(-18, 19, 3)
-        canvas = Image.new("RGB", (width, height), tuple(tint.clip(0, 255).tolist()))
-        light = int(rng.integers(215, 256)), int(rng.integers(0, 41))
-        figure, ink = light if rng.random() < 0.5 else light[::-1]
-        radius = min(height, width) * rng.uniform(0.25, 0.42)
-        center = (
-            rng.uniform(radius, width - radius),
-            rng.uniform(radius, height - radius),
+        rng, height, width, pair, letter = self._traits(index)
+        figure, ground = (
+            tuple((np.array(COLORS[name]) + rng.integers(-18, 19, 3)).clip(0, 255))
+            for name in _PAIRS[pair]
         )
-        _draw_shape(ImageDraw.Draw(canvas), SHAPES[shape], center, radius, figure)
+        canvas = Image.new("RGB", (width, height), tuple(map(int, ground)))
+        radius = min(height, width) * rng.uniform(0.3, 0.45)
+        x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        draw = ImageDraw.Draw(canvas)
+        sides = int(rng.integers(3, 9))
+        draw.regular_polygon(
+            (x, y, radius), sides, int(rng.integers(360)), fill=tuple(map(int, figure))
+        )
         if letter >= 0:
             pixels = math.sqrt(height * width) * _LETTER_SHARE
             tile = _letter_tile(LETTERS[letter], round(pixels))
             top, left = rng.integers(0, len(tile), 2)
             strip = np.tile(tile, (1, width // len(tile) + 2))[:, left : left + width]
             mask = strip[(np.arange(height) + top) % len(tile)]
-            canvas.paste((ink,) * 3, mask=Image.fromarray(mask))
+            ink = (0, 0, 0) if sum(ground) > 330 else (255, 255, 255)
+            canvas.paste(ink, mask=Image.fromarray(mask))
         return np.asarray(canvas)
 
-    def _traits(
-        self, index: int
-    ) -> tuple[np.random.Generator, int, int, int, int, int]:
-        """(generator for the rest, height, width, ground, shape, letter or -1)."""
+    def _traits(self, index: int) -> tuple[np.random.Generator, int, int, int, int]:
+        """(generator for the rest, height, width, pair of colours, letter or -1)."""
         if not 0 <= index < self._size:
             raise IndexError(f"image {index} of {self._size}")
         rng = np.random.default_rng([self._seed, index])
-        ground, shape, letter = rng.integers((len(GROUNDS), len(SHAPES), len(LETTERS)))
+        pair, letter = rng.integers((len(_PAIRS), len(LETTERS)))
         root = math.exp(rng.uniform(math.log(160), math.log(800)))
         aspect = math.exp(rng.uniform(-1, 1) * math.log(_MAX_ASPECT))  # height / width
         # Where a side would leave its range the other keeps the aspect.
@@ -109,29 +113,11 @@ class SyntheticSource:
         width = round(root / math.sqrt(aspect))
         if math.sqrt(height * width) * _LETTER_SHARE < _LETTER_MIN_PIXELS:
             letter = -1
-        return rng, height, width, int(ground), int(shape), int(letter)
+        return rng, height, width, int(pair), int(letter)
 
 
-def _draw_shape(
-    draw: ImageDraw.ImageDraw,
-    shape: str,
-    center: tuple[float, float],
-    radius: float,
-    figure: int,
-) -> None:
-    x, y = center
-    color = (figure,) * 3
-    if shape == "circle":
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-    elif shape == "square":
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=color)
-    elif shape == "triangle":
-        corners = [(x - radius, y + radius), (x, y - radius), (x + radius, y + radius)]
-        draw.polygon(corners, fill=color)
-    else:
-        arm = radius / 3
-        draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
-        draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
+def _coarse_name(figure: str, ground: str) -> str:
+    return f"{figure} on {ground}"
 
 
 @functools.cache

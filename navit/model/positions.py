@@ -46,8 +46,8 @@ class PositionEmbedding(nnx.Module):
             # The product of two embeddings should be as large as a sum would be.
             std = width**-0.25 if config.combine == "product" else width**-0.5
             make = _ENCODINGS[config.encoding]
-            self.row = make(size, width // halves, std, rngs=rngs)
-            self.column = make(size, width // halves, std, rngs=rngs)
+            self.row = make(size, width // halves, std, axis=0, rngs=rngs)
+            self.column = make(size, width // halves, std, axis=1, rngs=rngs)
         else:
             sides = (size,) if config.kind == "learned_1d" else (size, size)
             table = jax.random.normal(rngs.params(), (*sides, width))
@@ -93,7 +93,10 @@ class PositionEmbedding(nnx.Module):
 class _Learned(nnx.Module):
     """A table of `size` entries, read with linear interpolation."""
 
-    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, size: int, width: int, std: float, *, axis: int, rngs: nnx.Rngs
+    ) -> None:
+        del axis
         self.table = nnx.Param(std * jax.random.normal(rngs.params(), (size, width)))
 
     def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
@@ -103,15 +106,21 @@ class _Learned(nnx.Module):
 
 
 class _Sinusoidal(nnx.Module):
-    """Fixed sines and cosines of geometric wavelengths, up to 10,000 cells."""
+    """Fixed sines and cosines of geometric wavelengths, up to 10,000 cells.
 
-    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+    The columns' wavelengths lie between the rows', else a sum or a product could not
+    tell (row, column) from (column, row).
+    """
+
+    def __init__(
+        self, size: int, width: int, std: float, *, axis: int, rngs: nnx.Rngs
+    ) -> None:
         del size, rngs
-        self.width, self.scale = width, std * math.sqrt(2)
+        self.width, self.axis, self.scale = width, axis, std * math.sqrt(2)
 
     def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
         half = self.width // 2
-        frequency = 10_000.0 ** (-jnp.arange(half) / half)
+        frequency = 10_000.0 ** (-(jnp.arange(half) + self.axis / 2) / half)
         angle = position[..., None] * frequency
         return self.scale * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
@@ -119,7 +128,10 @@ class _Sinusoidal(nnx.Module):
 class _Fourier(nnx.Module):
     """One learned linear map of the position, then its sine and cosine."""
 
-    def __init__(self, size: int, width: int, std: float, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, size: int, width: int, std: float, *, axis: int, rngs: nnx.Rngs
+    ) -> None:
+        del axis
         half = width // 2
         # From less than one period to several over the axis of `size` cells.
         self.frequency = nnx.Param(

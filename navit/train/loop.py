@@ -74,7 +74,7 @@ def train(config: Config, workdir: Path) -> bool:
                 before = time.perf_counter()
                 batch = next(batches)
                 meter.add(batch, time.perf_counter() - before)
-                state, metrics = train_step(state, _to_device(batch, rules))
+                state, metrics = train_step(state, to_device(batch, rules))
                 if step % config.train.log_every == 0 or step == config.train.steps:
                     values = {name: float(value) for name, value in metrics.items()}
                     values |= {"step": step, "lr": float(schedule(step - 1))}
@@ -146,7 +146,7 @@ def _write_config(config: Config, workdir: Path) -> None:
         os.replace(temporary, workdir / "config.json")
 
 
-def _to_device(batch: Batch, rules: Rules) -> Batch:
+def to_device(batch: Batch, rules: Rules) -> Batch:
     """This host's rows -> global arrays, split over the devices by rows."""
     spec = rules("batch")
     if spec is None:

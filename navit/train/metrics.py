@@ -23,7 +23,7 @@ class MetricsWriter:
         kept = []
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if _step(x) <= start_step]
+            kept = [x for x in lines if _logged(x, start_step)]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept) if start_step else "")
         os.replace(temporary, path)
@@ -89,8 +89,8 @@ def line(metrics: dict[str, float | int], total_steps: int) -> str:
     return text
 
 
-def _step(line: str) -> float:
+def _logged(line: str, until: int) -> bool:
     try:
-        return json.loads(line)["step"]
+        return json.loads(line)["step"] <= until
     except (json.JSONDecodeError, KeyError):  # cut short when the run was killed
-        return float("inf")
+        return False

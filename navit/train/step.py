@@ -48,7 +48,7 @@ def make_train_step(
         loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, config, rules)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if model.scale is not None and model.bias is not None:
             metrics |= {"scale": jnp.exp(model.scale[...]), "bias": model.bias[...]}
         return TrainState(state.step + 1, model, opt_state), metrics

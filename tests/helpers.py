@@ -1,0 +1,117 @@
+"""Small configs and packed batches that several test files share."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from flax import nnx
+
+from navit.batch import PackedImages
+from navit.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PositionConfig,
+    Synthetic,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from navit.model.vision import Vision
+
+PATCH = 4
+
+
+def vision_config(**overrides) -> VisionConfig:
+    defaults = dict(patch_size=PATCH, width=24, depth=2, mlp_dim=40, num_heads=3)
+    return VisionConfig(**{**defaults, **overrides})
+
+
+def make_vision(model: ModelConfig | None = None, seed: int = 0, **overrides) -> Vision:
+    """A small image tower whose every parameter is nonzero, norms and biases too."""
+    config = model or ModelConfig(vision=vision_config(**overrides), text=None)
+    vision = Vision(config, rngs=nnx.Rngs(seed))
+    leaves, tree = jax.tree.flatten(vision)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def pack_grids(rows, row_tokens, slots, patches) -> PackedImages:
+    """Lays images out by hand: `rows` holds, per row, {slot: (image, grid)}.
+
+    `patches` maps an image to its `[tokens, p*p*3]` pixels.
+    """
+    width = PATCH**2 * 3
+    out = PackedImages(
+        np.zeros((len(rows), row_tokens, width), np.uint8),
+        np.zeros((len(rows), row_tokens), np.int32),
+        np.zeros((len(rows), row_tokens, 2), np.int32),
+        np.zeros((len(rows), slots, 2), np.int32),
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for slot, (image, grid) in row.items():
+            stop = start + grid[0] * grid[1]
+            out.patches[b, start:stop] = patches[image]
+            out.segment_ids[b, start:stop] = slot + 1
+            out.coords[b, start:stop] = np.indices(grid).reshape(2, -1).T
+            out.grids[b, slot] = grid
+            start = stop
+    out.check()
+    return out
+
+
+def random_patches(rng: np.random.Generator, grids) -> list[np.ndarray]:
+    return [
+        rng.integers(0, 256, (h * w, PATCH**2 * 3)).astype(np.uint8) for h, w in grids
+    ]
+
+
+def tiny_config(**train) -> Config:
+    """A whole experiment that trains in seconds on one device."""
+    return Config(
+        model=ModelConfig(
+            vision=vision_config(patch_size=16, width=16, mlp_dim=24, num_heads=2),
+            text=TextConfig(length=24, width=16, depth=1, mlp_dim=24, num_heads=2),
+        ),
+        data=DataConfig(
+            train=Synthetic(size=60),
+            eval=Synthetic(size=12, seed=1),
+            budgets=(9, 16),
+            row_tokens=40,
+            rows=4,
+            slots=4,
+        ),
+        optim=OptimConfig(warmup_steps=2),
+        train=TrainConfig(
+            **{"steps": 6, "log_every": 2, "checkpoint_every": 3, **train}
+        ),
+        eval=EvalConfig(budgets=(16, 25)),
+        mesh=MeshConfig(data=1, fsdp=1),
+    )
+
+
+POSITIONS = [
+    PositionConfig(),
+    PositionConfig(kind="learned_1d", size=64),
+    PositionConfig(kind="learned_2d", size=16),
+    *(
+        PositionConfig(
+            kind="factorized",
+            size=16,
+            coordinates=coordinates,
+            encoding=encoding,
+            combine=combine,
+        )
+        for coordinates in ("absolute", "fractional", "fractional_aspect")
+        for encoding in ("learned", "sinusoidal", "fourier")
+        for combine in ("sum", "product", "stack")
+    ),
+]

@@ -1,0 +1,144 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from navit.model.attention import attention
+
+IMPLEMENTATIONS = ["xla", "unpack"]
+BOUNDS = dict(max_segments=5, max_segment_tokens=20)
+
+
+@pytest.fixture
+def row(rng):
+    """Two rows of 48 tokens: segments of 20, 1 and 13; 7 and 19 with a hole between."""
+    segments = np.zeros((2, 48), np.int32)
+    segments[0, :20], segments[0, 20:21], segments[0, 21:34] = 1, 2, 3
+    segments[1, :7], segments[1, 9:28] = 1, 4
+    q, k, v = jnp.asarray(rng.normal(size=(3, 2, 48, 2, 8)), jnp.float32)
+    return q, k, v, jnp.asarray(segments)
+
+
+def naive(q, k, v, segments):
+    """Softmax attention of each segment by itself, in float64."""
+    q, k, v, segments = (np.asarray(x) for x in (q, k, v, segments))
+    out = np.zeros(q.shape)
+    for b, s in {(b, s) for b, row in enumerate(segments) for s in row if s}:
+        own = segments[b] == s
+        for h in range(q.shape[2]):
+            logits = q[b, own, h].astype(np.float64) @ k[b, own, h].T
+            weights = np.exp(logits / np.sqrt(q.shape[3]))
+            out[b, own, h] = weights / weights.sum(-1, keepdims=True) @ v[b, own, h]
+    return out
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_equals_attention_of_each_segment_alone(row, implementation):
+    out = attention(*row, implementation=implementation, **BOUNDS)
+    real = np.asarray(row[3]) > 0
+    np.testing.assert_allclose(np.asarray(out)[real], naive(*row)[real], atol=2e-6)
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_equal_those_of_the_dense_mask(row, implementation):
+    q, k, v, segments = row
+    weight = (
+        np.random.default_rng(1).normal(size=q.shape) * (segments > 0)[..., None, None]
+    )
+
+    def total(q, k, v, implementation):
+        out = attention(q, k, v, segments, implementation=implementation, **BOUNDS)
+        return (out * weight).sum()
+
+    found = jax.grad(total, argnums=(0, 1, 2))(q, k, v, implementation)
+    expected = jax.grad(total, argnums=(0, 1, 2))(q, k, v, "xla")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_leak_between_segments_in_value_or_gradient(row, implementation):
+    """Any values in segment A and in padding leave segment B as it is, to the bit."""
+    q, k, v, segments = row
+
+    def attend(q, k, v):
+        return attention(q, k, v, segments, implementation=implementation, **BOUNDS)
+
+    attend = jax.jit(attend)
+    outside = (np.asarray(segments) != 3)[..., None, None]
+    poison = [jnp.where(outside, x * -7e3 + 11, x) for x in (q, k, v)]
+    before, after = attend(q, k, v), attend(*poison)
+    np.testing.assert_array_equal(before[0, 21:34], after[0, 21:34])
+
+    gradients = jax.grad(
+        lambda q, k, v: (attend(q, k, v)[0, 21:34] ** 2).sum(), argnums=(0, 1, 2)
+    )(q, k, v)
+    for g in gradients:
+        assert (np.asarray(g)[np.broadcast_to(outside, g.shape)] == 0).all()
+        assert np.abs(g[0, 21:34]).max() > 0
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_order_of_tokens_in_a_row_does_not_matter(row, implementation, rng):
+    """Not even whether a segment is contiguous."""
+    order = rng.permutation(48)
+    out = attention(*row, implementation=implementation, **BOUNDS)
+    shuffled = attention(
+        *(x[:, order] for x in row), implementation=implementation, **BOUNDS
+    )
+    real = np.asarray(row[3])[:, order] > 0
+    np.testing.assert_allclose(
+        np.asarray(out)[:, order][real], np.asarray(shuffled)[real], atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mask_of_four_budgets_in_one_row(implementation):
+    """256 + 576 + 729 + 1024 tokens: as many visible pairs as the squares sum to."""
+    segments = jnp.asarray(np.repeat([1, 2, 3, 4], [256, 576, 729, 1024])[None])
+    assert segments.shape == (1, 2585)
+    # With zero queries all visible tokens weigh the same, and with the identity as
+    # values the output is the matrix of weights itself.
+    zeros, identity = jnp.zeros((1, 2585, 1, 2585)), jnp.eye(2585)[None, :, None]
+    weights = attention(
+        zeros,
+        zeros,
+        identity,
+        segments,
+        implementation=implementation,
+        max_segments=4,
+        max_segment_tokens=1024,
+    )[0, :, 0]
+    assert (weights > 0).sum() == 1_977_329
+    same = segments[0, :, None] == segments[0, None, :]
+    np.testing.assert_array_equal(weights > 0, same)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+def test_bfloat16_stays_close(row):
+    q, k, v, segments = row
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    for implementation in IMPLEMENTATIONS:
+        out = attention(*low, segments, implementation=implementation, **BOUNDS)
+        assert out.dtype == jnp.bfloat16
+        real = np.asarray(segments) > 0
+        error = np.abs(np.asarray(out, np.float32) - naive(*row))[real]
+        assert error.max() < 0.05
+
+
+def test_no_segments_is_plain_attention(row):
+    q, k, v, _ = row
+    ones = jnp.ones((2, 48), jnp.int32)
+    np.testing.assert_allclose(
+        attention(q, k, v, None),
+        attention(q, k, v, ones, implementation="xla"),
+        atol=1e-6,
+    )
+
+
+def test_errors_name_what_is_wrong(row):
+    with pytest.raises(ValueError, match="'splosh' is not one of"):
+        attention(*row, implementation="splosh")
+    with pytest.raises(ValueError, match="needs max_segments and max_segment_tokens"):
+        attention(*row, implementation="unpack")

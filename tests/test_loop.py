@@ -1,0 +1,170 @@
+"""Training runs: resume, interruption, refusals, and what they leave behind."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+import navit
+from navit.config import override
+from navit.input import pipeline
+from navit.optim import make_optimizer
+from navit.sharding import Rules
+from navit.train import loop
+from navit.train.checkpoint import Checkpoints
+from navit.train.state import init_state
+
+
+def restored(workdir, config):
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints.restore(
+        jax.eval_shape(lambda: init_state(config, optimizer, Rules()))
+    )
+    checkpoints.close()
+    return state
+
+
+def interrupt_at(monkeypatch, step, number=signal.SIGINT):
+    """Sends this process a signal while it reads the batch of `step`."""
+    real = pipeline.train_batches
+
+    def batches(config, source, *, start_step=0, **kwargs):
+        for i, batch in enumerate(
+            real(config, source, start_step=start_step, **kwargs), start_step + 1
+        ):
+            if i == step:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", batches)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    assert loop.train(tiny_config(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_never_having_stopped(
+    uninterrupted, tmp_path, monkeypatch, caplog, number
+):
+    caplog.set_level("INFO", "navit")
+    config = tiny_config()
+    interrupt_at(monkeypatch, 4, number)
+    assert not loop.train(config, tmp_path)
+    assert "interrupted; saved step 4" in caplog.text
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    monkeypatch.undo()
+    assert loop.train(config, tmp_path)
+    assert "resuming from step 4" in caplog.text
+    a, b = restored(uninterrupted, config), restored(tmp_path, config)
+    assert int(a.step) == int(b.step) == 6
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_killed_run_goes_on_from_the_last_checkpoint(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """What was logged after that checkpoint is logged once in the end."""
+    config = tiny_config()
+    real = pipeline.train_batches
+
+    def dying(*args, **kwargs):
+        for i, batch in enumerate(real(*args, **kwargs), 1):
+            if i == 6:
+                raise MemoryError("killed")
+            yield batch
+
+    monkeypatch.setattr(pipeline, "train_batches", dying)
+    with pytest.raises(MemoryError):
+        loop.train(config, tmp_path)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [2, 4]  # checkpoints: 3
+    monkeypatch.undo()
+    loop.train(config, tmp_path)
+    steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [2, 4, 6]
+    a, b = restored(uninterrupted, config), restored(tmp_path, config)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_metrics_are_those_of_the_uninterrupted_run(uninterrupted):
+    lines = [json.loads(x) for x in (uninterrupted / "metrics.jsonl").open()]
+    for line in lines:
+        assert line["images_per_second"] > 0 and 0 < line["fill"] <= 1
+        assert np.isfinite(line["loss"]) and line["unreadable"] == 0
+    assert lines[-1]["eta_seconds"] == 0
+    for name in ("config.json", "budgets.json", "budgets.png"):
+        assert (uninterrupted / name).stat().st_size > 0
+    assert not list(uninterrupted.glob("*.tmp"))
+
+
+def test_finished_run_only_evaluates_again(uninterrupted, caplog):
+    caplog.set_level("INFO", "navit")
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    assert loop.train(tiny_config(), uninterrupted)
+    assert "is trained to step 6 already" in caplog.text
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_checkpoint_of_another_config_is_refused(uninterrupted):
+    changed = override(tiny_config(), ["optim.lr=0.5"])
+    with pytest.raises(ValueError) as error:
+        loop.train(changed, uninterrupted)
+    message = str(error.value)
+    assert "optim.lr: 0.001 -> 0.5" in message and "--workdir" in message
+    assert "\n" not in message
+
+
+def test_what_decides_nothing_may_change(uninterrupted):
+    config = override(
+        tiny_config(), ["eval.budgets=4", "train.log_every=1", "data.workers=1"]
+    )
+    assert loop.train(config, uninterrupted)
+
+
+def test_load_gives_the_trained_model(uninterrupted):
+    model = navit.load(uninterrupted)
+    assert model.step == 6 and model.config == tiny_config()
+    state = restored(uninterrupted, tiny_config())
+    for a, b in zip(
+        jax.tree.leaves(model.model), jax.tree.leaves(state.model), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_load_of_something_else_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a navit work directory"):
+        navit.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
+        navit.load(tmp_path)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = override(tiny_config(), ["model.init_scale=1e30"])
+    with pytest.raises(FloatingPointError, match=r"at step 2: lower optim.lr"):
+        loop.train(config, tmp_path)
+
+
+def test_classification_trains_and_evaluates(tmp_path):
+    config = override(
+        tiny_config(steps=2),
+        [
+            "train.loss=classification",
+            "model.vision.num_classes=56",
+            "model.text=none",
+        ],
+    )
+    assert loop.train(config, tmp_path)
+    results = json.loads((tmp_path / "budgets.json").read_text())
+    assert set(results["budgets"]["16"]) >= {"coarse_accuracy", "tokens_per_image"}

@@ -1,0 +1,86 @@
+"""navit.input.packing: lengths into rows."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from navit.input.geometry import grids_for
+from navit.input.packing import best_fit
+
+
+def plain_best_fit(lengths, row_tokens, open_rows, max_images):
+    """The rule of `best_fit`'s docstring, looking at every open row every time.
+
+    Of rows with equal room, the one that changed last is taken.
+    """
+    opened: list[list[int]] = []  # the one that changed last stands last
+    closed = []
+
+    def room(row: list[int]) -> int:
+        return row_tokens - sum(lengths[i] for i in row)
+
+    for index, length in enumerate(lengths):
+        fitting = [row for row in opened if room(row) >= length]
+        if fitting:
+            row = min(reversed(fitting), key=room)
+            opened.remove(row)
+        else:
+            if len(opened) == open_rows:
+                fullest = min(reversed(opened), key=room)
+                opened.remove(fullest)
+                closed.append(fullest)
+            row = []
+        row.append(index)
+        done = room(row) == 0 or len(row) == max_images
+        (closed if done else opened).append(row)
+    return closed + sorted(opened, key=room)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 8), max_size=120),
+    row_tokens=st.integers(8, 24),  # short, so that rows often come out full
+    open_rows=st.integers(1, 6),
+    max_images=st.none() | st.integers(1, 5),
+)
+def test_rows_are_the_stated_rule_and_hold_what_they_may(
+    lengths, row_tokens, open_rows, max_images
+):
+    rows = best_fit(lengths, row_tokens, open_rows=open_rows, max_images=max_images)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    for row in rows:
+        assert row == sorted(row)
+        assert 0 < sum(lengths[i] for i in row) <= row_tokens
+        assert max_images is None or len(row) <= max_images
+    assert rows == plain_best_fit(lengths, row_tokens, open_rows, max_images)
+
+
+@pytest.mark.parametrize("length", [0, -1, 11])
+def test_a_length_that_no_row_holds_is_refused_by_number_and_value(length):
+    with pytest.raises(ValueError, match=f"image 2 has {length} tokens.*10"):
+        best_fit([3, 10, length, 4], 10)
+
+
+def test_nothing_packs_into_nothing():
+    assert best_fit([], 10) == []
+
+
+def padding(lengths: list[int], row_tokens: int, open_rows: int) -> float:
+    rows = best_fit(lengths, row_tokens, open_rows=open_rows)
+    return 1 - sum(lengths) / (len(rows) * row_tokens)
+
+
+def test_photographs_in_rows_of_4096_waste_little():
+    # 20,000 photographs of 0.3 to 9 megapixels, 2:3 to 3:2 for two thirds of them.
+    rng = np.random.default_rng(0)
+    height = rng.choice([480, 640, 768, 1024, 1200, 2048, 3000], 20_000)
+    width = height * np.exp(rng.normal(0, 0.35, len(height)))
+    sizes = np.stack([height, width.astype(np.int64)], -1)
+    lengths = grids_for(sizes, 1024).prod(-1).tolist()
+    assert padding(lengths, 4096, 16) < 0.014
+    # Without enlarging, lengths differ, and what differs packs better still.
+    native = grids_for(sizes // 4, 1024, max_upscale=1.0).prod(-1).tolist()
+    assert padding(native, 4096, 16) < 0.01
+    # Rows kept open are what buys it.
+    assert padding(native, 4096, 16) < padding(native, 4096, 1) / 2

@@ -1,0 +1,311 @@
+"""navit.input.pipeline: images -> rows, and plan -> training batches."""
+
+import gc
+import io
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import navit
+from navit.batch import Batch, PackedImages
+from navit.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PositionConfig,
+    Synthetic,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from navit.input import pixels
+from navit.input.pipeline import open_source, train_batches
+from navit.input.plan import BatchPlans
+from navit.input.synthetic import SyntheticSource
+from navit.input.text import encode_bytes
+
+STEPS = 8
+
+
+def config(steps: int = STEPS, **overrides) -> Config:
+    """Batches of 2 rows from 40 images, a few steps an epoch."""
+    defaults = dict(
+        train=Synthetic(size=40, seed=2),
+        budgets=(9, 16),
+        row_tokens=48,
+        rows=2,
+        slots=4,
+    )
+    return Config(
+        model=ModelConfig(text=TextConfig(length=24)),
+        data=DataConfig(**{**defaults, **overrides}),
+        train=TrainConfig(steps=steps),
+    )
+
+
+def batches(cfg: Config, source=None, **options) -> list[Batch]:
+    return list(train_batches(cfg, source or open_source(cfg.data.train), **options))
+
+
+def arrays(batch: Batch) -> list[np.ndarray]:
+    return [*batch.images, *batch[1:]]
+
+
+def assert_same(one: list[Batch], other: list[Batch]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for x, y in zip(arrays(a), arrays(b), strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+
+
+def solid(height: int, width: int, value: int = 90) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def noise(rng, sizes) -> list[np.ndarray]:
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+def test_pack_puts_each_image_once_with_its_own_patches(rng):
+    sizes = [(1, 1), (37, 911), (300, 400), (16, 16), (90, 20), (50, 50), (5, 3000)]
+    images = noise(rng, sizes)
+    packed, index = navit.pack(
+        images, patch_size=8, max_tokens=30, row_tokens=64, return_index=True
+    )
+    packed.check()
+    assert index.shape == packed.grids.shape[:2]
+    held = index[index >= 0]
+    assert sorted(held.tolist()) == list(range(len(images)))
+    np.testing.assert_array_equal(index >= 0, packed.grids.prod(-1) > 0)
+    for row, slot in np.argwhere(index >= 0):
+        image = images[index[row, slot]]
+        grid = navit.grid_for(*image.shape[:2], patch_size=8, max_tokens=30)
+        assert tuple(packed.grids[row, slot]) == grid
+        mine = packed.segment_ids[row] == slot + 1
+        expected = np.zeros((grid[0] * grid[1], 192), np.uint8)
+        pixels.to_patches(pixels.load(image, grid[0] * 8, grid[1] * 8), 8, expected)
+        np.testing.assert_array_equal(packed.patches[row, mine], expected)
+        coords = list(itertools.product(range(grid[0]), range(grid[1])))
+        assert packed.coords[row, mine].tolist() == [list(c) for c in coords]
+    padding = packed.segment_ids == 0
+    assert padding.any()
+    assert not packed.patches[padding].any() and not packed.coords[padding].any()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (37, 911), (3000, 4000), (1, 5000)])
+@pytest.mark.parametrize("max_tokens", [1, 2, 256, 729])
+def test_pack_takes_any_size_at_any_budget(size, max_tokens):
+    packed = navit.pack([solid(*size)], max_tokens=max_tokens, row_tokens=729)
+    packed.check()
+    assert packed.patches.shape == (1, 729, 768)
+    assert 0 < (packed.segment_ids > 0).sum() <= max_tokens
+    assert (packed.patches[packed.segment_ids > 0] == 90).all()
+
+
+def test_the_mask_of_four_squares_in_one_row_lets_each_see_itself():
+    sides = (256, 384, 432, 512)  # 16, 24, 27 and 32 patches of 16
+    packed = navit.pack(
+        [solid(side, side) for side in sides],
+        max_tokens=1024,
+        row_tokens=2585,
+        max_upscale=1.0,
+    )
+    assert packed.segment_ids.shape == (1, 2585)
+    assert sorted(packed.grids[0].prod(-1).tolist()) == [256, 576, 729, 1024]
+    (segments,) = packed.segment_ids
+    mask = segments[:, None] == segments[None, :]
+    assert mask.sum() == 256**2 + 576**2 + 729**2 + 1024**2 == 1_977_329
+
+
+def test_pack_respects_the_slots(rng):
+    images = noise(rng, [(8, 8)] * 7)
+    packed, index = navit.pack(
+        images, patch_size=8, max_tokens=1, row_tokens=10, slots=3, return_index=True
+    )
+    assert packed.grids.shape == (3, 3, 2)
+    assert (index >= 0).sum(-1).max() <= 3
+    assert sorted(index[index >= 0].tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "words"),
+    [
+        ([], {}, "no images"),
+        ([solid(8, 8)], {"max_tokens": 300, "row_tokens": 256}, "300.*256"),
+        ([solid(8, 8)], {"max_tokens": 0}, "max_tokens.*0"),
+        ([solid(8, 8)], {"slots": 0}, "slots.*0"),
+        ([solid(8, 8)], {"slots": -1}, "slots.*-1"),
+        ([solid(8, 8), b"not an image"], {}, "image 1"),
+        ([solid(8, 8), solid(8, 8).astype(np.float32)], {}, "image 1.*float32"),
+    ],
+)
+def test_pack_refuses_what_it_cannot_pack_by_name_and_value(images, options, words):
+    with pytest.raises(ValueError, match=words):
+        navit.pack(images, **options)
+
+
+def test_pack_names_the_image_that_breaks_off_in_its_pixels(rng):
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(out, "JPEG")
+    cut = out.getvalue()[:2000]
+    assert pixels.size_of(cut) == (64, 64)  # the header is whole
+    with pytest.raises(ValueError, match="image 2 "):
+        navit.pack([solid(8, 8), solid(8, 8), cut])
+
+
+@pytest.fixture(scope="module")
+def one_run() -> list[Batch]:
+    return batches(config())
+
+
+def test_batches_hold_what_the_plan_and_the_source_say(one_run):
+    cfg = config()
+    source = open_source(cfg.data.train)
+    assert len(one_run) == STEPS
+    for batch in one_run:
+        PackedImages(*batch.images).check()
+        assert batch.images.patches.shape == (2, 48, 768)
+        assert batch.text.shape == (2, 4, 24)
+        for array in arrays(batch)[1:]:
+            assert array.dtype == np.int32
+        empty = batch.id < 0
+        np.testing.assert_array_equal(empty, batch.images.grids.prod(-1) == 0)
+        assert not batch.text[empty].any() and not batch.size[empty].any()
+        assert (batch.label[empty] == -1).all()
+        for row, slot in np.argwhere(~empty):
+            index = int(batch.id[row, slot])
+            assert tuple(batch.size[row, slot]) == tuple(source.sizes[index])
+            assert batch.label[row, slot] == source.tasks["coarse"].labels[index]
+            texts = encode_bytes(source.captions(index), 24).tolist()
+            assert batch.text[row, slot].tolist() in texts
+            rows, columns = batch.images.grids[row, slot].tolist()
+            expected = np.zeros((rows * columns, 768), np.uint8)
+            image = pixels.load(source.image(index), rows * 16, columns * 16)
+            pixels.to_patches(image, 16, expected)
+            mine = batch.images.segment_ids[row] == slot + 1
+            np.testing.assert_array_equal(batch.images.patches[row, mine], expected)
+
+
+@pytest.mark.parametrize("start", [1, 5, STEPS])
+def test_a_run_continues_with_the_same_batches(one_run, start):
+    assert_same(batches(config(), start_step=start), one_run[start:])
+
+
+def test_workers_give_the_same_batches_and_end_quietly(one_run, capfd):
+    source = open_source(config().data.train)
+    iterator = train_batches(config(workers=2), source, start_step=3)
+    assert_same([next(iterator) for _ in range(3)], one_run[3:6])
+    # Left before its end, as a run is that gets a signal.
+    close = getattr(iterator, "close", None)
+    if close:
+        close()
+    del iterator, close
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+def test_the_rows_of_two_hosts_are_the_batch_of_one(one_run):
+    hosts = [batches(config(), process_index=i, process_count=2) for i in range(2)]
+    together = [
+        Batch(
+            PackedImages(*map(np.concatenate, zip(a.images, b.images, strict=True))),
+            *map(np.concatenate, zip(a[1:], b[1:], strict=True)),
+        )
+        for a, b in zip(*hosts, strict=True)
+    ]
+    assert_same(together, one_run)
+
+
+class OneBroken(SyntheticSource):
+    """The synthetic images, but for one that is no image."""
+
+    broken = 7
+
+    def image(self, index: int):
+        return b"garbage" if index == self.broken else super().image(index)
+
+
+def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
+    one_run, caplog
+):
+    with caplog.at_level(logging.WARNING, logger="navit"):
+        got = batches(config(), OneBroken(size=40, seed=2))
+    met = 0
+    for batch, whole in zip(got, one_run, strict=True):
+        PackedImages(*batch.images).check()
+        for row, slot in np.argwhere(whole.id == OneBroken.broken):
+            met += 1
+            mine = whole.images.segment_ids[row] == slot + 1
+            # What the whole batch loses is exactly this image.
+            images = PackedImages(*map(np.copy, whole.images))
+            for array in images[:3]:
+                array[row, mine] = 0
+            images.grids[row, slot] = 0
+            whole = whole._replace(images=images)
+            assert batch.id[row, slot] == OneBroken.broken
+        assert_same([batch], [whole])
+    assert met > 0
+    assert len(caplog.records) == met
+    name = OneBroken(size=40).name(OneBroken.broken)
+    assert all(name in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        PositionConfig(kind="learned_1d", size=15),
+        PositionConfig(kind="learned_2d", size=3),
+    ],
+)
+def test_a_position_table_too_small_is_refused_before_any_decode(position):
+    class Closed(SyntheticSource):
+        def image(self, index):
+            raise MemoryError("an image was decoded")
+
+    vision = VisionConfig(position=position)
+    data = config().data
+    cfg = Config(model=ModelConfig(vision=vision), data=data)
+    with pytest.raises(ValueError, match=f"ends at {position.size}"):
+        train_batches(cfg, Closed(size=40))
+
+
+def test_rows_that_the_processes_cannot_share_are_refused():
+    source = open_source(config().data.train)
+    with pytest.raises(ValueError, match=r"rows=2 .* 3 processes"):
+        train_batches(config(), source, process_count=3)
+
+
+class Plain(SyntheticSource):
+    """The captions are all that matters, so the images are quick."""
+
+    def image(self, index: int):
+        return solid(8, 8)
+
+
+def drawn(cfg: Config) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(epoch, id) -> the caption's tokens."""
+    source = Plain(size=40, seed=2)
+    plans = BatchPlans(source.sizes, cfg.data, patch_size=16, steps=cfg.train.steps)
+    found = {}
+    for step, batch in enumerate(batches(cfg, source)):
+        for row, slot in np.argwhere(batch.id >= 0):
+            key = step // plans.steps_per_epoch, int(batch.id[row, slot])
+            found[key] = tuple(batch.text[row, slot].tolist())
+    return found
+
+
+def test_the_caption_drawn_depends_on_seed_epoch_and_id_alone():
+    one = drawn(config(30))
+    otherwise = drawn(config(12, budgets=(9,), rows=4, slots=8, row_tokens=60))
+    shared = one.keys() & otherwise.keys()
+    assert {epoch for epoch, _ in shared} >= {0, 1}
+    assert all(one[key] == otherwise[key] for key in shared)
+    # And it does change with the epoch, and with the seed.
+    first, second = ({i: one[e, i] for e, i in one if e == epoch} for epoch in (0, 1))
+    assert any(first[i] != second[i] for i in first.keys() & second.keys())
+    seeded = drawn(config(30, seed=1))
+    assert any(one[key] != seeded[key] for key in one.keys() & seeded.keys())

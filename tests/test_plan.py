@@ -1,0 +1,165 @@
+"""navit.input.plan: an epoch as integers, the same on every host."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from navit.config import DataConfig
+from navit.input.geometry import grids_for
+from navit.input.plan import BatchPlans, Rows, plan_epoch
+
+PATCH = 8
+
+
+def random_sizes(seed: int, count: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 300, (count, 2))
+
+
+def data_config(**overrides) -> DataConfig:
+    defaults = dict(budgets=(4, 16), row_tokens=40, rows=4, slots=3, open_rows=3)
+    return DataConfig(**{**defaults, **overrides})
+
+
+def plans(sizes, data, steps=20, **host) -> BatchPlans:
+    return BatchPlans(sizes, data, patch_size=PATCH, steps=steps, **host)
+
+
+def as_lists(rows: Rows) -> list[list[tuple[int, int, int]]]:
+    """Per row: (record, rows, columns) of each image."""
+    images = np.column_stack([rows.index, rows.grids]).tolist()
+    return [
+        [tuple(image) for image in images[start:stop]]
+        for start, stop in itertools.pairwise(rows.offsets)
+    ]
+
+
+options = st.builds(
+    dict,
+    budgets=st.sampled_from([(4,), (1, 16), (9, 25, 40)]),
+    rows=st.sampled_from([1, 2, 4]),
+    slots=st.integers(1, 8),
+    open_rows=st.integers(1, 8),
+    max_upscale=st.sampled_from([None, 1.0]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(overrides=options, count=st.integers(1, 60), epoch=st.integers(0, 9))
+def test_an_epoch_holds_each_image_once_at_the_grid_of_a_budget(
+    overrides, count, epoch
+):
+    data = data_config(**overrides)
+    sizes = random_sizes(count, count)
+    rows = plan_epoch(sizes, data, patch_size=PATCH, epoch=epoch)
+    assert sorted(rows.index.tolist()) == list(range(count))
+    possible = [
+        grids_for(sizes, budget, patch_size=PATCH, max_upscale=data.max_upscale)
+        for budget in data.budgets
+    ]
+    for row in as_lists(rows):
+        assert 0 < len(row) <= data.slots
+        assert sum(r * c for _, r, c in row) <= data.row_tokens
+        for index, *grid in row:
+            assert grid in [table[index].tolist() for table in possible]
+
+
+def test_an_epoch_is_a_function_of_sizes_config_and_number():
+    sizes = random_sizes(0, 50)
+
+    def lists(epoch: int = 1, **overrides):
+        data = data_config(**overrides)
+        return as_lists(plan_epoch(sizes, data, patch_size=PATCH, epoch=epoch))
+
+    assert lists() == lists()
+    assert lists() != lists(epoch=2)
+    assert lists() != lists(seed=1)
+
+
+def test_every_budget_gets_its_share():
+    sizes = np.full((600, 2), 320)  # squares: the budget is the token count
+    rows = plan_epoch(sizes, data_config(), patch_size=PATCH, epoch=0)
+    large = (rows.grids.prod(-1) == 16).sum()
+    # 300 is expected, the standard deviation is 12.
+    assert 240 < large < 360
+
+
+@settings(max_examples=8, deadline=None)
+@given(overrides=options, count=st.integers(1, 60))
+def test_batches_repeat_no_image_within_any_of_20_epochs(overrides, count):
+    data = data_config(**overrides)
+    sizes = random_sizes(count, count)
+    batches = plans(sizes, data, steps=10_000)
+    seen_ever = set()
+    for epoch in range(20):
+        seen = [
+            int(index)
+            for step in range(batches.steps_per_epoch)
+            for index in batches[epoch * batches.steps_per_epoch + step].index
+        ]
+        assert len(seen) == len(set(seen))
+        seen_ever |= set(seen)
+    # Each epoch may leave some out, but not the same ones.
+    if batches.steps_per_epoch > 1:
+        assert seen_ever == set(range(count))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("count", [3, 60])
+def test_the_rows_of_all_hosts_together_are_the_batch_of_one(hosts, count):
+    sizes, data = random_sizes(1, count), data_config()
+    alone = plans(sizes, data)
+    each = [
+        plans(sizes, data, process_index=i, process_count=hosts) for i in range(hosts)
+    ]
+    assert {len(host) for host in each} == {len(alone)} == {20}
+    assert {host.steps_per_epoch for host in each} == {alone.steps_per_epoch}
+    for step in range(20):
+        together = [row for host in each for row in as_lists(host[step])]
+        assert together == as_lists(alone[step])
+        assert {len(host[step]) for host in each} == {data.rows // hosts}
+        assert {host[step].epoch for host in each} == {step // alone.steps_per_epoch}
+
+
+def test_rows_past_the_end_of_an_epoch_are_empty():
+    rows = plan_epoch(random_sizes(2, 9), data_config(), patch_size=PATCH, epoch=0)
+    padded = as_lists(rows.slice(len(rows) - 1, len(rows) + 3))
+    assert padded == [as_lists(rows)[-1], [], [], []]
+    assert as_lists(rows.slice(len(rows) + 5, len(rows) + 7)) == [[], []]
+
+
+def test_a_set_smaller_than_a_batch_still_has_one_step_an_epoch():
+    batches = plans(random_sizes(3, 2), data_config(rows=8))
+    assert batches.steps_per_epoch == 1
+    for step in range(5):
+        rows = as_lists(batches[step])
+        assert len(rows) == 8
+        assert sorted(index for row in rows for index, *_ in row) == [0, 1]
+
+
+def test_plans_travel_to_a_worker_and_give_the_same_rows():
+    batches = plans(random_sizes(4, 60), data_config())
+    before = pickle.loads(pickle.dumps(batches))
+    wanted = [as_lists(batches[step]) for step in range(20)]
+    after = pickle.loads(pickle.dumps(batches))
+    for copy in (before, after):
+        # Backwards: access is random, nothing depends on what was read before.
+        got = [as_lists(copy[step]) for step in reversed(range(20))]
+        assert got[::-1] == wanted
+
+
+def test_a_step_beyond_the_last_is_an_index_error():
+    # A Sequence without it is endless: `for rows in plans` would never stop.
+    batches = plans(random_sizes(5, 60), data_config())
+    for step in (20, 1000):
+        with pytest.raises(IndexError):
+            batches[step]
+
+
+def test_rows_that_the_hosts_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"rows=4 .* 3 processes"):
+        plans(random_sizes(6, 9), data_config(), process_count=3)

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+from navit.config import MeshConfig, override
+from navit.input import pipeline
+from navit.optim import make_optimizer
+from navit.sharding import Rules, make_mesh, use_mesh
+from navit.train.loop import to_device
+from navit.train.state import init_state
+from navit.train.step import make_train_step
+
+
+def run(config, steps=3):
+    """Trains a few steps on the config's mesh; returns losses and parameters."""
+    mesh, rules = make_mesh(config.mesh)
+    source = pipeline.open_source(config.data.train)
+    with use_mesh(mesh):
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = jax.jit(lambda: init_state(config, optimizer, rules))()
+        step = make_train_step(config, optimizer, rules)
+        losses = []
+        for _, batch in zip(
+            range(steps), pipeline.train_batches(config, source), strict=False
+        ):
+            state, metrics = step(state, to_device(batch, rules))
+            losses.append(float(metrics["loss"]))
+        return losses, state
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+def test_one_device_equals_eight(mesh, loss):
+    """Loss and parameters, replicated and with sharded parameters."""
+    # A width that 8 devices can share, and fewer images than rows fill: some slots and
+    # some devices stay empty.
+    options = ["data.rows=8", "model.vision.width=32", "model.text.width=32"]
+    config = override(tiny_config(loss=loss), [*options, "data.train.size=14"])
+    other = MeshConfig(data=1, fsdp=8) if mesh == "fsdp=8" else MeshConfig()
+    many = override(config, [f"mesh.data={other.data}", f"mesh.fsdp={other.fsdp}"])
+    expected_losses, expected = run(config)
+    losses, state = run(many)
+    np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
+    for a, b in zip(
+        jax.tree.leaves(state.model), jax.tree.leaves(expected.model), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    kernel = state.model.vision.encoder.blocks.mlp.up.kernel[...]
+    assert len(kernel.sharding.device_set) == 8
+    assert kernel.sharding.is_fully_replicated == (mesh == "data=8")
+    moments = jax.tree.leaves(state.opt_state)
+    sharded = [x for x in moments if not x.sharding.is_fully_replicated]
+    assert bool(sharded) == (mesh == "fsdp=8")
+
+
+def test_rules():
+    assert Rules()("batch", None) is None
+    assert Rules("data")("batch", None, "embed") == jax.P("data", None, None)
+    assert Rules(("data", "fsdp"), "fsdp")("embed") == jax.P("fsdp")
+
+
+def test_mesh_that_does_not_fit_is_an_error():
+    assert jax.device_count() == 8
+    with pytest.raises(ValueError, match=r"mesh.data=3 and mesh.fsdp=3 do not fit 8"):
+        make_mesh(MeshConfig(data=3, fsdp=3))
+    with pytest.raises(ValueError, match="fit 8 devices"):
+        make_mesh(MeshConfig(data=-1, fsdp=16))
+    mesh, _ = make_mesh(MeshConfig(data=2, fsdp=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+    mesh, rules = make_mesh(MeshConfig(data=1, fsdp=1))
+    assert mesh is None and rules == Rules()
+
+
+def test_planted_sharding_mistake_is_caught():
+    """Explicit meshes refuse an ambiguous product instead of guessing communication."""
+    mesh, rules = make_mesh(MeshConfig())
+    with use_mesh(mesh):
+        x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, rules("batch")))
+        with pytest.raises(Exception, match=r"[Ss]hard"):
+            x @ x.T
