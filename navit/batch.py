@@ -45,6 +45,8 @@ class PackedImages(NamedTuple):
             raise ValueError(f"coords must be {(b, n, 2)}, not {coords.shape}")
         if grids.ndim != 3 or grids.shape[0] != b or grids.shape[2] != 2:
             raise ValueError(f"grids must be [{b}, s, 2], not {grids.shape}")
+        if (grids < 0).any():
+            raise ValueError(f"grids must not be negative, as {grids.min()} is")
         counts = tokens_per_slot(segments, grids.shape[1])
         if counts.sum() != (segments != 0).sum():
             raise ValueError(
@@ -57,6 +59,16 @@ class PackedImages(NamedTuple):
             raise ValueError(
                 f"row {row} slot {slot} has {counts[row, slot]} tokens, but its grid "
                 f"is {tuple(grids[row, slot].tolist())}"
+            )
+        row, token = np.nonzero(segments)
+        own = grids[row, segments[row, token] - 1]
+        at = coords[row, token]
+        outside = np.flatnonzero(((at < 0) | (at >= own)).any(-1))
+        if len(outside):
+            i = outside[0]
+            raise ValueError(
+                f"coords of row {row[i]} token {token[i]} are {tuple(at[i].tolist())}, "
+                f"outside their grid {tuple(own[i].tolist())}"
             )
 
 

@@ -12,10 +12,7 @@ from pathlib import Path
 # What a user can cause and mend: shown in one line, without a traceback.
 _USER_ERRORS = (
     ValueError,
-    FileNotFoundError,
-    NotADirectoryError,
-    PermissionError,
-    AttributeError,
+    OSError,
     FloatingPointError,
 )
 

@@ -104,6 +104,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads")
         _divisible(self)
+        if self.embed_dim is not None:
+            _positive(self, "embed_dim")
         if self.pool == "none" and (self.embed_dim or self.num_classes):
             raise ValueError(
                 'pool="none" returns tokens only, so it takes no embed_dim and no '
@@ -125,9 +127,12 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "length", "width", "depth", "mlp_dim")
+        _positive(self, "num_heads")
         _divisible(self)
         if self.tokenizer == "bytes" and self.vocab_size < 258:
-            raise ValueError(f"the byte tokenizer needs vocab_size 258, not {self}")
+            raise ValueError(
+                f"the byte tokenizer needs vocab_size 258, not {self.vocab_size}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +155,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "init_scale", "scan_unroll")
-        if self.text and (self.vision.embed_dim or self.vision.width) < 1:
-            raise ValueError("the towers need a common embedding width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +173,19 @@ class Folder:
     """Photographs in `path` with a CSV or JSONL table of `file,caption[,label]`.
 
     `table` is relative to `path`; empty means the only .csv or .jsonl file there.
-    `split` keeps every image ("all"), or sets `holdout` of them aside by a hash of the
-    file name: "train" is the rest and "eval" the part set aside.
+    `split` keeps every image ("all"), or sets a share `holdout` of them aside by a hash
+    of the file name: "train" is the rest and "eval" the part set aside. As `data.eval`,
+    an empty `path` means the folder and table of `data.train`.
     """
 
     path: str = ""
     table: str = ""
     split: Literal["all", "train", "eval"] = "all"
     holdout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout is a share between 0 and 1, not {self.holdout}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +213,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "row_tokens", "rows", "slots", "open_rows")
+        if self.max_upscale is not None:
+            _positive(self, "max_upscale")
+        if self.workers < 0:
+            raise ValueError(f"data.workers must be 0 or more, not {self.workers}")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
         if max(self.budgets) > self.row_tokens:
@@ -224,6 +236,12 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "clip_norm")
+        for name in ("warmup_steps", "weight_decay", "b1", "b2"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +267,13 @@ class EvalConfig:
     max_images: int | None = None
     batch_tokens: int = 8192
     prompts: tuple[str, ...] = ("{}",)
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_tokens")
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"eval.budgets needs positive numbers, not {self.budgets}")
+        if not self.prompts or any("{}" not in p for p in self.prompts):
+            raise ValueError(f'eval.prompts need a "{{}}" each, not {self.prompts}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,8 +325,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise AttributeError(f"{path} defines no get_config() -> navit.config.Config")
-    return override(module.get_config(), overrides)
+        raise ValueError(f"{path} defines no get_config() -> navit.config.Config")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: get_config() returned {config!r}, not a Config")
+    return override(config, overrides)
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
@@ -324,6 +352,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
             node = node.setdefault(key, {})
             if isinstance(node, str):
                 raise ValueError(f"{path} is set both whole and in part")
+        if isinstance(node.get(last), dict):
+            raise ValueError(f"{path} is set both whole and in part")
         node[last] = text
     return _apply(config, changes)
 
@@ -398,12 +428,14 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
 def _parse(text: str, hint: Any, path: str) -> Any:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    value = _fit(value, hint)
-    if not _matches(value, hint):
-        raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")
-    return value
+    # A word that reads as something else may still be what the field takes: "none" of
+    # a Literal, a folder named 2024, the prompt {}.
+    for candidate in (_fit(value, hint), text, (text,)):
+        if _matches(candidate, hint):
+            return candidate
+    raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -4,6 +4,9 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nearly all of the suite's time is compilation, and this halves it. The end-to-end
+# tests start processes of their own without it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np

@@ -1,9 +1,11 @@
 """navit.input.pipeline: images -> rows, and plan -> training batches."""
 
+import dataclasses
 import gc
 import io
 import itertools
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from navit.batch import Batch, PackedImages
 from navit.config import (
     Config,
     DataConfig,
+    Folder,
     ModelConfig,
     PositionConfig,
     Synthetic,
@@ -22,7 +25,7 @@ from navit.config import (
     VisionConfig,
 )
 from navit.input import pixels
-from navit.input.pipeline import open_source, train_batches
+from navit.input.pipeline import open_eval_source, open_source, train_batches
 from navit.input.plan import BatchPlans
 from navit.input.synthetic import SyntheticSource
 from navit.input.text import encode_bytes
@@ -155,6 +158,31 @@ def test_pack_names_the_image_that_breaks_off_in_its_pixels(rng):
     assert pixels.size_of(cut) == (64, 64)  # the header is whole
     with pytest.raises(ValueError, match="image 2 "):
         navit.pack([solid(8, 8), solid(8, 8), cut])
+
+
+SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")
+
+
+def test_evaluation_without_a_source_of_its_own_says_that_it_sees_training(caplog):
+    with caplog.at_level(logging.INFO, logger="navit"):
+        source = open_eval_source(DataConfig(train=Synthetic(size=5), eval=None))
+    assert len(source) == 5
+    assert "data.eval" in caplog.text
+
+
+def test_the_eval_part_of_a_split_needs_no_second_path():
+    train, held = (Folder(split=s, holdout=0.4) for s in ("train", "eval"))
+    train = dataclasses.replace(train, path=SAMPLE, table="captions.csv")
+    part, rest = (
+        open_eval_source(DataConfig(train=train, eval=held)),
+        open_source(train),
+    )
+    names = [{s.name(i) for i in range(len(s))} for s in (part, rest)]
+    assert names[0].isdisjoint(names[1])
+    assert len(names[0] | names[1]) == 17
+    # And one of its own is what is read.
+    own = DataConfig(train=train, eval=Synthetic(size=3))
+    assert len(open_eval_source(own)) == 3
 
 
 @pytest.fixture(scope="module")

@@ -30,23 +30,26 @@ def run(config, steps=3):
         return losses, state
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+@pytest.mark.parametrize("mesh, loss", [("data=8", "softmax"), ("fsdp=8", "sigmoid")])
 def test_one_device_equals_eight(mesh, loss):
-    """Loss and parameters, replicated and with sharded parameters."""
-    # A width that 8 devices can share, and fewer images than rows fill: some slots and
-    # some devices stay empty.
+    """Loss and parameters, with parameters replicated and sharded."""
+    # A width that 8 devices can share, and fewer images than rows: some slots and some
+    # whole devices stay empty.
     options = ["data.rows=8", "model.vision.width=32", "model.text.width=32"]
     config = override(tiny_config(loss=loss), [*options, "data.train.size=14"])
-    other = MeshConfig(data=1, fsdp=8) if mesh == "fsdp=8" else MeshConfig()
-    many = override(config, [f"mesh.data={other.data}", f"mesh.fsdp={other.fsdp}"])
+    other = ["mesh.data=1", "mesh.fsdp=8"] if mesh == "fsdp=8" else ["mesh.data=8"]
     expected_losses, expected = run(config)
-    losses, state = run(many)
+    losses, state = run(override(config, other))
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
-    for a, b in zip(
-        jax.tree.leaves(state.model), jax.tree.leaves(expected.model), strict=True
+    for (path, a), b in zip(
+        jax.tree_util.tree_flatten_with_path(state.model)[0],
+        jax.tree.leaves(expected.model),
+        strict=True,
     ):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        # A key's bias shifts all logits of a query alike, so its gradient is rounding
+        # noise around an exact 0, and Adam makes steps of full size of that.
+        if ".key.bias" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
     kernel = state.model.vision.encoder.blocks.mlp.up.kernel[...]
     assert len(kernel.sharding.device_set) == 8
     assert kernel.sharding.is_fully_replicated == (mesh == "data=8")

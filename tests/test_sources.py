@@ -243,5 +243,5 @@ def test_a_set_of_unreadable_images_is_named(folder, caplog):
 
 
 def test_a_split_that_holds_nothing_is_named(folder):
-    message = error_of(folder, "file,caption\n0.png,x\n", split="eval", holdout=0.0)
-    assert "eval" in message and "0.0" in message
+    message = error_of(folder, "file,caption\n0.png,x\n", split="eval", holdout=1e-9)
+    assert "eval" in message and "1e-09" in message

@@ -44,9 +44,7 @@ def run(
       ValueError: for a task that the source does not have, or a budget beyond the
         model's position table.
     """
-    if config.data.eval is None:
-        log.info("evaluating on the training images, as data.eval is not set")
-    source = pipeline.open_source(config.data.eval or config.data.train)
+    source = pipeline.open_eval_source(config.data)
     results = evaluate(embedder, config, source, tasks=tasks)
     results = {
         "step": embedder.step,

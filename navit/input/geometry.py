@@ -72,6 +72,13 @@ def grids_for(
         middle = (low + high) / 2
         fits = patches(middle).prod(-1) <= budget
         low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    over = patches(low).prod(-1) > budget
+    if over.any():
+        height, width = sizes[over][0]
+        raise ValueError(
+            f"an image of {height:g}x{width:g} pixels does not fit in "
+            f"{budget[over][0]} tokens at the smallest scale, {_MIN_SCALE:g}"
+        )
     if max_upscale is not None:
         low = np.minimum(low, max_upscale)
     return patches(low).astype(np.int32)

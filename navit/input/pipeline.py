@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, overload
@@ -25,6 +26,19 @@ def open_source(source: config.Synthetic | config.Folder) -> Source:
     if isinstance(source, config.Synthetic):
         return SyntheticSource(source.size, source.seed)
     return FolderSource(source)
+
+
+def open_eval_source(data: config.DataConfig) -> Source:
+    """Opens `data.eval`; the training images where it is not set."""
+    if data.eval is None:
+        log.info("evaluating on the training images, as data.eval is not set")
+        return open_source(data.train)
+    source = data.eval
+    if isinstance(source, config.Folder) and isinstance(data.train, config.Folder):
+        train = data.train
+        if not source.path:
+            source = dataclasses.replace(source, path=train.path, table=train.table)
+    return open_source(source)
 
 
 def fill_rows(
@@ -125,6 +139,8 @@ def pack(
         raise ValueError(
             f"max_tokens={max_tokens} is more than a row of row_tokens={row_tokens}"
         )
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots must be at least 1, not {slots}")
     if not len(images):
         raise ValueError("there are no images to pack")
     sizes = []

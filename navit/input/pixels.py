@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import simplejpeg
@@ -13,13 +12,26 @@ from PIL import Image
 # What `load` and `size_of` take: an encoded file, decoded pixels, or a PIL image.
 ImageLike = bytes | np.ndarray | Image.Image
 
-# Larger images are refused before they are decoded: 2^27 pixels are 400 MB of RGB.
-MAX_PIXELS = 2**27
+# Larger images are refused before they are decoded: Pillow's own limit, 270 MB of RGB.
+MAX_PIXELS = 89_478_485
+
+# No format that runs programs (PostScript) or that photographs never come in.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
 # JPEG decoding can halve the image up to three times at no cost. Each halving must
 # leave this many source pixels per target pixel, so that the antialiased resize still
-# does the filtering: within 9 grey levels (mean 0.6) of the full decode.
+# does the filtering: at 256 tokens within about 9 grey levels of the full decode.
 _DCT_MARGIN = 2.0
+
+# What Pillow's readers raise for a damaged file (RuntimeError: AVIF); a bomb's warning
+# is one where warnings are errors.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -33,8 +45,10 @@ _UPRIGHT = {
 }
 
 
-def size_of(image: ImageLike) -> tuple[int, int]:
+def size_of(image: ImageLike | BinaryIO) -> tuple[int, int]:
     """(height, width) in pixels, upright (EXIF applied), from the header alone.
+
+    Of an open file, no more than the header is read.
 
     Raises:
       ValueError: if this is no image, or one too large to decode safely.
@@ -42,7 +56,7 @@ def size_of(image: ImageLike) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         _check_array(image)
         return image.shape[0], image.shape[1]
-    opened = _open(image) if isinstance(image, bytes) else image
+    opened = image if isinstance(image, Image.Image) else _open(image)
     width, height = opened.size
     return (width, height) if _orientation(opened) >= 5 else (height, width)
 
@@ -60,16 +74,18 @@ def load(image: ImageLike, height: int, width: int, *, dct: str = "fast") -> np.
     Raises:
       ValueError: if the image cannot be decoded.
     """
-    if isinstance(image, bytes) and simplejpeg.is_jpeg(image):
-        return _load_jpeg(image, height, width, dct)
+    if dct not in ("fast", "accurate"):
+        raise ValueError(f'dct is "fast" or "accurate", not {dct!r}')
     if isinstance(image, np.ndarray):
         _check_array(image)
         image = Image.fromarray(np.ascontiguousarray(image))
-    elif isinstance(image, bytes):
-        image = _open(image)
     try:
+        if isinstance(image, bytes):
+            if simplejpeg.is_jpeg(image):
+                return _load_jpeg(image, height, width, dct)
+            image = _open(image)
         return np.asarray(_resize(_to_rgb(_upright(image)), height, width))
-    except (OSError, SyntaxError) as error:  # PIL's words for a damaged file
+    except _DAMAGED as error:
         raise ValueError(str(error)) from error
 
 
@@ -110,19 +126,19 @@ def _load_jpeg(data: bytes, height: int, width: int, dct: str) -> np.ndarray:
             min_factor=scale,
         )
     pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast", **scaled)
-    resized = _resize(Image.fromarray(pixels), height, width)
+    # A side that is no multiple of the scale ends within the last pixel.
+    box = (0.0, 0.0, full_width / scale, full_height / scale)
+    resized = _resize(Image.fromarray(pixels), height, width, box)
     if orientation in _UPRIGHT:
         resized = resized.transpose(_UPRIGHT[orientation])
     return np.asarray(resized)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | BinaryIO) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Our own limit, below, stands in for Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        opened = Image.open(file, formats=_FORMATS)
+    except _DAMAGED as error:
         reason = str(error) if "identify" not in str(error) else "not an image file"
         raise ValueError(reason) from error
     if opened.width * opened.height > MAX_PIXELS:
@@ -134,7 +150,10 @@ def _open(data: bytes) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        # Not PngImageFile.getexif, which decodes the image to look behind its pixels.
+        exif = Image.Image.getexif(image)
+        found = int(exif.get(_EXIF_ORIENTATION, 1))
+        return found if found in _UPRIGHT else 1
     except (OSError, SyntaxError, ValueError, TypeError):  # damaged EXIF: as stored
         return 1
 
@@ -157,10 +176,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    if image.size == (width, height):
+def _resize(
+    image: Image.Image,
+    height: int,
+    width: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    if image.size == (width, height) and box in (None, (0, 0, width, height)):
         return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 def _check_array(image: np.ndarray) -> None:

@@ -129,6 +129,8 @@ class BatchPlans(Sequence):
         return self._steps
 
     def __getitem__(self, step):  # type: ignore[no-untyped-def]
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
         epoch, step = divmod(step, self.steps_per_epoch)
         start = step * self._data.rows + self._first_row
         return self._plan(epoch).slice(start, start + self._host_rows)

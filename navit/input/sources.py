@@ -68,7 +68,12 @@ class FolderSource:
                 "data.eval.path) to the folder with your images"
             )
         table = _find_table(self.path, folder.table)
-        entries = _read_table(table)
+        try:
+            entries = _read_table(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{table} cannot be read: {error}") from None
+        # Classes are those of the whole table, so that every split numbers them alike.
+        names = sorted({entry.label for entry in entries if entry.label})
         for line, entry in enumerate(entries, 1):
             _check_inside(self.path, entry.file, table, line)
         if folder.split != "all":
@@ -91,11 +96,9 @@ class FolderSource:
             )
         self._entries = [entries[i] for i in kept]
         self.sizes = np.array([sizes[i] for i in kept], np.int32)
-        labels = [e.label for e in self._entries]
-        names = sorted({label for label in labels if label})
         self.tasks = {}
         if names:
-            ids = [names.index(label) if label else -1 for label in labels]
+            ids = [names.index(e.label) if e.label else -1 for e in self._entries]
             self.tasks["label"] = Task(tuple(names), np.array(ids, np.int32))
 
     def __len__(self) -> int:
@@ -113,7 +116,8 @@ class FolderSource:
     def _size(self, entry: _Entry) -> tuple[int, int] | None:
         file = self.path / entry.file
         try:
-            return pixels.size_of(file.read_bytes())
+            with file.open("rb") as opened:
+                return pixels.size_of(opened)
         except (ValueError, OSError) as error:
             log.warning("left out, unreadable: %s (%s)", file, error)
             return None
@@ -140,28 +144,43 @@ def _read_table(table: Path) -> list[_Entry]:
     labels: dict[str, str | None] = {}
     with table.open(newline="", encoding="utf-8-sig") as file:
         rows: Iterable[dict]
-        rows = csv.DictReader(file) if table.suffix == ".csv" else _json_lines(file)
+        rows = (
+            csv.DictReader(file) if table.suffix == ".csv" else _json_lines(file, table)
+        )
         for line, row in enumerate(rows, 1):
             name = _column(row, _FILE, table, line)
             caption = _column(row, _CAPTION, table, line)
             many = caption if isinstance(caption, list) else [caption]
-            captions.setdefault(name, []).extend(str(c) for c in many)
-            label = row.get("label")
-            labels.setdefault(name, None if label in (None, "") else str(label))
+            for field, value in [("file", name), *(("caption", c) for c in many)]:
+                if not isinstance(value, str):
+                    raise ValueError(
+                        f"{table} record {line}: a {field} is text, not {value!r}"
+                    )
+            name = PurePath(name).as_posix()
+            captions.setdefault(name, []).extend(many)
+            label = None if row.get("label") in (None, "") else str(row["label"])
+            if labels.setdefault(name, label) is None:
+                labels[name] = label
+            elif label not in (None, labels[name]):
+                raise ValueError(
+                    f"{table} gives {name} two labels, {labels[name]!r} and {label!r}"
+                )
     if not captions:
         raise ValueError(f"{table} lists no images")
     return [_Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
 
 
-def _json_lines(file: Iterable[str]) -> Iterable[dict]:
+def _json_lines(file: Iterable[str], table: Path) -> Iterable[dict]:
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON: {error}") from None
+                raise ValueError(f"{table} line {number}: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object: {line[:40]!r}")
+                raise ValueError(
+                    f"{table} line {number} is not a JSON object: {line[:40]!r}"
+                )
             yield row
 
 

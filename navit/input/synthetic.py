@@ -1,8 +1,8 @@
 """The offline dataset: drawn images of any size, each with something coarse and fine.
 
-An image shows a large figure of one colour on a ground of another (seen at 64 tokens);
-all but the small ones also show one letter, tiny and repeated (readable with several
-hundred tokens).
+An image shows a large figure of one colour on a ground of another (seen at 64 tokens).
+The larger ones, nearly half, also show one letter, tiny and repeated (readable with
+several hundred tokens).
 Captions name both, so accuracy on either against the budget shows what tokens buy.
 """
 

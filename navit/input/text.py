@@ -18,7 +18,7 @@ def encode_bytes(texts: Sequence[str], length: int) -> np.ndarray:
     """
     ids = np.full((len(texts), length), PAD, np.int32)
     for row, text in zip(ids, texts, strict=True):
-        data = text.lower().encode()[: length - 1]
+        data = text.lower().encode(errors="replace")[: length - 1]
         row[: len(data)] = np.frombuffer(data, np.uint8).astype(np.int32) + _FIRST_BYTE
         row[len(data)] = EOS
     return ids

@@ -84,26 +84,29 @@ def _unpack(
     starts = jnp.cumsum(counts, -1) - counts
 
     # For each unpacked place its token, and for each token its unpacked place.
-    filled = (jnp.arange(m) < counts[:, :, None]).reshape(b, s * m)
-    token = jnp.minimum(starts[:, :, None] + jnp.arange(m), n - 1).reshape(b, s * m)
-    token = jnp.take_along_axis(order, token, 1)
+    filled = jnp.arange(m) < counts[:, :, None]  # [b, s, m]
+    token = jnp.minimum(starts[:, :, None] + jnp.arange(m), n - 1)
+    token = jnp.take_along_axis(order, token.reshape(b, s * m), 1)
+    keep = filled.reshape(b, s * m)
     real = segment_ids > 0
     slot = jnp.maximum(segment_ids - 1, 0)
     within = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, m - 1)
     target = slot * m + within
 
-    def unpacked(x: Float[Array, "b n h k"]) -> Float[Array, "bs h m k"]:
-        x = _move(x.reshape(b, n, h * width), token, filled, target, real)
-        return x.reshape(b * s, m, h, width).swapaxes(1, 2)
+    def unpacked(x: Float[Array, "b n h k"]) -> Float[Array, "b s h m k"]:
+        x = _move(x.reshape(b, n, h * width), token, keep, target, real)
+        # One axis split at a time: an explicit mesh asks for that.
+        x = x.reshape(b, s, m, h * width).reshape(b, s, m, h, width)
+        return x.swapaxes(2, 3)
 
+    logits = jnp.einsum("bshqk,bshmk->bshqm", unpacked(q) * width**-0.5, unpacked(k))
     # A slot's first place is always visible, so that no softmax is over nothing.
-    visible = filled.reshape(b * s, 1, 1, m) | (jnp.arange(m) == 0)
-    logits = jnp.einsum("bhqk,bhmk->bhqm", unpacked(q) * width**-0.5, unpacked(k))
+    visible = (filled | (jnp.arange(m) == 0))[:, :, None, None]
     logits = jnp.where(visible, logits.astype(jnp.float32), -jnp.inf)
     weights = jax.nn.softmax(logits, -1).astype(q.dtype)
-    out = jnp.einsum("bhqm,bhmk->bhqk", weights, unpacked(v))
-    out = out.swapaxes(1, 2).reshape(b, s * m, h * width)
-    return _move(out, target, real, token, filled).reshape(q.shape)
+    out = jnp.einsum("bshqm,bshmk->bshqk", weights, unpacked(v))
+    out = out.swapaxes(2, 3).reshape(b, s, m, h * width).reshape(b, s * m, h * width)
+    return _move(out, target, real, token, keep).reshape(q.shape)
 
 
 @jax.custom_vjp

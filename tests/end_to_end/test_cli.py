@@ -1,0 +1,227 @@
+"""The commands as a user types them, on real photographs, with their errors."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import navit
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "data/sample"
+NAVIT = [sys.executable, "-c", "import sys, navit.cli; sys.exit(navit.cli.main())"]
+SMALL = [
+    *["train.steps=4", "train.log_every=2", "train.checkpoint_every=2"],
+    *["model.vision.width=16", "model.vision.depth=1", "model.vision.mlp_dim=16"],
+    *["model.text.width=16", "model.text.depth=1", "model.text.mlp_dim=16"],
+    *["data.train.split=all", "data.eval.split=all", "eval.budgets=64,100"],
+]
+
+
+def run(*args, cwd=ROOT, **kwargs):
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        [*NAVIT, *map(str, args)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A model trained on the photographs of data/sample."""
+    workdir = tmp_path_factory.mktemp("runs") / "photos"
+    done = run("train", "configs/photos.py", *SMALL, "--workdir", workdir)
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"step +4/4 +loss .* images/s .* tokens/s +fill .*% +ETA", done.stdout
+    )
+    return workdir
+
+
+def test_train_on_photographs_leaves_its_results(workdir):
+    results = json.loads((workdir / "budgets.json").read_text())
+    assert results["step"] == 4 and results["images"] == 17
+    assert set(results["budgets"]) == {"64", "100"}
+    for metrics in results["budgets"].values():
+        names = {"label_accuracy", "image_to_text_r1", "text_to_image_r1"}
+        assert names <= set(metrics)
+        assert all(0 <= metrics[name] <= 1 for name in names)
+    with Image.open(workdir / "budgets.png") as plot:
+        assert plot.size[0] > 500
+    logged = [
+        json.loads(x) for x in (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+    ]
+    assert [line["step"] for line in logged] == [2, 4]
+    assert logged[-1]["images_per_step"] == 17
+
+
+def test_eval_repeats_it_from_the_checkpoint_alone(workdir, tmp_path):
+    alone = tmp_path / "moved"
+    shutil.copytree(workdir / "checkpoints", alone / "checkpoints")
+    done = run("eval", alone, "--budgets", "64,150", "--task", "label")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((alone / "budgets.json").read_text())
+    before = json.loads((workdir / "budgets.json").read_text())
+    assert set(results["budgets"]) == {"64", "150"}
+    a, b = results["budgets"]["64"], before["budgets"]["64"]
+    for name in ("label_accuracy", "image_to_text_r1", "tokens_per_image"):
+        assert a[name] == b[name]
+
+
+def test_embed_photographs_of_all_sizes(workdir, tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = {"tiny.png": (1, 1), "tall.jpg": (37, 911), "huge.jpg": (4000, 3000)}
+    files = [SAMPLE / "cat.jpg", SAMPLE / "coffee_rotated.jpg"]
+    for name, (width, height) in sizes.items():
+        color = tuple(rng.integers(0, 256, 3).tolist())
+        Image.new("RGB", (width, height), color).save(tmp_path / name)
+        files.append(tmp_path / name)
+    out = tmp_path / "z.npz"
+    done = run("embed", workdir, *files, "--max-tokens", 729, "--out", out)
+    assert done.returncode == 0, done.stderr
+    with np.load(out, allow_pickle=False) as found:
+        assert found["names"].tolist() == [str(f) for f in files]
+        z = found["embeddings"]
+    assert z.shape == (5, 16) and z.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+
+    model = navit.load(workdir)
+    arrays = [np.asarray(Image.open(f).convert("RGB")) for f in files]
+    arrays[1] = np.rot90(arrays[1], -1)  # what its EXIF tag says
+    # Decoded by Pillow here and by another JPEG transform there, hence the tolerance.
+    np.testing.assert_allclose(model.embed_images(arrays, max_tokens=729), z, atol=0.02)
+    pictures = [Image.open(f) for f in files]
+    np.testing.assert_allclose(
+        model.embed_images(pictures, max_tokens=729), z, atol=0.02
+    )
+
+
+def test_public_names_work_together(workdir):
+    model = navit.load(workdir)
+    images = [(SAMPLE / name).read_bytes() for name in ("cat.jpg", "rocket.jpg")]
+    z = model.embed_images(images)
+    t = model.embed_texts(["a cat", "a rocket", "coins"])
+    assert z.shape == (2, 16) and t.shape == (3, 16)
+    np.testing.assert_allclose(np.linalg.norm(t, axis=1), 1, atol=1e-5)
+    logits = model.logits(z, t)
+    scale = float(np.exp(model.model.scale[...]))
+    bias = float(model.model.bias[...])
+    np.testing.assert_allclose(logits, scale * z @ t.T + bias, rtol=1e-5)
+    # Alone or in company, in any order.
+    np.testing.assert_allclose(model.embed_images(images[::-1])[::-1], z, atol=1e-5)
+    np.testing.assert_allclose(model.embed_images(images[:1]), z[:1], atol=1e-5)
+    packed, index = navit.pack(
+        images, max_tokens=256, row_tokens=512, return_index=True
+    )
+    out = model.vision(packed)
+    pooled = np.zeros_like(z)
+    pooled[index[index >= 0]] = np.asarray(out.pooled)[index >= 0]
+    pooled /= np.linalg.norm(pooled, axis=-1, keepdims=True)
+    np.testing.assert_allclose(pooled, z, atol=1e-5)
+    assert model.embed_images([]).shape == (0, 16)
+    assert model.embed_texts([]).shape == (0, 16)
+
+
+def test_ctrl_c_and_the_same_command_again(tmp_path):
+    command = ["train", "configs/photos.py", *SMALL, "train.steps=400"]
+    command += ["train.checkpoint_every=400", "--workdir", str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    with subprocess.Popen(
+        [*NAVIT, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    stopped = int(re.search(r"interrupted; saved step (\d+)", rest)[1])
+    assert 2 <= stopped < 400
+    command[command.index("train.steps=400")] = "train.steps=400"
+    start = time.time()
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming from step {stopped} " in again.stdout, time.time() - start
+
+
+def one_line(done, *words):
+    assert done.returncode == 1, done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def folder(tmp_path, table="file,caption\ncat.jpg,a cat\n", files=("cat.jpg",)):
+    for file in files:
+        shutil.copy(SAMPLE / file, tmp_path / file)
+    if table:
+        (tmp_path / "captions.csv").write_text(table)
+    return f"data.train.path={tmp_path}"
+
+
+def test_mistakes_get_one_line_that_names_the_thing(workdir, tmp_path):
+    train = ["train", "configs/photos.py", *SMALL, "--workdir", tmp_path / "run"]
+    one_line(run(*train, "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
+    one_line(run("train", "configs/photo.py"), "configs/photo.py", "photos.py")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    one_line(run(*train, f"data.train.path={empty}"), str(empty), "file,caption")
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    path = folder(missing, "file,caption\nlost.jpg,a cat\n")
+    one_line(run(*train, path), "lost.jpg", "captions.csv", "delete the line")
+    one_line(
+        run("train", "configs/photos.py", *SMALL, "optim.lr=1", "--workdir", workdir),
+        "optim.lr: 0.001 -> 1.0",
+        "--workdir",
+    )
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes((SAMPLE / "cat.jpg").read_bytes()[:2000])
+    out = tmp_path / "z.npz"
+    one_line(run("embed", workdir, broken, "--out", out), "broken.jpg")
+    one_line(run("embed", workdir, tmp_path / "no.jpg", "--out", out), "no.jpg")
+    assert not out.exists()
+    one_line(run("eval", tmp_path), str(tmp_path), "work directory")
+    one_line(run("eval", workdir, "--task", "labels"), "'labels'", "label")
+
+
+def test_unreadable_photograph_is_named_and_the_run_goes_on(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    table = (
+        "file,caption\ncat.jpg,a cat\nrocket.jpg,a rocket\nbad.jpg,bad\ncut.jpg,cut\n"
+    )
+    path = folder(data, table, ("cat.jpg", "rocket.jpg"))
+    (data / "bad.jpg").write_text("not an image")
+    # Its header is whole, so only decoding finds out.
+    (data / "cut.jpg").write_bytes((SAMPLE / "grass.jpg").read_bytes()[:6000])
+    done = run(
+        "train", "configs/photos.py", *SMALL, path, "--workdir", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"left out, unreadable: .*bad.jpg", done.stdout)
+    assert re.search(r"left empty: .*cut.jpg", done.stdout)
+    assert "unreadable 2" in done.stdout  # once in each of the two steps logged
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "navit train configs/quickstart.py" in done.stdout
+    assert "key.path=value" in run("train", "--help").stdout
