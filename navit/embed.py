@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from navit.batch import PackedImages
 from navit.config import Config
+from navit.files import write_atomic
 from navit.input import geometry, pipeline, pixels, text
 from navit.input.plan import pack_rows
 from navit.model.text import Text
@@ -255,11 +256,7 @@ def embed_files(
         progress=True,
     )
     good = [i for i in range(len(kept)) if i not in failed]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    with temporary.open("wb") as file:
-        np.savez(
-            file, names=np.array([kept[i] for i in good]), embeddings=vectors[good]
-        )
-    os.replace(temporary, out)
+    buffer = io.BytesIO()
+    np.savez(buffer, names=np.array([kept[i] for i in good]), embeddings=vectors[good])
+    write_atomic(out, buffer.getvalue())
     return len(good)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from navit.embed import Embedder
 from navit.evals.classification import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
+from navit.files import write_atomic
 from navit.input import geometry, pipeline
 from navit.input.sources import Source, Task
 
@@ -55,8 +56,10 @@ def run(
     }
     log.info("%s", table(results))
     if jax.process_index() == 0:
-        _write(out / "budgets.json", (json.dumps(results, indent=2) + "\n").encode())
-        _write(out / "budgets.png", plot(results))
+        write_atomic(
+            out / "budgets.json", (json.dumps(results, indent=2) + "\n").encode()
+        )
+        write_atomic(out / "budgets.png", plot(results))
         log.info("wrote %s and budgets.png beside it", out / "budgets.json")
     return results
 
@@ -135,9 +138,7 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The results as a PNG: each metric against the token budget."""
-    import io
-
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
 
     budgets = sorted(results["budgets"], key=int)
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
@@ -153,7 +154,7 @@ def plot(results: dict[str, Any]) -> bytes:
     axes.set_xlabel("tokens an image may take")
     axes.set_title(f"one checkpoint, step {results['step']} (dotted: chance)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="best")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -175,10 +176,3 @@ def _label(metric: str) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

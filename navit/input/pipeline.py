@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import grain
@@ -239,7 +239,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator[Batch]:
     """This host's training batches, from `start_step` to `cfg.train.steps`.
 
     Batch i is a function of the config and i alone, so a run continues exactly with any

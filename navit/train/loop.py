@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -21,12 +21,14 @@ from navit.batch import Batch
 from navit.config import Config
 from navit.embed import Embedder
 from navit.evals import budgets
+from navit.files import write_atomic
 from navit.input import pipeline
+from navit.input.sources import Source
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train.checkpoint import Checkpoints
 from navit.train.metrics import Meter, MetricsWriter, line
-from navit.train.state import init_state
+from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
 
 log = logging.getLogger("navit")
@@ -52,72 +54,100 @@ def train(config: Config, workdir: Path) -> bool:
     """
     source = pipeline.open_source(config.data.train)
     mesh, rules = make_mesh(config.mesh)
-    with use_mesh(mesh), _Interruption() as interruption:
+    with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
             state = _start(config, workdir, rules, checkpoints)
-            first_step = int(state.step)
-            batches = pipeline.train_batches(
-                config,
-                source,
-                start_step=first_step,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-            optimizer = make_optimizer(config.optim, config.train.steps)
-            schedule = make_schedule(config.optim, config.train.steps)
-            train_step = make_train_step(config, optimizer, rules)
-            writer = MetricsWriter(workdir / "metrics.jsonl", first_step)
-            meter = Meter(config.train.steps)
-
-            for step in range(first_step + 1, config.train.steps + 1):
-                before = time.perf_counter()
-                batch = next(batches)
-                meter.add(batch, time.perf_counter() - before)
-                state, metrics = train_step(state, to_device(batch, rules))
-                if step % config.train.log_every == 0 or step == config.train.steps:
-                    values = {name: float(value) for name, value in metrics.items()}
-                    values |= {"step": step, "lr": float(schedule(step - 1))}
-                    values |= meter.read(step)
-                    if not math.isfinite(values["loss"]):
-                        raise FloatingPointError(
-                            f"the loss is {values['loss']} at step {step}: lower "
-                            "optim.lr or optim.clip_norm; the last checkpoint is of "
-                            f"step {checkpoints.latest_step()}"
-                        )
-                    if jax.process_index() == 0:
-                        writer.write(values)
-                        log.info(line(values, config.train.steps))
-                if step % config.train.checkpoint_every == 0:
-                    checkpoints.save(state, config)
-                if interruption.requested and step < config.train.steps:
-                    checkpoints.save(state, config)
-                    checkpoints.close()
-                    log.info(
-                        "interrupted; saved step %d in %s. Run the same command again "
-                        "to go on from there",
-                        step,
-                        workdir,
-                    )
-                    return False
+            with _Interruption() as interruption:
+                state = _steps(
+                    state, config, source, rules, checkpoints, workdir, interruption
+                )
             checkpoints.save(state, config)
         finally:
             checkpoints.close()
-        embedder = Embedder(state.model, config, step=config.train.steps)
-        budgets.run(embedder, config, workdir)
+        step = int(state.step)
+        if step < config.train.steps:
+            log.info(
+                "interrupted; saved step %d in %s. Run the same command again to go on "
+                "from there",
+                step,
+                workdir,
+            )
+            return False
+        budgets.run(Embedder(state.model, config, step=step), config, workdir)
         return True
+
+
+def _steps(
+    state: TrainState,
+    config: Config,
+    source: Source,
+    rules: Rules,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    interruption: _Interruption,
+) -> TrainState:
+    """Trains to the last step, or to the one after which a stop was asked for."""
+    first_step, last_step = int(state.step), config.train.steps
+    optimizer = make_optimizer(config.optim, last_step)
+    schedule = make_schedule(config.optim, last_step)
+    train_step = make_train_step(config, optimizer, rules)
+    batches = pipeline.train_batches(
+        config,
+        source,
+        start_step=first_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    main = jax.process_index() == 0
+    writer = MetricsWriter(workdir / "metrics.jsonl", first_step) if main else None
+    meter = Meter(last_step)
+    with contextlib.closing(batches):
+        for step in range(first_step + 1, last_step + 1):
+            before = time.perf_counter()
+            batch = next(batches)
+            meter.add(batch, time.perf_counter() - before)
+            state, metrics = train_step(state, to_device(batch, rules))
+
+            stop = interruption.requested or step == last_step
+            save = step % config.train.checkpoint_every == 0 or stop
+            if save or step % config.train.log_every == 0:
+                _check_finite(float(metrics["loss"]), step, checkpoints)
+            if writer and (step % config.train.log_every == 0 or step == last_step):
+                values = {name: float(value) for name, value in metrics.items()}
+                values |= {"step": step, "lr": float(schedule(step - 1))}
+                values |= meter.read(step)
+                writer.write(values)
+                log.info(line(values, last_step))
+            if save:
+                checkpoints.save(state, config)
+            if stop:
+                break
+    if meter.unreadable:
+        log.warning("%d images could not be read in this run", meter.unreadable)
+    return state
+
+
+def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}: lower optim.lr or optim.clip_norm; "
+            f"the last checkpoint is of step {checkpoints.latest_step()}"
+        )
 
 
 def _start(
     config: Config, workdir: Path, rules: Rules, checkpoints: Checkpoints
-) -> Any:
+) -> TrainState:
     """The state to go on from: the latest checkpoint's, or step 0's."""
     make = functools.partial(
         init_state, config, make_optimizer(config.optim, config.train.steps), rules
     )
     latest = checkpoints.latest_step()
     if latest is None:
-        _write_config(config, workdir)
+        if jax.process_index() == 0:
+            text = json.dumps(config_lib.to_json(config), indent=2) + "\n"
+            write_atomic(workdir / "config.json", text.encode())
         state = jax.jit(make)()
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
@@ -137,13 +167,6 @@ def _start(
     else:
         log.info("resuming from step %d of %s", latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
-
-
-def _write_config(config: Config, workdir: Path) -> None:
-    if jax.process_index() == 0:
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(json.dumps(config_lib.to_json(config), indent=2) + "\n")
-        os.replace(temporary, workdir / "config.json")
 
 
 def to_device(batch: Batch, rules: Rules) -> Batch:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 
 from navit.batch import Batch, fill
+from navit.files import write_atomic
 
 
 class MetricsWriter:
@@ -24,9 +24,7 @@ class MetricsWriter:
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
             kept = [x for x in lines if _logged(x, start_step)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept) if start_step else "")
-        os.replace(temporary, path)
+        write_atomic(path, "".join(kept if start_step else []).encode())
         self._path = path
 
     def write(self, metrics: dict[str, float | int]) -> None:
@@ -35,10 +33,15 @@ class MetricsWriter:
 
 
 class Meter:
-    """Counts what went through since it was last read, for rates."""
+    """Counts what went through since it was last read, for rates.
+
+    Attributes:
+      unreadable: planned images that could not be read, over the whole run.
+    """
 
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
+        self.unreadable = 0
         self._reset()
 
     def add(self, batch: Batch, waited: float) -> None:
@@ -47,7 +50,9 @@ class Meter:
         found = np.asarray(batch.images.grids)[..., 0] > 0
         self._steps += 1
         self._images += int(found.sum())
-        self._unreadable += int((planned & ~found).sum())
+        lost = int((planned & ~found).sum())
+        self._unreadable += lost
+        self.unreadable += lost
         self._tokens += int((batch.images.segment_ids > 0).sum())
         self._fill += fill(batch.images)
         self._waited += waited
