@@ -22,7 +22,12 @@ log = logging.getLogger("navit")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status (130 when interrupted)."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals that follow an option; overrides may.
+    if rest and hasattr(args, "overrides") and not any(x[0] == "-" for x in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     try:

@@ -1,9 +1,9 @@
 """The offline dataset: drawn images of any size, each with something coarse and fine.
 
-An image shows a large figure of one colour on a ground of another (seen at 64 tokens).
-The larger ones, nearly half, also show one letter, tiny and repeated (readable with
-several hundred tokens).
-Captions name both, so accuracy on either against the budget shows what tokens buy.
+An image shows a large figure of one colour on a ground of another (seen at 64 tokens),
+and over both a pattern of thin strokes (told apart with a hundred tokens where they are
+wide, with a thousand where they are narrow). Captions name both, so accuracy on either
+against the budget shows what tokens buy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from navit.input.sources import Task
 
@@ -27,36 +27,37 @@ COLORS = {
     "brown": (112, 72, 40),
     "gray": (128, 130, 134),
 }
-LETTERS = "ILOXTHEV"
+# All cover a third of the area, so that blurred they are the same.
+PATTERNS = ("upright", "level", "rising", "falling", "dotted", "meshed")
 
 # (figure, ground)
 _PAIRS = list(itertools.permutations(COLORS, 2))
 
-# The height of a letter, as a share of the square root of the image's area. An image
-# resized to N tokens of 16 pixels shows it 16 * sqrt(N) / 56 pixels high: 2 at 64
-# tokens, 5 at 256, 8 at 729, 9 at 1024.
-_LETTER_SHARE = 1 / 56
-# An image whose letters would be smaller than this is left without: upscaling it could
-# never bring back what its own pixels do not hold.
-_LETTER_MIN_PIXELS = 7.0
+# The spacing of the strokes, as a share of the square root of the image's area. An
+# image resized to N tokens of 16 pixels shows it 16 * sqrt(N) * share pixels wide: 1 to
+# 4 at 64 tokens, 2 to 7 at 256, 5 to 15 at 1024. It takes about 4 to tell the patterns.
+_SPACING = (1 / 110, 1 / 35)
+# An image whose spacing would be less is left without: upscaling it could never bring
+# back what its own pixels do not hold.
+_MIN_SPACING = 5
 _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 
 
 class SyntheticSource:
     """`size` drawn images, each a function of (seed, index) alone.
 
-    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the letter, 8 classes; -1
-    for an image too small to show one). The figure's shape and place mean nothing.
+    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the pattern, 6 classes; -1
+    for an image too small to show it). The figure's shape and place mean nothing.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self._size, self._seed = size, seed
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
-        height, width, coarse, letter = traits.T
+        height, width, coarse, pattern, _ = traits.T
         self.sizes = np.stack([height, width], -1)
         self.tasks = {
             "coarse": Task(tuple(_coarse_name(*pair) for pair in _PAIRS), coarse),
-            "fine": Task(tuple(f"letter {x.lower()}" for x in LETTERS), letter),
+            "fine": Task(tuple(map(_fine_name, PATTERNS)), pattern),
         }
 
     def __len__(self) -> int:
@@ -66,16 +67,16 @@ class SyntheticSource:
         return f"synthetic image {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        *_, pair, letter = self._traits(index)
+        *_, pair, pattern, _ = self._traits(index)
         coarse = _coarse_name(*_PAIRS[pair])
-        if letter < 0:
+        if pattern < 0:
             return (coarse,)
-        fine = f"letter {LETTERS[letter].lower()}"
+        fine = _fine_name(PATTERNS[pattern])
         return coarse, fine, f"{coarse}, {fine}"
 
     def image(self, index: int) -> np.ndarray:
         """Draws image `index`: `[height, width, 3]` uint8."""
-        rng, height, width, pair, letter = self._traits(index)
+        rng, height, width, pair, pattern, spacing = self._traits(index)
         figure, ground = (
             tuple((np.array(COLORS[name]) + rng.integers(-18, 19, 3)).clip(0, 255))
             for name in _PAIRS[pair]
@@ -88,22 +89,23 @@ class SyntheticSource:
         draw.regular_polygon(
             (x, y, radius), sides, int(rng.integers(360)), fill=tuple(map(int, figure))
         )
-        if letter >= 0:
-            pixels = math.sqrt(height * width) * _LETTER_SHARE
-            tile = _letter_tile(LETTERS[letter], round(pixels))
-            top, left = rng.integers(0, len(tile), 2)
-            strip = np.tile(tile, (1, width // len(tile) + 2))[:, left : left + width]
-            mask = strip[(np.arange(height) + top) % len(tile)]
+        if pattern >= 0:
+            tile = _tile(PATTERNS[pattern], spacing)
+            top, left = rng.integers(0, spacing, 2)
+            strip = np.tile(tile, (1, width // spacing + 2))[:, left : left + width]
+            mask = strip[(np.arange(height) + top) % spacing]
             ink = (0, 0, 0) if sum(ground) > 330 else (255, 255, 255)
             canvas.paste(ink, mask=Image.fromarray(mask))
         return np.asarray(canvas)
 
-    def _traits(self, index: int) -> tuple[np.random.Generator, int, int, int, int]:
-        """(generator for the rest, height, width, pair of colours, letter or -1)."""
+    def _traits(
+        self, index: int
+    ) -> tuple[np.random.Generator, int, int, int, int, int]:
+        """(generator for the rest, height, width, pair, pattern or -1, spacing)."""
         if not 0 <= index < self._size:
             raise IndexError(f"image {index} of {self._size}")
         rng = np.random.default_rng([self._seed, index])
-        pair, letter = rng.integers((len(_PAIRS), len(LETTERS)))
+        pair, pattern = rng.integers((len(_PAIRS), len(PATTERNS)))
         root = math.exp(rng.uniform(math.log(160), math.log(800)))
         aspect = math.exp(rng.uniform(-1, 1) * math.log(_MAX_ASPECT))  # height / width
         # Where a side would leave its range the other keeps the aspect.
@@ -111,21 +113,35 @@ class SyntheticSource:
         root = max(root, _MIN_SIDE * math.sqrt(max(aspect, 1 / aspect)))
         height = round(root * math.sqrt(aspect))
         width = round(root / math.sqrt(aspect))
-        if math.sqrt(height * width) * _LETTER_SHARE < _LETTER_MIN_PIXELS:
-            letter = -1
-        return rng, height, width, int(pair), int(letter)
+        share = math.exp(rng.uniform(*map(math.log, _SPACING)))
+        spacing = round(math.sqrt(height * width) * share)
+        if spacing < _MIN_SPACING:
+            pattern = -1
+        return rng, height, width, int(pair), int(pattern), spacing
 
 
 def _coarse_name(figure: str, ground: str) -> str:
     return f"{figure} on {ground}"
 
 
+def _fine_name(pattern: str) -> str:
+    return f"{pattern} strokes"
+
+
 @functools.cache
-def _letter_tile(letter: str, pixels: int) -> np.ndarray:
-    """A square tile of one letter, `pixels` high in a space twice that, as a mask."""
-    font = ImageFont.load_default(size=pixels / 0.7)  # capitals are 0.7 em high
-    side = 2 * pixels
-    tile = Image.new("L", (side, side))
-    middle = (side / 2, side / 2)
-    ImageDraw.Draw(tile).text(middle, letter, fill=255, font=font, anchor="mm")
-    return np.asarray(tile) > 127
+def _tile(pattern: str, spacing: int) -> np.ndarray:
+    """One period of a pattern, `[spacing, spacing]` bool, a third of it True."""
+    y, x = (np.indices((spacing, spacing)) + 0.5) / spacing
+    third = 1 / 3
+    if pattern == "upright":
+        return x < third
+    if pattern == "level":
+        return y < third
+    if pattern == "rising":
+        return (x + y) % 1 < third
+    if pattern == "falling":
+        return (x - y) % 1 < third
+    if pattern == "dotted":
+        return (x < math.sqrt(third)) & (y < math.sqrt(third))
+    line = 1 - math.sqrt(1 - third)
+    return (x < line) | (y < line)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +136,8 @@ def test_public_names_work_together(workdir):
 
 
 def test_ctrl_c_and_the_same_command_again(tmp_path):
-    command = ["train", "configs/photos.py", *SMALL, "train.steps=400"]
-    command += ["train.checkpoint_every=400", "--workdir", str(tmp_path)]
+    command = ["train", "configs/photos.py", *SMALL, "train.steps=100"]
+    command += ["train.checkpoint_every=100", "--workdir", str(tmp_path)]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with subprocess.Popen(
         [*NAVIT, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
@@ -151,12 +150,10 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
         rest = process.stdout.read()
     assert process.returncode == 130
     stopped = int(re.search(r"interrupted; saved step (\d+)", rest)[1])
-    assert 2 <= stopped < 400
-    command[command.index("train.steps=400")] = "train.steps=400"
-    start = time.time()
+    assert 2 <= stopped < 100
     again = run(*command)
     assert again.returncode == 0, again.stderr
-    assert f"resuming from step {stopped} " in again.stdout, time.time() - start
+    assert f"resuming from step {stopped} " in again.stdout
 
 
 def one_line(done, *words):
