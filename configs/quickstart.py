@@ -2,8 +2,8 @@
 
   navit train configs/quickstart.py
 
-Long enough to learn the coarse task (two colours), too short for the fine one (a small
-letter): configs/budgets_demo.py learns both.
+Long enough to learn the coarse task (two colours), too short for the fine one (the
+colour of small dots): configs/budgets_demo.py learns both.
 """
 
 from navit.config import (

@@ -1,14 +1,13 @@
 """The offline dataset: drawn images of any size, each with something coarse and fine.
 
 An image shows a large figure of one colour on a ground of another (seen at 64 tokens),
-and over both a pattern of thin strokes (told apart with a hundred tokens where they are
-wide, with a thousand where they are narrow). Captions name both, so accuracy on either
-against the budget shows what tokens buy.
+and a few small dots of a third (lost in their patches at 64 tokens, filling them at
+1024). Captions name both, so accuracy on either against the budget shows what tokens
+buy.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -27,37 +26,42 @@ COLORS = {
     "brown": (112, 72, 40),
     "gray": (128, 130, 134),
 }
-# All cover a third of the area, so that blurred they are the same.
-PATTERNS = ("upright", "level", "rising", "falling", "dotted", "meshed")
+DOTS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "pink": (255, 90, 190),
+    "cyan": (0, 235, 235),
+    "lime": (150, 255, 0),
+}
 
 # (figure, ground)
 _PAIRS = list(itertools.permutations(COLORS, 2))
 
-# The spacing of the strokes, as a share of the square root of the image's area. An
-# image resized to N tokens of 16 pixels shows it 16 * sqrt(N) * share pixels wide: 1 to
-# 4 at 64 tokens, 2 to 7 at 256, 5 to 15 at 1024. It takes about 4 to tell the patterns.
-_SPACING = (1 / 110, 1 / 35)
-# An image whose spacing would be less is left without: upscaling it could never bring
+# The diameter of a dot, as a share of the square root of the image's area. An image
+# resized to N tokens of 16 pixels shows it 16 * sqrt(N) * share pixels wide: 2 to 6 at
+# 64 tokens, 3 to 13 at 256, 6 to 26 at 1024.
+_DIAMETER = (1 / 80, 1 / 20)
+# An image whose dots would be smaller is left without: upscaling it could never bring
 # back what its own pixels do not hold.
-_MIN_SPACING = 5
+_MIN_DIAMETER = 4
 _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 
 
 class SyntheticSource:
     """`size` drawn images, each a function of (seed, index) alone.
 
-    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the pattern, 6 classes; -1
-    for an image too small to show it). The figure's shape and place mean nothing.
+    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the dots' colour, 5 classes;
+    -1 for an image too small to show any). Shapes and places mean nothing.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self._size, self._seed = size, seed
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
-        height, width, coarse, pattern, _ = traits.T
+        height, width, coarse, dots, _ = traits.T
         self.sizes = np.stack([height, width], -1)
         self.tasks = {
             "coarse": Task(tuple(_coarse_name(*pair) for pair in _PAIRS), coarse),
-            "fine": Task(tuple(map(_fine_name, PATTERNS)), pattern),
+            "fine": Task(tuple(map(_fine_name, DOTS)), dots),
         }
 
     def __len__(self) -> int:
@@ -67,16 +71,16 @@ class SyntheticSource:
         return f"synthetic image {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        *_, pair, pattern, _ = self._traits(index)
+        *_, pair, dots, _ = self._traits(index)
         coarse = _coarse_name(*_PAIRS[pair])
-        if pattern < 0:
+        if dots < 0:
             return (coarse,)
-        fine = _fine_name(PATTERNS[pattern])
+        fine = _fine_name(list(DOTS)[dots])
         return coarse, fine, f"{coarse}, {fine}"
 
     def image(self, index: int) -> np.ndarray:
         """Draws image `index`: `[height, width, 3]` uint8."""
-        rng, height, width, pair, pattern, spacing = self._traits(index)
+        rng, height, width, pair, dots, diameter = self._traits(index)
         figure, ground = (
             tuple((np.array(COLORS[name]) + rng.integers(-18, 19, 3)).clip(0, 255))
             for name in _PAIRS[pair]
@@ -89,23 +93,22 @@ class SyntheticSource:
         draw.regular_polygon(
             (x, y, radius), sides, int(rng.integers(360)), fill=tuple(map(int, figure))
         )
-        if pattern >= 0:
-            tile = _tile(PATTERNS[pattern], spacing)
-            top, left = rng.integers(0, spacing, 2)
-            strip = np.tile(tile, (1, width // spacing + 2))[:, left : left + width]
-            mask = strip[(np.arange(height) + top) % spacing]
-            ink = (0, 0, 0) if sum(ground) > 330 else (255, 255, 255)
-            canvas.paste(ink, mask=Image.fromarray(mask))
+        if dots >= 0:
+            color = list(DOTS.values())[dots]
+            for _ in range(rng.integers(6, 13)):
+                left, top = rng.integers(0, (width - diameter, height - diameter))
+                box = (left, top, left + diameter - 1, top + diameter - 1)
+                draw.ellipse(tuple(map(int, box)), fill=color)
         return np.asarray(canvas)
 
     def _traits(
         self, index: int
     ) -> tuple[np.random.Generator, int, int, int, int, int]:
-        """(generator for the rest, height, width, pair, pattern or -1, spacing)."""
+        """(generator for the rest, height, width, pair, dots or -1, diameter)."""
         if not 0 <= index < self._size:
             raise IndexError(f"image {index} of {self._size}")
         rng = np.random.default_rng([self._seed, index])
-        pair, pattern = rng.integers((len(_PAIRS), len(PATTERNS)))
+        pair, dots = rng.integers((len(_PAIRS), len(DOTS)))
         root = math.exp(rng.uniform(math.log(160), math.log(800)))
         aspect = math.exp(rng.uniform(-1, 1) * math.log(_MAX_ASPECT))  # height / width
         # Where a side would leave its range the other keeps the aspect.
@@ -113,35 +116,16 @@ class SyntheticSource:
         root = max(root, _MIN_SIDE * math.sqrt(max(aspect, 1 / aspect)))
         height = round(root * math.sqrt(aspect))
         width = round(root / math.sqrt(aspect))
-        share = math.exp(rng.uniform(*map(math.log, _SPACING)))
-        spacing = round(math.sqrt(height * width) * share)
-        if spacing < _MIN_SPACING:
-            pattern = -1
-        return rng, height, width, int(pair), int(pattern), spacing
+        share = math.exp(rng.uniform(*map(math.log, _DIAMETER)))
+        diameter = round(math.sqrt(height * width) * share)
+        if diameter < _MIN_DIAMETER:
+            dots = -1
+        return rng, height, width, int(pair), int(dots), diameter
 
 
 def _coarse_name(figure: str, ground: str) -> str:
     return f"{figure} on {ground}"
 
 
-def _fine_name(pattern: str) -> str:
-    return f"{pattern} strokes"
-
-
-@functools.cache
-def _tile(pattern: str, spacing: int) -> np.ndarray:
-    """One period of a pattern, `[spacing, spacing]` bool, a third of it True."""
-    y, x = (np.indices((spacing, spacing)) + 0.5) / spacing
-    third = 1 / 3
-    if pattern == "upright":
-        return x < third
-    if pattern == "level":
-        return y < third
-    if pattern == "rising":
-        return (x + y) % 1 < third
-    if pattern == "falling":
-        return (x - y) % 1 < third
-    if pattern == "dotted":
-        return (x < math.sqrt(third)) & (y < math.sqrt(third))
-    line = 1 - math.sqrt(1 - third)
-    return (x < line) | (y < line)
+def _fine_name(color: str) -> str:
+    return f"{color} dots"
