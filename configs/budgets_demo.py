@@ -24,7 +24,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vision=VisionConfig(width=128, depth=2, mlp_dim=256, num_heads=2),
-            text=TextConfig(length=24, width=64, depth=2, mlp_dim=128, num_heads=1),
+            text=TextConfig(length=32, width=64, depth=2, mlp_dim=128, num_heads=1),
         ),
         data=DataConfig(
             train=Synthetic(size=20_000, seed=0),

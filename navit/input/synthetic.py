@@ -50,8 +50,8 @@ _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 class SyntheticSource:
     """`size` drawn images, each a function of (seed, index) alone.
 
-    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the dots' colour, 5 classes;
-    -1 for an image too small to show any). Shapes and places mean nothing.
+    Tasks: "coarse" (the two colours, 56 classes) and "fine" (the dots' colour, 5
+    classes; -1 for an image too small to show any). Shapes and places mean nothing.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
