@@ -2,7 +2,8 @@
 
   navit train configs/photos.py data.train.path=~/photos
 
-Without a path it reads data/sample. A fifth of the images is held out to evaluate on.
+Without a path it reads data/sample. About a fifth of the images, by a hash of their
+names, is held out to evaluate on (7 of data/sample's 17 files).
 """
 
 from navit.config import (

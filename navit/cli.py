@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positionals that follow an option; overrides may.
-    if rest and hasattr(args, "overrides") and not any(x[0] == "-" for x in rest):
+    if rest and hasattr(args, "overrides") and not any(x.startswith("-") for x in rest):
         args.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -138,6 +138,7 @@ def _train(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from navit import config as config_lib
     from navit.evals import budgets
+    from navit.input import pipeline
     from navit.weights import load
 
     embedder = load(args.workdir)
@@ -145,7 +146,10 @@ def _eval(args: argparse.Namespace) -> int:
     if args.budgets:
         evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
         config = dataclasses.replace(config, eval=evaluation)
-    budgets.run(embedder, config, args.out or args.workdir, tasks=tuple(args.task))
+    source = pipeline.open_eval_source(config.data)
+    budgets.check(config, source, source)
+    out = args.out or args.workdir
+    budgets.run(embedder, config, source, out, tasks=tuple(args.task))
     return 0
 
 

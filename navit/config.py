@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # so that nan is refused too
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
 
 
@@ -175,7 +175,8 @@ class Folder:
     `table` is relative to `path`; empty means the only .csv or .jsonl file there.
     `split` keeps every image ("all"), or sets a share `holdout` of them aside by a hash
     of the file name: "train" is the rest and "eval" the part set aside. As `data.eval`,
-    an empty `path` means the folder and table of `data.train`.
+    an empty `path` means the folder of `data.train`, and its table too if `table` is
+    empty.
     """
 
     path: str = ""
@@ -239,9 +240,12 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "clip_norm")
-        for name in ("warmup_steps", "weight_decay", "b1", "b2"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must be 0 or more")
+        for name in ("warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,10 +327,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     spec = importlib.util.spec_from_file_location(f"navit_config_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{path} defines no get_config() -> navit.config.Config")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{path} defines no get_config() -> navit.config.Config")
+        config = module.get_config()
+    except (TypeError, SyntaxError, ImportError, NameError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"{path}: get_config() returned {config!r}, not a Config")
     return override(config, overrides)

@@ -13,6 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from navit.batch import PackedImages
@@ -62,6 +63,8 @@ class Embedder:
         Raises:
           ValueError: names the first image that cannot be read.
         """
+        if isinstance(images, bytes | np.ndarray | Image.Image):
+            raise ValueError("embed_images takes a list of images, not one image")
         if not len(images):
             return np.zeros((0, self._embed_dim), np.float32)
         sizes = []
@@ -145,6 +148,8 @@ class Embedder:
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds captions: float32 `[len, e]`, unit norm, in order."""
+        if isinstance(texts, str):
+            raise ValueError("embed_texts takes a list of texts, not one text")
         out = np.zeros((len(texts), self._embed_dim), np.float32)
         at_once = self._shared_by_devices(min(256, max(len(texts), 1)))
         for start in range(0, len(texts), at_once):
@@ -237,7 +242,8 @@ def embed_files(
 
     for name in names:
         try:
-            sizes.append(pixels.size_of(Path(name).read_bytes()))
+            with Path(name).open("rb") as file:
+                sizes.append(pixels.size_of(file))
             kept.append(name)
         except (ValueError, OSError) as error:
             fail(name, error)

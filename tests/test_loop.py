@@ -173,3 +173,36 @@ def test_classification_trains_and_evaluates(tmp_path):
     assert loop.train(config, tmp_path)
     results = json.loads((tmp_path / "budgets.json").read_text())
     assert set(results["budgets"]["16"]) >= {"coarse_accuracy", "tokens_per_image"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("eval.budgets=16,400", "beyond|ends at"),
+        ("data.rows=3", "data.rows=3 is not divisible by 8 devices"),
+    ],
+)
+def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
+    devices = 8 if "rows" in change else 1
+    options = ["model.vision.position.kind=learned_2d", f"mesh.data={devices}"]
+    config = override(tiny_config(), [*options, change])
+    with pytest.raises(ValueError, match=message):
+        loop.train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_must_agree(tmp_path):
+    config = override(
+        tiny_config(), ["train.loss=classification", "model.vision.num_classes=55"]
+    )
+    with pytest.raises(ValueError, match="num_classes=55, data.train has 56 classes"):
+        loop.train(config, tmp_path)
+
+
+def test_interrupted_with_worker_processes(tmp_path, monkeypatch):
+    """Ctrl-C reaches the workers too; they leave it to the parent."""
+    config = override(tiny_config(), ["data.workers=1"])
+    interrupt_at(monkeypatch, 4)
+    assert not loop.train(config, tmp_path)
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path).latest_step() == 4

@@ -21,7 +21,7 @@ from navit.evals.classification import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
 from navit.files import write_atomic
-from navit.input import geometry, pipeline
+from navit.input import geometry
 from navit.input.sources import Source, Task
 
 log = logging.getLogger("navit")
@@ -30,6 +30,7 @@ log = logging.getLogger("navit")
 def run(
     embedder: Embedder,
     config: Config,
+    source: Source,
     out: Path,
     *,
     tasks: tuple[str, ...] = (),
@@ -37,7 +38,8 @@ def run(
     """Evaluates at `config.eval.budgets`; prints a table, writes budgets.json and .png.
 
     Args:
-      config: says the data, the budgets and the prompts.
+      config: says the budgets and the prompts.
+      source: the images to evaluate on.
       out: the folder to write to.
       tasks: only these of the source's classification tasks; empty for all.
 
@@ -45,13 +47,12 @@ def run(
       ValueError: for a task that the source does not have, or a budget beyond the
         model's position table.
     """
-    source = pipeline.open_eval_source(config.data)
     results = evaluate(embedder, config, source, tasks=tasks)
     results = {
         "step": embedder.step,
         "date": datetime.date.today().isoformat(),
         "navit": navit.__version__,
-        "data": config_lib.to_json(config.data.eval or config.data.train),
+        "data": config_lib.to_json(config.data),
         **results,
     }
     log.info("%s", table(results))
@@ -71,9 +72,10 @@ def evaluate(
     count = min(len(source), config.eval.max_images or len(source))
     chosen = _choose(source.tasks, tasks)
     evaluators: list[Any]
-    if config.model.text is None:
-        name = next(iter(source.tasks))
-        evaluators = [Classification(embedder.classify, name, source.tasks[name])]
+    classifies = config.train.loss == "classification"
+    if classifies:
+        name, task = next(iter(chosen.items()))
+        evaluators = [Classification(embedder.classify, name, task)]
     else:
         captions = [source.captions(i) for i in range(count)]
         evaluators = [
@@ -95,10 +97,11 @@ def evaluate(
             source.sizes[:count],
             budget,
             on_error=report,
-            normalized=config.model.text is not None,
+            normalized=not classifies,
             progress=True,
         )
         seconds = time.perf_counter() - start
+        images[unreadable] = np.nan
         metrics = {k: v for e in evaluators for k, v in e.run(images)}
         grids = geometry.grids_for(
             source.sizes[:count],
@@ -117,6 +120,34 @@ def evaluate(
         "chance": {k: round(v, 4) for k, v in chance.items()},
         "budgets": budgets,
     }
+
+
+def check(config: Config, train: Source, evaluation: Source) -> None:
+    """Finds before training what would stop the evaluation after it.
+
+    Raises:
+      ValueError: for a budget beyond the position table, or classes that the model or
+        the two sources do not agree on.
+    """
+    vision = config.model.vision
+    for budget in config.eval.budgets:
+        vision.position.check(
+            geometry.grids_for(
+                evaluation.sizes,
+                budget,
+                patch_size=vision.patch_size,
+                max_upscale=config.data.max_upscale,
+            )
+        )
+    if config.train.loss == "classification":
+        names = [next(iter(s.tasks.values()), None) for s in (train, evaluation)]
+        classes = [task.class_names if task else () for task in names]
+        if len(classes[0]) != vision.num_classes or classes[0] != classes[1]:
+            raise ValueError(
+                f"model.vision.num_classes={vision.num_classes}, data.train has "
+                f"{len(classes[0])} classes and data.eval {len(classes[1])}: all three "
+                "must be the same classes"
+            )
 
 
 def table(results: dict[str, Any]) -> str:

@@ -27,7 +27,12 @@ class Classification:
         return {self._metric: 1 / len(self._task.class_names)}
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, accuracy) for pooled vectors `[len(source), e]`."""
+        """Yields (metric, accuracy) for pooled vectors `[len(source), e]`.
+
+        A row of NaN is an image that could not be read; it does not count.
+        """
         labels = self._task.labels[: len(images)]
-        hit = self._classify(images).argmax(-1) == labels
-        yield self._metric, float(hit[labels >= 0].mean())
+        counted = (labels >= 0) & ~np.isnan(images[:, 0])
+        if counted.any():
+            hit = self._classify(images[counted]).argmax(-1) == labels[counted]
+            yield self._metric, float(hit.mean())

@@ -33,9 +33,18 @@ class Retrieval:
         return {"image_to_text_r1": share, "text_to_image_r1": share}
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, recall) for image embeddings `[len(captions), e]`."""
-        scores = images @ self._texts.T
-        hit = np.take_along_axis(self._right, scores.argmax(1)[:, None], 1)
+        """Yields (metric, recall) for image embeddings `[len(captions), e]`.
+
+        A row of NaN is an image that could not be read; it does not count, nor do
+        captions that no other image has.
+        """
+        readable = ~np.isnan(images[:, 0])
+        right = self._right[readable]
+        asked = right.any(0)
+        if not readable.any():
+            return
+        scores = images[readable] @ self._texts.T
+        hit = np.take_along_axis(right, scores.argmax(1)[:, None], 1)
         yield "image_to_text_r1", float(hit.mean())
-        hit = np.take_along_axis(self._right, scores.argmax(0)[None], 0)
-        yield "text_to_image_r1", float(hit.mean())
+        hit = np.take_along_axis(right, scores.argmax(0)[None], 0)
+        yield "text_to_image_r1", float(hit[0, asked].mean())

@@ -41,9 +41,12 @@ class ZeroShot:
         return {_metric(k): 1 / len(t.class_names) for k, t in self._tasks.items()}
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, accuracy) for image embeddings `[len(source), e]`."""
+        """Yields (metric, accuracy) for image embeddings `[len(source), e]`.
+
+        A row of NaN is an image that could not be read; it does not count.
+        """
         for name, task in self._tasks.items():
-            counted = task.labels[: len(images)] >= 0
+            counted = (task.labels[: len(images)] >= 0) & ~np.isnan(images[:, 0])
             if counted.any():
                 nearest = (images[counted] @ self._classes[name].T).argmax(-1)
                 labels = task.labels[: len(images)][counted]

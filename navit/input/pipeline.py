@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
@@ -37,7 +38,15 @@ def open_eval_source(data: config.DataConfig) -> Source:
     if isinstance(source, config.Folder) and isinstance(data.train, config.Folder):
         train = data.train
         if not source.path:
-            source = dataclasses.replace(source, path=train.path, table=train.table)
+            table = source.table or train.table
+            source = dataclasses.replace(source, path=train.path, table=table)
+        same = (source.path, source.table) == (train.path, train.table)
+        if same and "all" not in (source.split, train.split):
+            if source.holdout != train.holdout:
+                raise ValueError(
+                    f"data.train.holdout={train.holdout} and data.eval.holdout="
+                    f"{source.holdout} differ, so images would be in both parts"
+                )
     return open_source(source)
 
 
@@ -190,10 +199,9 @@ class Materialize(grain.transforms.Map):
         *,
         patch_size: int,
         text_length: int,
-        task: str | None = None,
     ) -> None:
         self._source, self._data, self._patch_size = source, data, patch_size
-        self._text_length, self._task = text_length, task
+        self._text_length = text_length
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._data.slots, self._source
@@ -210,7 +218,7 @@ class Materialize(grain.transforms.Map):
         token_ids = text.encode_bytes(captions, self._text_length)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
-            task = source.tasks[self._task or next(iter(source.tasks))]
+            task = next(iter(source.tasks.values()))
             labels = task.labels[rows.index].astype(np.int32)
         batch = Batch(
             images=images,
@@ -283,4 +291,14 @@ def train_batches(
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=data.workers, per_worker_buffer_size=2
     )
-    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
+    return iter(
+        dataset.to_iter_dataset(options).mp_prefetch(
+            workers, worker_init_fn=_leave_ctrl_c_to_the_parent
+        )
+    )
+
+
+def _leave_ctrl_c_to_the_parent(worker: int, count: int) -> None:
+    """Ctrl-C reaches all processes; a worker that died of it would stop the save."""
+    del worker, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

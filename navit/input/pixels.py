@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -56,6 +57,10 @@ def size_of(image: ImageLike | BinaryIO) -> tuple[int, int]:
     if isinstance(image, np.ndarray):
         _check_array(image)
         return image.shape[0], image.shape[1]
+    if isinstance(image, str | os.PathLike):
+        raise ValueError(
+            f"{image!r} is a path: pass the file's contents, Path(...).read_bytes()"
+        )
     opened = image if isinstance(image, Image.Image) else _open(image)
     width, height = opened.size
     return (width, height) if _orientation(opened) >= 5 else (height, width)

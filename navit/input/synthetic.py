@@ -116,7 +116,8 @@ class SyntheticSource:
         root = max(root, _MIN_SIDE * math.sqrt(max(aspect, 1 / aspect)))
         height = round(root * math.sqrt(aspect))
         width = round(root / math.sqrt(aspect))
-        share = math.exp(rng.uniform(*map(math.log, _DIAMETER)))
+        low, high = _DIAMETER
+        share = math.exp(rng.uniform(math.log(low), math.log(high)))
         diameter = round(math.sqrt(height * width) * share)
         if diameter < _MIN_DIAMETER:
             dots = -1

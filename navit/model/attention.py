@@ -99,10 +99,15 @@ def _unpack(
         x = x.reshape(b, s, m, h * width).reshape(b, s, m, h, width)
         return x.swapaxes(2, 3)
 
-    logits = jnp.einsum("bshqk,bshmk->bshqm", unpacked(q) * width**-0.5, unpacked(k))
+    logits = jnp.einsum(
+        "bshqk,bshmk->bshqm",
+        unpacked(q),
+        unpacked(k),
+        preferred_element_type=jnp.float32,
+    )
     # A slot's first place is always visible, so that no softmax is over nothing.
     visible = (filled | (jnp.arange(m) == 0))[:, :, None, None]
-    logits = jnp.where(visible, logits.astype(jnp.float32), -jnp.inf)
+    logits = jnp.where(visible, logits * width**-0.5, -jnp.inf)
     weights = jax.nn.softmax(logits, -1).astype(q.dtype)
     out = jnp.einsum("bshqm,bshmk->bshqk", weights, unpacked(v))
     out = out.swapaxes(2, 3).reshape(b, s, m, h * width).reshape(b, s * m, h * width)

@@ -80,7 +80,7 @@ class MapHead(nnx.Module):
         h, width = self.num_heads, x.shape[-1]
         q = self.query(self.probe[...]).reshape(h, width // h)
         k = self.key(x).reshape(*x.shape[:2], h, width // h)
-        logits = jnp.einsum("hk,bnhk->bnh", q, k).astype(jnp.float32)
+        logits = jnp.einsum("hk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)
         logits = logits * (width // h) ** -0.5
         weights = _segment_softmax(logits, member).astype(x.dtype)
         values = self.value(x).reshape(k.shape) * weights[..., None]
@@ -104,7 +104,7 @@ def _segment_sum(
 def _segment_max(
     x: Float[Array, "b n d"], member: Float[Array, "b n s"]
 ) -> Float[Array, "b s d"]:
-    """Maximum per slot, 0 where empty; no gradient. XLA fuses it: no `[n, s, d]`."""
+    """Maximum per slot, 0 where empty; no gradient."""
     x = jax.lax.stop_gradient(x)
     top = jnp.where(member[..., None] > 0, x[:, :, None], -jnp.inf).max(1)
     return jnp.where(jnp.isfinite(top), top, 0.0)

@@ -91,10 +91,17 @@ class Vision(nnx.Module):
             cheaper way. The plan's token budget, never a guess.
 
         Raises:
-          ValueError: if, outside jit, a grid reaches beyond the position table.
+          ValueError: if, outside jit, a grid reaches beyond the position table or an
+            image has more than `max_image_tokens`.
         """
         if not isinstance(packed.grids, jax.core.Tracer):
             self.config.position.check(np.asarray(packed.grids))
+            longest = np.asarray(packed.grids).prod(-1).max(initial=0)
+            if max_image_tokens is not None and longest > max_image_tokens:
+                raise ValueError(
+                    f"an image has {longest} tokens, more than "
+                    f"max_image_tokens={max_image_tokens}"
+                )
         patches, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
         slots = grids.shape[1]
         real = (segment_ids > 0)[..., None]

@@ -27,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, read_only=keep is None
+            max_to_keep=keep, create=keep is not None
         )
         folder = workdir.absolute() / _FOLDER
         if keep is None and not folder.is_dir():

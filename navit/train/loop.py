@@ -29,13 +29,16 @@ from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train.checkpoint import Checkpoints
 from navit.train.metrics import Meter, MetricsWriter, line
 from navit.train.state import TrainState, init_state
-from navit.train.step import make_train_step
+from navit.train.step import Metrics, make_train_step
 
 log = logging.getLogger("navit")
 
 # What may change between the runs that share a work directory: nothing that decides
 # what is computed.
-_FREE = ("eval.", "mesh.", "data.workers", "train.log_", "train.check", "train.keep")
+_FREE = (
+    *("eval.", "mesh.", "data.eval", "data.workers"),
+    *("train.log_", "train.checkpoint_", "train.keep"),
+)
 
 
 def train(config: Config, workdir: Path) -> bool:
@@ -53,7 +56,16 @@ def train(config: Config, workdir: Path) -> bool:
       FloatingPointError: if the loss is not finite.
     """
     source = pipeline.open_source(config.data.train)
+    eval_source = pipeline.open_eval_source(config.data)
+    budgets.check(config, source, eval_source)
+    log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
     mesh, rules = make_mesh(config.mesh)
+    devices = mesh.size if mesh else 1
+    if config.data.rows % devices:
+        raise ValueError(
+            f"data.rows={config.data.rows} is not divisible by {devices} devices: "
+            "change it, or set mesh.data and mesh.fsdp to use fewer"
+        )
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
@@ -74,7 +86,8 @@ def train(config: Config, workdir: Path) -> bool:
                 workdir,
             )
             return False
-        budgets.run(Embedder(state.model, config, step=step), config, workdir)
+        embedder = Embedder(state.model, config, step=step)
+        budgets.run(embedder, config, eval_source, workdir)
         return True
 
 
@@ -102,6 +115,8 @@ def _steps(
     main = jax.process_index() == 0
     writer = MetricsWriter(workdir / "metrics.jsonl", first_step) if main else None
     meter = Meter(last_step)
+    if first_step < last_step:
+        log.info("compiling the training step; on a CPU this takes up to a minute")
     with contextlib.closing(batches):
         for step in range(first_step + 1, last_step + 1):
             before = time.perf_counter()
@@ -109,10 +124,13 @@ def _steps(
             meter.add(batch, time.perf_counter() - before)
             state, metrics = train_step(state, to_device(batch, rules))
 
+            if step == first_step + 1:  # compiled: no part of any rate
+                jax.block_until_ready(metrics)
+                meter.restart()
             stop = interruption.requested or step == last_step
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
-                _check_finite(float(metrics["loss"]), step, checkpoints)
+                _check_finite(metrics, step, checkpoints)
             if writer and (step % config.train.log_every == 0 or step == last_step):
                 values = {name: float(value) for name, value in metrics.items()}
                 values |= {"step": step, "lr": float(schedule(step - 1))}
@@ -128,11 +146,14 @@ def _steps(
     return state
 
 
-def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
-    if not math.isfinite(loss):
+def _check_finite(metrics: Metrics, step: int, checkpoints: Checkpoints) -> None:
+    """Of the gradient too: it decides whether the new parameters are finite."""
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"the loss is {loss} at step {step}: lower optim.lr or optim.clip_norm; "
-            f"the last checkpoint is of step {checkpoints.latest_step()}"
+            f"the loss is {loss}, its gradient {norm}, at step {step}: lower optim.lr "
+            f"or model.init_scale; the last checkpoint is of step "
+            f"{checkpoints.latest_step()}"
         )
 
 

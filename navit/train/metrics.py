@@ -42,7 +42,7 @@ class Meter:
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
         self.unreadable = 0
-        self._reset()
+        self.restart()
 
     def add(self, batch: Batch, waited: float) -> None:
         """One host batch, and the seconds that the device's feeder waited for it."""
@@ -70,10 +70,11 @@ class Meter:
             "input_wait": round(self._waited / seconds, 4),
             "eta_seconds": round(seconds / steps * (self._total_steps - step), 1),
         }
-        self._reset()
+        self.restart()
         return metrics
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
+        """Forgets what went through, as after the step that was compiled."""
         self._start = time.perf_counter()
         self._steps = self._images = self._unreadable = self._tokens = 0
         self._fill = self._waited = 0.0
