@@ -17,6 +17,7 @@ MODEL = (*BASE, "navit.sharding", "navit.model")
 ALLOWED = {
     "navit.config": (),
     "navit.batch": (),
+    "navit.files": (),
     "navit.sharding": BASE,
     "navit.model": MODEL,
     "navit.losses": MODEL,

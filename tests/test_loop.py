@@ -179,7 +179,7 @@ def test_classification_trains_and_evaluates(tmp_path):
     "change, message",
     [
         ("eval.budgets=16,400", "beyond|ends at"),
-        ("data.rows=3", "data.rows=3 is not divisible by 8 devices"),
+        ("data.rows=3", r"data.rows=3 is not divisible by 8 devices"),
     ],
 )
 def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
@@ -195,7 +195,7 @@ def test_classes_must_agree(tmp_path):
     config = override(
         tiny_config(), ["train.loss=classification", "model.vision.num_classes=55"]
     )
-    with pytest.raises(ValueError, match="num_classes=55, data.train has 56 classes"):
+    with pytest.raises(ValueError, match=r"num_classes=55, data.train has 56 classes"):
         loop.train(config, tmp_path)
 
 

@@ -41,12 +41,12 @@ def open_eval_source(data: config.DataConfig) -> Source:
             table = source.table or train.table
             source = dataclasses.replace(source, path=train.path, table=table)
         same = (source.path, source.table) == (train.path, train.table)
-        if same and "all" not in (source.split, train.split):
-            if source.holdout != train.holdout:
-                raise ValueError(
-                    f"data.train.holdout={train.holdout} and data.eval.holdout="
-                    f"{source.holdout} differ, so images would be in both parts"
-                )
+        split = "all" not in (source.split, train.split)
+        if same and split and source.holdout != train.holdout:
+            raise ValueError(
+                f"data.train.holdout={train.holdout} and data.eval.holdout="
+                f"{source.holdout} differ, so images would be in both parts"
+            )
     return open_source(source)
 
 
