@@ -3,7 +3,7 @@
   navit train configs/quickstart.py
 
 Long enough to learn the coarse task (two colours), too short for the fine one (the
-colour of small dots): configs/budgets_demo.py learns both.
+colour of small dots).
 """
 
 from navit.config import (
