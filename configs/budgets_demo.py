@@ -24,19 +24,19 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vision=VisionConfig(width=128, depth=2, mlp_dim=256, num_heads=2),
-            text=TextConfig(length=32, width=64, depth=2, mlp_dim=128, num_heads=1),
+            text=TextConfig(length=20, width=128, depth=2, mlp_dim=256, num_heads=2),
         ),
         data=DataConfig(
             train=Synthetic(size=20_000, seed=0),
             eval=Synthetic(size=512, seed=1),
-            budgets=(64, 256, 576),
-            row_tokens=576,
-            rows=16,
-            slots=5,
+            budgets=(64, 256),
+            row_tokens=512,
+            rows=12,
+            slots=8,
         ),
-        optim=OptimConfig(lr=3e-3, warmup_steps=30),
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=30),
         train=TrainConfig(
-            steps=400, loss="softmax", log_every=10, checkpoint_every=100
+            steps=1200, loss="softmax", log_every=10, checkpoint_every=100
         ),
         eval=EvalConfig(budgets=(64, 128, 256, 576, 729, 1024)),
     )

@@ -24,7 +24,7 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             vision=VisionConfig(width=128, depth=2, mlp_dim=256, num_heads=2),
-            text=TextConfig(length=32, width=64, depth=2, mlp_dim=128, num_heads=1),
+            text=TextConfig(length=20, width=128, depth=2, mlp_dim=256, num_heads=2),
         ),
         data=DataConfig(
             train=Synthetic(size=20_000, seed=0),
@@ -34,7 +34,7 @@ def get_config() -> Config:
             rows=8,
             slots=6,
         ),
-        optim=OptimConfig(lr=3e-3, warmup_steps=30),
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=30),
         train=TrainConfig(
             steps=300, loss="softmax", log_every=10, checkpoint_every=100
         ),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# What a user can cause and mend: shown in one line, without a traceback.
+# What a user can cause and mend: shown in one line; --debug shows the traceback.
 _USER_ERRORS = (
     ValueError,
     OSError,
@@ -69,7 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key.path=value",
-        help="any field of the config, as optim.lr=3e-4 or data.budgets=64,256",
+        help="any field of the config, as optim.lr=3e-4 or data.budgets=64,256 "
+        "(--print-config shows them all; navit/config.py explains them)",
+    )
+    train.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the config, overrides applied, and stop",
     )
     train.add_argument(
         "--workdir", type=Path, help="where to write (default: runs/NAME_OF_CONFIG)"
@@ -87,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         "--budgets", type=_integers, help="token budgets, as 256,729,1024"
     )
     evaluate.add_argument(
-        "--task", action="append", default=[], help="only this task (repeatable)"
+        "--task",
+        action="append",
+        default=[],
+        help="only this task of the data (repeatable): coarse or fine of the drawn "
+        "dataset, label of a table with that column",
     )
     evaluate.add_argument("--out", type=Path, help="folder to write (default: WORKDIR)")
     evaluate.add_argument(
@@ -129,6 +140,9 @@ def _train(args: argparse.Namespace) -> int:
     from navit import config as config_lib
 
     config = config_lib.load(args.config, args.overrides)
+    if args.print_config:
+        print(json.dumps(config_lib.to_json(config), indent=2))
+        return 0
     from navit.train.loop import train
 
     workdir = args.workdir or Path("runs") / Path(args.config).stem
@@ -157,6 +171,9 @@ def _embed(args: argparse.Namespace) -> int:
     from navit.embed import embed_files
     from navit.weights import load
 
+    missing = [name for name in args.images if not Path(name).exists()]
+    if missing and not args.skip_unreadable:  # before the model takes its time
+        raise FileNotFoundError(f"there is no file {missing[0]}")
     count = embed_files(
         load(args.workdir),
         args.images,
@@ -174,5 +191,7 @@ def _integers(text: str) -> tuple[int, ...]:
     except ValueError:
         values = ()
     if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"expected numbers as 256,729, not {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected numbers of at least 1, as 256,729, not {text!r}"
+        )
     return values

@@ -319,10 +319,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads the `get_config()` of a python file and applies `key.path=value`s."""
     path = Path(path)
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.py")]
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        known = [*path.parent.glob("*.py"), *Path("configs").glob("*.py")]
+        names = {p.stem: p for p in reversed(known)}
+        near = difflib.get_close_matches(path.stem, names, 1)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
         raise FileNotFoundError(f"there is no config {path}{hint}")
     spec = importlib.util.spec_from_file_location(f"navit_config_{path.stem}", path)
     assert spec and spec.loader

@@ -67,19 +67,12 @@ class Embedder:
             raise ValueError("embed_images takes a list of images, not one image")
         if not len(images):
             return np.zeros((0, self._embed_dim), np.float32)
-        sizes = []
-        for i, image in enumerate(images):
-            try:
-                sizes.append(pixels.size_of(image))
-            except ValueError as error:
-                raise ValueError(f"image {i} cannot be read: {error}") from error
 
         def fail(index: int, error: ValueError) -> None:
             raise ValueError(f"image {index} cannot be read: {error}") from error
 
-        return self.embed_source(
-            lambda i: images[i], np.array(sizes), max_tokens, on_error=fail
-        )
+        sizes = pixels.sizes_of(images)
+        return self.embed_source(lambda i: images[i], sizes, max_tokens, on_error=fail)
 
     def embed_source(
         self,

@@ -79,3 +79,17 @@ def make_mesh(config: MeshConfig) -> tuple[jax.sharding.Mesh | None, Rules]:
 def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
     """`jax.set_mesh`, or nothing where there is none."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def split_rows(batch: Any, rules: Rules) -> Any:
+    """This host's rows of each array -> global arrays, split over the devices by rows.
+
+    To the default device where there is no mesh.
+    """
+    spec = rules("batch")
+    if spec is None:
+        return jax.device_put(batch)
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    )

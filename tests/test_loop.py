@@ -1,19 +1,22 @@
 """Training runs: resume, interruption, refusals, and what they leave behind."""
 
+import dataclasses
 import json
 import os
+import re
 import signal
 
 import jax
 import numpy as np
 import pytest
 from helpers import tiny_config
+from PIL import Image
 
 import navit
-from navit.config import override
+from navit.config import Folder, MeshConfig, override
 from navit.input import pipeline
 from navit.optim import make_optimizer
-from navit.sharding import Rules
+from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train import loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.state import init_state
@@ -130,6 +133,32 @@ def test_checkpoint_of_another_config_is_refused(uninterrupted):
     assert "\n" not in message
 
 
+def test_changed_data_is_refused(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{name}.png")
+    (tmp_path / "t.csv").write_text("file,caption\na.png,a\nb.png,b\n")
+    data = [f"data.train.path={tmp_path}", "data.eval=none"]
+    config = dataclasses.replace(
+        tiny_config(steps=2),
+        data=dataclasses.replace(tiny_config().data, train=Folder()),
+    )
+    config = override(config, data)
+    assert loop.train(config, tmp_path / "run")
+    Image.new("RGB", (40, 31)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"trained on 2 images, .*put the data back"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_what_is_legal_and_rarely_meant_is_said(tmp_path, caplog):
+    options = ["optim.warmup_steps=9", "model.text.length=6"]
+    config = override(tiny_config(steps=2), options)
+    loop.train(config, tmp_path)
+    assert "optim.warmup_steps=9 is not reached in train.steps=2" in caplog.text
+    assert re.search(
+        r"\d+\.\d % of the captions are longer than model.text.length=6", caplog.text
+    )
+
+
 def test_what_decides_nothing_may_change(uninterrupted):
     config = override(
         tiny_config(), ["eval.budgets=4", "train.log_every=1", "data.workers=1"]
@@ -145,6 +174,37 @@ def test_load_gives_the_trained_model(uninterrupted):
         jax.tree.leaves(model.model), jax.tree.leaves(state.model), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_embedding_on_a_mesh_equals_one_device(uninterrupted):
+    images = [np.full((20 + 9 * i, 90, 3), 17 * i, np.uint8) for i in range(11)]
+    texts = [f"text {i}" for i in range(5)]
+    one = navit.load(uninterrupted)
+    expected = one.embed_images(images, 36), one.embed_texts(texts)
+    mesh, rules = make_mesh(MeshConfig(data=4, fsdp=2))
+    with use_mesh(mesh):
+        model = navit.load(uninterrupted, rules=rules)
+        found = model.embed_images(images, 36), model.embed_texts(texts)
+        kernel = model.vision.encoder.blocks.mlp.up.kernel[...]
+    assert not kernel.sharding.is_fully_replicated
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_embedding_without_upscaling_packs_and_changes_nothing(uninterrupted):
+    """Without upscaling several images share a row, and each is as if alone."""
+    model = navit.load(uninterrupted)
+    model.config = override(model.config, ["data.max_upscale=1.0"])
+    rng = np.random.default_rng(0)
+    images = [
+        rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        for h, w in [(16, 16), (50, 20), (300, 200), (32, 32), (17, 64), (400, 30)]
+    ]
+    together = model.embed_images(images, 36)
+    for image, vector in zip(images, together, strict=True):
+        np.testing.assert_allclose(
+            model.embed_images([image], 36)[0], vector, atol=1e-5
+        )
 
 
 def test_load_of_something_else_is_an_error(tmp_path):
@@ -166,7 +226,7 @@ def test_classification_trains_and_evaluates(tmp_path):
         tiny_config(steps=2),
         [
             "train.loss=classification",
-            "model.vision.num_classes=56",
+            "model.vision.num_classes=7",
             "model.text=none",
         ],
     )
@@ -193,9 +253,9 @@ def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
 
 def test_classes_must_agree(tmp_path):
     config = override(
-        tiny_config(), ["train.loss=classification", "model.vision.num_classes=55"]
+        tiny_config(), ["train.loss=classification", "model.vision.num_classes=6"]
     )
-    with pytest.raises(ValueError, match=r"num_classes=55, data.train has 56 classes"):
+    with pytest.raises(ValueError, match=r"num_classes=6, data.train has 7 classes"):
         loop.train(config, tmp_path)
 
 

@@ -7,8 +7,7 @@ from helpers import tiny_config
 from navit.config import MeshConfig, override
 from navit.input import pipeline
 from navit.optim import make_optimizer
-from navit.sharding import Rules, make_mesh, use_mesh
-from navit.train.loop import to_device
+from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.state import init_state
 from navit.train.step import make_train_step
 
@@ -25,7 +24,7 @@ def run(config, steps=3):
         for _, batch in zip(
             range(steps), pipeline.train_batches(config, source), strict=False
         ):
-            state, metrics = step(state, to_device(batch, rules))
+            state, metrics = step(state, split_rows(batch, rules))
             losses.append(float(metrics["loss"]))
         return losses, state
 

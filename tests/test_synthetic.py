@@ -32,7 +32,7 @@ def test_another_seed_is_another_set(source):
     same = (source.sizes == other.sizes).all(-1)
     assert same.mean() < 0.1
     labels = [s.tasks["coarse"].labels for s in (source, other)]
-    assert (labels[0] == labels[1]).mean() < 0.2
+    assert (labels[0] == labels[1]).mean() < 0.3
 
 
 def test_sizes_are_those_of_the_images(source):
@@ -80,29 +80,25 @@ def test_every_class_occurs_and_none_is_rare():
 
 
 def test_images_without_dots_are_too_small_to_hold_them(source):
-    """Diameters run from 1/80 to 1/20 of the root of the area; 4 pixels are needed."""
+    """Diameters run from 1/80 to 1/6 of the root of the area; 4 pixels are needed."""
     root = np.sqrt(source.sizes.prod(-1))
     without = source.tasks["fine"].labels < 0
     assert without.any() and not without.all()
-    assert root[without].max() < 4 * 80 and root[~without].min() > 3.5 * 20
+    assert root[without].max() < 4 * 80 and root[~without].min() > 3.5 * 6
 
 
 def test_the_pixels_show_the_colours_of_the_caption(source):
-    """The nearest named colours of all pixels are those named, and no others."""
+    """Beside one grey, the nearest named colours are those named, and no others."""
     palette = COLORS | DOTS
     names, colors = list(palette), np.array(list(palette.values()))
     for index in range(0, SIZE, 10):
-        words = re.findall(r"\w+", source.captions(index)[-1])  # a on b, c dots
-        ground, named = words[2], set(words) - {"on", "dots"}
+        named = set(re.findall(r"\w+", source.captions(index)[-1])) - {"dots"}
         pixels = source.image(index).reshape(-1, 3).astype(int)
+        grey = pixels[(np.ptp(pixels, axis=-1) == 0) & (pixels[:, 0] % 255 > 0)]
+        assert len(np.unique(grey)) == 1
         nearest = ((pixels[:, None] - colors) ** 2).sum(-1).argmin(-1)
-        counts = np.bincount(nearest, minlength=len(names))
-        found = {names[i] for i in np.flatnonzero(counts)}
-        assert found == named
-        # A figure fits the short side, so beside it a long image is ground.
-        short, long = sorted(source.sizes[index])
-        if long > 2 * short:
-            assert names[counts.argmax()] == ground
+        nearest = nearest[(pixels != grey[0]).any(-1)]
+        assert {names[i] for i in np.unique(nearest)} == named
 
 
 @pytest.mark.parametrize("index", [-1, SIZE, 10**9])

@@ -152,14 +152,9 @@ def pack(
         raise ValueError(f"slots must be at least 1, not {slots}")
     if not len(images):
         raise ValueError("there are no images to pack")
-    sizes = []
-    for i, image in enumerate(images):
-        try:
-            sizes.append(pixels.size_of(image))
-        except ValueError as error:
-            raise ValueError(f"image {i} cannot be read: {error}") from error
+    sizes = pixels.sizes_of(images)
     grids = geometry.grids_for(
-        np.array(sizes), max_tokens, patch_size=patch_size, max_upscale=max_upscale
+        sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale
     )
     rows = pack_rows(grids, row_tokens, slots)
     slots = slots or int(np.diff(rows.offsets).max())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -64,6 +65,21 @@ def size_of(image: ImageLike | BinaryIO) -> tuple[int, int]:
     opened = image if isinstance(image, Image.Image) else _open(image)
     width, height = opened.size
     return (width, height) if _orientation(opened) >= 5 else (height, width)
+
+
+def sizes_of(images: Sequence[ImageLike]) -> np.ndarray:
+    """`size_of` each: int `[len, 2]` (height, width).
+
+    Raises:
+      ValueError: names the first image that cannot be read.
+    """
+    sizes = np.zeros((len(images), 2), np.int64)
+    for i, image in enumerate(images):
+        try:
+            sizes[i] = size_of(image)
+        except ValueError as error:
+            raise ValueError(f"image {i} cannot be read: {error}") from error
+    return sizes
 
 
 def load(image: ImageLike, height: int, width: int, *, dct: str = "fast") -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,12 @@ class Rows:
         return Rows(
             offsets - offsets[0], self.index[images], self.grids[images], self.epoch
         )
+
+
+def fingerprint(sizes: np.ndarray) -> str:
+    """What a plan depends on beside the config: the images' number, order and sizes."""
+    data = np.ascontiguousarray(sizes, "<i4").tobytes()
+    return f"{len(sizes)} images, sizes {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def pack_rows(

@@ -64,7 +64,7 @@ class FolderSource:
         self.path = Path(folder.path).expanduser()
         if not folder.path or not self.path.is_dir():
             raise FileNotFoundError(
-                f"there is no folder {folder.path!r}: set data.train.path (and "
+                f"there is no folder {folder.path!r}: set data.train.path (or "
                 "data.eval.path) to the folder with your images"
             )
         table = _find_table(self.path, folder.table)

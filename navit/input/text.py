@@ -10,6 +10,12 @@ PAD, EOS, _FIRST_BYTE = 0, 1, 2
 VOCAB_SIZE = _FIRST_BYTE + 256
 
 
+def share_cut(texts: Sequence[str], length: int) -> float:
+    """Share of captions of which `encode_bytes` loses the end."""
+    lengths = [len(text.lower().encode(errors="replace")) for text in texts]
+    return float(np.mean([n > length - 1 for n in lengths]))
+
+
 def encode_bytes(texts: Sequence[str], length: int) -> np.ndarray:
     """Byte-level token ids, int32 `[len(texts), length]`; needs no vocabulary file.
 

@@ -13,7 +13,7 @@ from navit.config import Config
 from navit.train.state import TrainState
 
 # Raised when what a checkpoint holds changes; older ones are refused by number.
-FORMAT = 1
+FORMAT = 2
 
 _FOLDER = "checkpoints"
 
@@ -40,12 +40,17 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, config: Config) -> None:
-        """Starts writing; returns before it is on disk (`close` waits)."""
+    def save(self, state: TrainState, config: Config, data: str) -> None:
+        """Starts writing; returns before it is on disk (`close` waits).
+
+        Args:
+          data: the fingerprint of the data it is trained on.
+        """
         step = int(state.step)
         if step == self.latest_step():
             return
-        about = {"format": FORMAT, "config": config_lib.to_json(config)}
+        config_json = config_lib.to_json(config)
+        about = {"format": FORMAT, "config": config_json, "data": data}
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.model),
             opt_state=ocp.args.StandardSave(state.opt_state),
@@ -54,12 +59,19 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def config(self) -> Config:
-        """The config that the latest checkpoint was trained with.
+        """The config that the latest checkpoint was trained with; raises as `data`."""
+        return config_lib.from_json(self._about()["config"])
+
+    def data(self) -> str:
+        """The fingerprint of the data that it was trained on.
 
         Raises:
           FileNotFoundError: if there is no checkpoint yet.
           ValueError: if it is of another format.
         """
+        return self._about()["data"]
+
+    def _about(self) -> dict[str, Any]:
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = self._manager.restore(self._latest(), args=items)["about"]
         if about.get("format") != FORMAT:
@@ -67,7 +79,7 @@ class Checkpoints:
                 f"{self._path} holds checkpoints of format {about.get('format')}, and "
                 f"this version of navit reads format {FORMAT}"
             )
-        return config_lib.from_json(about["config"])
+        return about
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest state, placed as `like` (from `jax.eval_shape`) is sharded."""

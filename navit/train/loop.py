@@ -6,30 +6,27 @@ import contextlib
 import functools
 import json
 import logging
-import math
-import signal
-import threading
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import jax
 
 from navit import config as config_lib
-from navit.batch import Batch
 from navit.config import Config
 from navit.embed import Embedder
 from navit.evals import budgets
 from navit.files import write_atomic
 from navit.input import pipeline
+from navit.input.plan import fingerprint
 from navit.input.sources import Source
 from navit.optim import make_optimizer, make_schedule
-from navit.sharding import Rules, make_mesh, use_mesh
+from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.checkpoint import Checkpoints
+from navit.train.checks import check_finite, warn_before
+from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, MetricsWriter, line
 from navit.train.state import TrainState, init_state
-from navit.train.step import Metrics, make_train_step
+from navit.train.step import make_train_step
 
 log = logging.getLogger("navit")
 
@@ -56,9 +53,11 @@ def train(config: Config, workdir: Path) -> bool:
       FloatingPointError: if the loss is not finite.
     """
     source = pipeline.open_source(config.data.train)
+    data = fingerprint(source.sizes)
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
     log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
+    warn_before(config, source)
     mesh, rules = make_mesh(config.mesh)
     devices = mesh.size if mesh else 1
     if config.data.rows % devices:
@@ -69,12 +68,12 @@ def train(config: Config, workdir: Path) -> bool:
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
-            state = _start(config, workdir, rules, checkpoints)
-            with _Interruption() as interruption:
+            state = _start(config, data, workdir, rules, checkpoints)
+            with Interruption() as interruption:
                 state = _steps(
                     state, config, source, rules, checkpoints, workdir, interruption
                 )
-            checkpoints.save(state, config)
+            checkpoints.save(state, config, data)
         finally:
             checkpoints.close()
         step = int(state.step)
@@ -98,10 +97,11 @@ def _steps(
     rules: Rules,
     checkpoints: Checkpoints,
     workdir: Path,
-    interruption: _Interruption,
+    interruption: Interruption,
 ) -> TrainState:
     """Trains to the last step, or to the one after which a stop was asked for."""
     first_step, last_step = int(state.step), config.train.steps
+    data = fingerprint(source.sizes)
     optimizer = make_optimizer(config.optim, last_step)
     schedule = make_schedule(config.optim, last_step)
     train_step = make_train_step(config, optimizer, rules)
@@ -122,7 +122,7 @@ def _steps(
             before = time.perf_counter()
             batch = next(batches)
             meter.add(batch, time.perf_counter() - before)
-            state, metrics = train_step(state, to_device(batch, rules))
+            state, metrics = train_step(state, split_rows(batch, rules))
 
             if step == first_step + 1:  # compiled: no part of any rate
                 jax.block_until_ready(metrics)
@@ -130,7 +130,7 @@ def _steps(
             stop = interruption.requested or step == last_step
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
-                _check_finite(metrics, step, checkpoints)
+                check_finite(metrics, step, checkpoints.latest_step())
             if writer and (step % config.train.log_every == 0 or step == last_step):
                 values = {name: float(value) for name, value in metrics.items()}
                 values |= {"step": step, "lr": float(schedule(step - 1))}
@@ -138,7 +138,7 @@ def _steps(
                 writer.write(values)
                 log.info(line(values, last_step))
             if save:
-                checkpoints.save(state, config)
+                checkpoints.save(state, config, data)
             if stop:
                 break
     if meter.unreadable:
@@ -146,19 +146,8 @@ def _steps(
     return state
 
 
-def _check_finite(metrics: Metrics, step: int, checkpoints: Checkpoints) -> None:
-    """Of the gradient too: it decides whether the new parameters are finite."""
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"the loss is {loss}, its gradient {norm}, at step {step}: lower optim.lr "
-            f"or model.init_scale; the last checkpoint is of step "
-            f"{checkpoints.latest_step()}"
-        )
-
-
 def _start(
-    config: Config, workdir: Path, rules: Rules, checkpoints: Checkpoints
+    config: Config, data: str, workdir: Path, rules: Rules, checkpoints: Checkpoints
 ) -> TrainState:
     """The state to go on from: the latest checkpoint's, or step 0's."""
     make = functools.partial(
@@ -167,8 +156,8 @@ def _start(
     latest = checkpoints.latest_step()
     if latest is None:
         if jax.process_index() == 0:
-            text = json.dumps(config_lib.to_json(config), indent=2) + "\n"
-            write_atomic(workdir / "config.json", text.encode())
+            saved = json.dumps(config_lib.to_json(config), indent=2) + "\n"
+            write_atomic(workdir / "config.json", saved.encode())
         state = jax.jit(make)()
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
@@ -183,42 +172,13 @@ def _start(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): "
             "choose another --workdir, delete that one, or go back to its settings"
         )
+    if data != checkpoints.data():
+        raise ValueError(
+            f"{workdir} was trained on {checkpoints.data()}, and data.train now has "
+            f"{data}: put the data back as it was, or choose another --workdir"
+        )
     if latest >= config.train.steps:
         log.info("%s is trained to step %d already", workdir, latest)
     else:
         log.info("resuming from step %d of %s", latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
-
-
-def to_device(batch: Batch, rules: Rules) -> Batch:
-    """This host's rows -> global arrays, split over the devices by rows."""
-    spec = rules("batch")
-    if spec is None:
-        return jax.device_put(batch)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
-
-
-class _Interruption:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to save and stop."""
-
-    requested = False
-
-    def __enter__(self) -> _Interruption:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        log.info("stopping after this step, to save (again to stop at once)")

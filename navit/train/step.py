@@ -49,8 +49,10 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        if model.scale is not None and model.bias is not None:
-            metrics |= {"scale": jnp.exp(model.scale[...]), "bias": model.bias[...]}
+        if model.scale is not None:
+            metrics["scale"] = jnp.exp(model.scale[...])
+        if model.bias is not None and config.train.loss == "sigmoid":
+            metrics["bias"] = model.bias[...]
         return TrainState(state.step + 1, model, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)

@@ -156,6 +156,27 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     assert f"resuming from step {stopped} " in again.stdout
 
 
+def test_killed_while_saving_and_the_same_command_again(tmp_path):
+    """Saves are always under way here; the kill, with no warning, hits one."""
+    command = ["train", "configs/photos.py", *SMALL, "train.steps=40"]
+    command += ["train.log_every=1", "train.checkpoint_every=1"]
+    command += ["--workdir", str(tmp_path)]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    with subprocess.Popen(
+        [*NAVIT, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step") and "12/40" in line:
+                process.kill()
+                break
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    resumed = int(re.search(r"resuming from step (\d+) ", again.stdout)[1])
+    assert 10 <= resumed <= 12
+    assert "step     40/40" in again.stdout
+
+
 def one_line(done, *words):
     assert done.returncode == 1, done.stdout
     lines = done.stderr.strip().splitlines()
@@ -194,6 +215,7 @@ def test_mistakes_get_one_line_that_names_the_thing(workdir, tmp_path):
     one_line(run("embed", workdir, broken, "--out", out), "broken.jpg")
     one_line(run("embed", workdir, tmp_path / "no.jpg", "--out", out), "no.jpg")
     assert not out.exists()
+    one_line(run("train", "quickstart"), "did you mean configs/quickstart.py")
     one_line(run("eval", tmp_path), str(tmp_path), "work directory")
     one_line(run("eval", workdir, "--task", "labels"), "'labels'", "label")
 
@@ -222,3 +244,5 @@ def test_help_teaches():
     assert done.returncode == 0
     assert "navit train configs/quickstart.py" in done.stdout
     assert "key.path=value" in run("train", "--help").stdout
+    done = run("train", "configs/quickstart.py", "optim.lr=0.5", "--print-config")
+    assert json.loads(done.stdout)["optim"]["lr"] == 0.5
