@@ -1,8 +1,8 @@
 """The offline dataset: drawn images of any size, each with something coarse and fine.
 
 An image shows a large figure of one colour on a grey ground (seen at 64 tokens), and a
-few dots of another, from wide to tiny (lost in their patches at 64 tokens, and half as
-wide as one at 1024). Captions name both, so accuracy on either against the budget shows what tokens
+few dots of another, wide in some images and tiny in others (2 pixels at 64 tokens, 6 at
+1024). Captions name both, so accuracy on either against the budget shows what tokens
 buy.
 """
 
