@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from navit.input.geometry import grid_for as grid_for
     from navit.input.pipeline import pack as pack
     from navit.weights import load as load
+    from navit.weights import save as save
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "grid_for": "navit.input.geometry",
     "load": "navit.weights",
     "pack": "navit.input.pipeline",
+    "save": "navit.weights",
 }
 
 __all__ = sorted(_HOMES)

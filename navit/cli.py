@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -130,6 +131,21 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out files that cannot be read, naming them, instead of stopping",
     )
     embed.set_defaults(run=_embed)
+
+    convert = commands.add_parser(
+        "convert",
+        help="convert weights between Hugging Face, big_vision and navit",
+        description="Writes the model at IN, of any format that navit reads, to OUT. "
+        "No bit of a float32 weight changes.",
+    )
+    convert.add_argument("path", type=Path, metavar="IN")
+    convert.add_argument("out", type=Path, metavar="OUT")
+    convert.add_argument(
+        "--format",
+        choices=("huggingface", "big_vision", "navit"),
+        help="of OUT (default: big_vision for an .npz, else huggingface)",
+    )
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -146,11 +162,20 @@ def _train(args: argparse.Namespace) -> int:
     from navit.train.loop import train
 
     workdir = args.workdir or Path("runs") / Path(args.config).stem
-    return 0 if train(config, workdir) else 130
+    initial = None
+    if config.init:
+        from navit.convert.weights import build
+        from navit.weights import read, starting_from
+
+        weights = read(config.init)
+        config = starting_from(config, weights)
+        initial = functools.partial(build, weights, config.model)
+    return 0 if train(config, workdir, initial) else 130
 
 
 def _eval(args: argparse.Namespace) -> int:
     from navit import config as config_lib
+    from navit.embed import Embedder
     from navit.evals import budgets
     from navit.input import pipeline
     from navit.weights import load
@@ -160,6 +185,13 @@ def _eval(args: argparse.Namespace) -> int:
     if args.budgets:
         evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
         config = dataclasses.replace(config, eval=evaluation)
+    for difference in config_lib.differences(embedder.config, config):
+        if not difference.startswith(("data.", "eval.")):
+            raise ValueError(
+                f"{difference}: the checkpoint was trained otherwise; an evaluation "
+                "may change data.* and eval.*"
+            )
+    embedder = Embedder(embedder.model, config, step=embedder.step)
     source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, source)
     out = args.out or args.workdir
@@ -182,6 +214,18 @@ def _embed(args: argparse.Namespace) -> int:
         skip_unreadable=args.skip_unreadable,
     )
     print(f"wrote {count} embeddings to {args.out}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from navit.weights import read, write
+
+    format = args.format
+    if format is None:
+        format = "big_vision" if args.out.suffix == ".npz" else "huggingface"
+    weights = read(args.path)
+    write(weights, args.out.expanduser(), format)
+    print(f"wrote {args.out} ({format})")
     return 0
 
 

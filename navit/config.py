@@ -87,7 +87,12 @@ class PositionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The image tower. `embed_dim=None` means no projection after pooling."""
+    """The image tower. `embed_dim=None` means no projection after pooling.
+
+    `fixed_grid`: every image is resized to the whole `position.size` x `position.size`
+    grid, its aspect lost, as checkpoints of a fixed resolution were trained. For
+    evaluation and embedding; training keeps the aspect.
+    """
 
     patch_size: int = 16
     width: int = 768
@@ -100,6 +105,7 @@ class VisionConfig:
     pool: Literal["map", "mean", "max", "none"] = "map"
     embed_dim: int | None = None
     num_classes: int = 0
+    fixed_grid: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads")
@@ -115,9 +121,13 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower: `length` token ids in, the last position projected out."""
+    """The text tower: `length` token ids in, the last position projected out.
 
-    tokenizer: Literal["bytes"] = "bytes"
+    `tokenizer`: "bytes", which needs no file, or the path of a SentencePiece `.model`
+    or a `tokenizer.json`, such as Gemma's. Empty: not known.
+    """
+
+    tokenizer: str = "bytes"
     vocab_size: int = 258
     length: int = 64
     width: int = 768
@@ -229,7 +239,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1)."""
+    """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1).
+
+    `start`: the run is the end of a longer schedule, of which this share is over: 0.9
+    is where SigLIP 2's NaFlex stage resumes (section 2.4.2). `vision_lr`, `text_lr`:
+    factors for the towers; 0 freezes one.
+    """
 
     lr: float = 1e-3
     warmup_steps: int = 100
@@ -237,10 +252,15 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float = 1.0
+    start: float = 0.0
+    vision_lr: float = 1.0
+    text_lr: float = 1.0
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "clip_norm")
-        for name in ("warmup_steps", "weight_decay"):
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start is a share in [0, 1), not {self.start}")
+        for name in ("warmup_steps", "weight_decay", "vision_lr", "text_lr"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("b1", "b2"):
@@ -265,7 +285,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Token budgets to evaluate at, images at most, and the prompts of zero-shot."""
+    """Token budgets to evaluate at, images at most, and the prompts of zero-shot.
+
+    `batch_tokens`: tokens embedded at a time; lower it where memory is short.
+    """
 
     budgets: tuple[int, ...] = (256, 729, 1024)
     max_images: int | None = None
@@ -274,10 +297,12 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_tokens")
+        if self.max_images is not None:
+            _positive(self, "max_images")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"eval.budgets needs positive numbers, not {self.budgets}")
-        if not self.prompts or any("{}" not in p for p in self.prompts):
-            raise ValueError(f'eval.prompts need a "{{}}" each, not {self.prompts}')
+        if not self.prompts or any(p.count("{}") != 1 for p in self.prompts):
+            raise ValueError(f'eval.prompts need one "{{}}" each, not {self.prompts}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +318,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One experiment.
+
+    `init`: weights to start from (whatever `navit.load` takes). The towers' sizes then
+    come from there, where the config leaves them at their defaults.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -301,6 +330,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
+    init: str = ""
 
     def __post_init__(self) -> None:
         vision, loss = self.model.vision, self.train.loss

@@ -97,15 +97,26 @@ class Embedder:
           ValueError: if a grid reaches beyond the model's position table.
         """
         data, patch_size = self.config.data, self.vision.config.patch_size
-        grids = geometry.grids_for(
-            sizes, max_tokens, patch_size=patch_size, max_upscale=data.max_upscale
-        )
+        side = self.vision.config.position.size
+        if self.vision.config.fixed_grid:
+            if max_tokens < side * side:
+                raise ValueError(
+                    f"this model was trained at one size, {side}x{side} patches: pass "
+                    f"max_tokens={side * side}, or load it with model.vision."
+                    "fixed_grid=false to keep the aspect at any budget"
+                )
+            grids, max_tokens = np.full((len(sizes), 2), side), side * side
+        else:
+            grids = geometry.grids_for(
+                sizes, max_tokens, patch_size=patch_size, max_upscale=data.max_upscale
+            )
         self.vision.config.position.check(grids)
         # With every image at its budget a row holds one; without upscaling, several.
         slots = 1 if data.max_upscale is None else 8
         rows = pack_rows(grids, max_tokens, slots)
         # A power of two of rows at a time, so that few shapes are ever compiled.
         at_once = max(1, self.config.eval.batch_tokens // max_tokens)
+        at_once = 2 ** (at_once.bit_length() - 1)
         at_once = self._shared_by_devices(min(at_once, len(rows)))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         fill_rows = functools.partial(
@@ -144,11 +155,20 @@ class Embedder:
         if isinstance(texts, str):
             raise ValueError("embed_texts takes a list of texts, not one text")
         out = np.zeros((len(texts), self._embed_dim), np.float32)
+        c = self.text.config
+        cut = text.share_cut(texts, c.length, c.tokenizer)
+        if cut:
+            log.warning(
+                "%.1f %% of %d texts are longer than the %d tokens that this model "
+                "takes, and lose their end",
+                *(100 * cut, len(texts), c.length),
+            )
         at_once = self._shared_by_devices(min(256, max(len(texts), 1)))
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
-            ids = text.encode_bytes(
-                [*part, *[""] * (at_once - len(part))], self.text.config.length
+            ids = text.encode(
+                [*part, *[""] * (at_once - len(part))],
+                *(c.length, c.tokenizer),
             )
             vectors = np.asarray(_embed_ids(self.text, self._place(ids)))
             out[start : start + len(part)] = vectors[: len(part)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,13 +12,21 @@ from navit.config import OptimConfig
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate against step: linear warm-up, then a cosine to 0 at `steps`."""
-    warmup = min(config.warmup_steps, steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, steps)
+    """Learning rate against step: linear warm-up, then a cosine to 0 at `steps`.
+
+    With `config.start`, the last part of a schedule so long that it ends at `steps`.
+    """
+    total = round(steps / (1 - config.start))
+    warmup = min(config.warmup_steps, total - 1)
+    whole = optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, total)
+    return lambda step: whole(step + total - steps)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW; decay on matrices and tables only, not on norms and biases."""
+    """Clipped AdamW; decay on matrices and tables only, not on norms and biases.
+
+    The updates of a tower are multiplied by its factor, its decay with them.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -27,7 +36,19 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             weight_decay=config.weight_decay,
             mask=_decayed,
         ),
+        optax.stateless(functools.partial(_scale_towers, config)),
     )
+
+
+def _scale_towers(config: OptimConfig, updates: Any, params: Any) -> Any:
+    del params
+    factors = {"vision": config.vision_lr, "text": config.text_lr}
+
+    def scale(path: tuple, x: jax.Array) -> jax.Array:
+        factor = factors.get(getattr(path[0], "name", ""), 1.0)
+        return x if factor == 1.0 else x * factor
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 def _decayed(params: Any) -> Any:

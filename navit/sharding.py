@@ -81,6 +81,15 @@ def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """Where on the mesh in use an array from `jax.eval_shape` belongs."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    spec = x.sharding.spec if x.sharding is not None else jax.P()
+    return jax.NamedSharding(mesh, spec)
+
+
 def split_rows(batch: Any, rules: Rules) -> Any:
     """This host's rows of each array -> global arrays, split over the devices by rows.
 

@@ -1,35 +1,209 @@
-"""A path -> a model ready to use."""
+"""A path -> a model ready to use, and the way back."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
+import numpy as np
 from flax import nnx
 
+from navit import config as config_lib
+from navit.config import (
+    Config,
+    DataConfig,
+    Folder,
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+)
+from navit.convert import big_vision, huggingface
+from navit.convert.weights import Weights, build, name_of
 from navit.embed import Embedder
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
-from navit.train.checkpoint import Checkpoints
+from navit.train.checkpoint import Checkpoints, is_workdir
+
+log = logging.getLogger("navit")
+
+Format = Literal["huggingface", "big_vision", "navit"]
 
 
-def load(path: str | Path, *, rules: Rules = Rules()) -> Embedder:
-    """Loads a model with its config from a work directory of `navit train`.
+def load(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    rules: Rules = Rules(),
+) -> Embedder:
+    """Loads a model, whatever it is stored as; told apart by content.
 
     Args:
+      path: a work directory of `navit train`, a Hugging Face directory of a
+        `Siglip2Model` or `SiglipModel`, or a big_vision `.npz`.
+      overrides: settings that decide how it runs, as `"model.dtype=bfloat16"` or
+        `"model.text.tokenizer=gemma.model"`.
       rules: how to place the parameters on the mesh in use; one device without.
 
     Raises:
-      FileNotFoundError: if there is no work directory or no checkpoint in it.
-      ValueError: if the checkpoint is of a format that this version does not read.
+      FileNotFoundError: if there is nothing, or no checkpoint in it.
+      ValueError: names what in it is damaged, missing or not known.
     """
-    checkpoints = Checkpoints(Path(path).expanduser())
+    path = Path(path).expanduser()
+    if is_workdir(path):
+        return _load_workdir(path, overrides, rules)
+    weights = read(path)
+    config = Config(model=weights.model, data=DataConfig(train=Folder()))
+    config = config_lib.override(config, overrides)
+    check_sizes(weights, config.model)
+    return Embedder(build(weights, config.model, rules), config, step=0)
+
+
+def read(path: str | Path) -> Weights:
+    """What `load` takes, to be read tensor by tensor; raises as `load`."""
+    path = Path(path).expanduser()
+    if huggingface.is_huggingface(path):
+        return _with_tokenizer(huggingface.read(path))
+    if big_vision.is_big_vision(path):
+        return _with_tokenizer(big_vision.read(path))
+    if is_workdir(path):
+        return weights_of(_load_workdir(path))
+    raise FileNotFoundError(
+        f"{path} is not a navit work directory (it has no checkpoints/), no Hugging "
+        "Face directory (config.json and *.safetensors), and no big_vision .npz"
+    )
+
+
+def weights_of(model: Embedder) -> Weights:
+    """A loaded model as any format's writer takes it."""
+    leaves = jax.tree_util.tree_flatten_with_path(model.model)[0]
+    found = {name_of(path): leaf for path, leaf in leaves}
+    text = model.config.model.text
+    tokenizer = Path(text.tokenizer if text else "").expanduser()
+    return Weights(
+        model.config.model,
+        lambda name: np.asarray(found[name]),
+        where="the model",
+        files=(tokenizer,) if tokenizer.is_file() else (),
+    )
+
+
+def save(model: Embedder, path: str | Path, format: Format = "huggingface") -> None:
+    """Writes a model for others to open: the way back from `load`.
+
+    Args:
+      path: a directory, or an `.npz` for "big_vision".
+
+    Raises:
+      ValueError: if the format cannot hold this model; names the setting.
+    """
+    write(weights_of(model), Path(path).expanduser(), format, config=model.config)
+
+
+def write(
+    weights: Weights, out: Path, format: Format, *, config: Config | None = None
+) -> None:
+    """Writes weights, tensor by tensor where the format allows it; see `save`.
+
+    Args:
+      config: what else a work directory is to say of itself.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already: choose another, or delete it")
+    if format == "huggingface":
+        huggingface.write(weights, out)
+    elif format == "big_vision":
+        big_vision.write(weights, out)
+    else:
+        checkpoints = Checkpoints(out, keep=1)
+        try:
+            config = dataclasses.replace(config or Config(), model=weights.model)
+            checkpoints.save_model(build(weights, weights.model), config)
+        finally:
+            checkpoints.close()
+        for file in weights.files:
+            shutil.copyfile(file, out / file.name)
+
+
+def check_sizes(weights: Weights, model: ModelConfig) -> None:
+    """Raises ValueError if a config would make another model than the weights are."""
+    found = [
+        difference
+        for difference in config_lib.differences(weights.model, model, "model")
+        if not difference.startswith(FREE)
+    ]
+    if found:
+        raise ValueError(
+            f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): leave "
+            "that as it was"
+        )
+
+
+def starting_from(config: Config, weights: Weights) -> Config:
+    """`config` with the towers that `weights` have, to train them further.
+
+    Raises:
+      ValueError: if the config states another size, length or position embedding.
+    """
+    vision, text = config.model.vision, config.model.text
+    if vision == VisionConfig():
+        vision = weights.model.vision
+    if text == TextConfig():
+        text = weights.model.text
+    if weights.model.vision.fixed_grid:
+        log.info(
+            "%s was trained at one size, %dx%d patches; from here on images keep their "
+            "aspect",
+            *(weights.where, *[vision.position.size] * 2),
+        )
+    vision = dataclasses.replace(vision, fixed_grid=False)
+    model = dataclasses.replace(config.model, vision=vision, text=text)
+    check_sizes(weights, model)
+    return dataclasses.replace(config, model=model)
+
+
+# Settings of a model that its weights do not depend on.
+FREE = (
+    *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
+    *("model.init_", "model.text.tokenizer", "model.vision.fixed_grid"),
+)
+
+
+def _load_workdir(
+    path: Path, overrides: Sequence[str] = (), rules: Rules = Rules()
+) -> Embedder:
+    checkpoints = Checkpoints(path)
     try:
-        config = checkpoints.config()
+        config = config_lib.override(checkpoints.config(), overrides)
+        config = _tokenizer_beside(config, path)
         make = functools.partial(TwoTower, config.model, rules)
         like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         model, step = checkpoints.restore_model(like)
         return Embedder(model, config, step=step)
     finally:
         checkpoints.close()
+
+
+def _with_tokenizer(weights: Weights) -> Weights:
+    """A tokenizer found beside the weights is the model's."""
+    if not weights.files or weights.model.text is None:
+        return weights
+    text = dataclasses.replace(weights.model.text, tokenizer=str(weights.files[0]))
+    model = dataclasses.replace(weights.model, text=text)
+    return dataclasses.replace(weights, model=model)
+
+
+def _tokenizer_beside(config: Config, path: Path) -> Config:
+    """The copy that lies in the work directory, where its own path is gone."""
+    text = config.model.text
+    if text is None or text.tokenizer in ("", "bytes"):
+        return config
+    beside = path / Path(text.tokenizer).name
+    if Path(text.tokenizer).expanduser().is_file() or not beside.is_file():
+        return config
+    return config_lib.override(config, [f"model.text.tokenizer={beside}"])

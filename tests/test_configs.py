@@ -1,6 +1,7 @@
 """Every config loads, builds, and gives a batch that its model takes."""
 
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 from navit import config as config_lib
 from navit.input import pipeline
-from navit.optim import make_optimizer
+from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules
 from navit.train.state import init_state
 from navit.train.step import make_train_step
@@ -20,7 +21,13 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 def test_config_loads_builds_and_pulls_one_batch(path, monkeypatch):
     monkeypatch.chdir(path.parents[1])  # data/sample is named from there
     config = config_lib.load(path)
-    small = {"data.train.size": 200} if hasattr(config.data.train, "size") else {}
+    small = {"data.rows": min(config.data.rows, 8)}
+    if hasattr(config.data.train, "size"):
+        small["data.train.size"] = 200
+    elif not config.data.train.path:  # the user's
+        small["data.train.path"] = "data/sample"
+    if config.model.text.tokenizer != "bytes":  # the user's
+        small["model.text.tokenizer"] = "bytes"
     config = config_lib.override(config, [f"{k}={v}" for k, v in small.items()])
     optimizer = make_optimizer(config.optim, config.train.steps)
     state = jax.eval_shape(functools.partial(init_state, config, optimizer, Rules()))
@@ -33,3 +40,21 @@ def test_config_loads_builds_and_pulls_one_batch(path, monkeypatch):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == ()
     assert len(pipeline.open_eval_source(config.data)) > 0
+
+
+def test_the_naflex_stage_is_the_papers():
+    """SigLIP 2 sections 2.1 and 2.4.2, in numbers."""
+    for name, width in (("b16", 768), ("so400m16", 1152)):
+        path = CONFIGS[0].parent / f"siglip2_{name}_naflex.py"
+        config = config_lib.load(path)
+        assert config.model.vision.width == config.model.text.width == width
+        assert config.data.budgets == (128, 256, 576, 784, 1024)
+        mean = sum(config.data.budgets) / 5
+        batch = config.data.rows * config.data.row_tokens / mean
+        assert abs(batch / 32_768 - 1) < 0.01
+        whole = 40e9 / 32_768
+        assert abs(config.train.steps / (whole * 0.1 * 3.75) - 1) < 1e-4
+        schedule = make_schedule(config.optim, config.train.steps)
+        # The cosine is at 90 % where the run starts, and at its end where it ends.
+        assert abs(float(schedule(0)) / 1e-3 - (1 + math.cos(0.9 * math.pi)) / 2) < 1e-3
+        assert float(schedule(config.train.steps)) < 1e-9

@@ -14,6 +14,7 @@ from PIL import Image
 
 import navit
 from navit.config import Folder, MeshConfig, override
+from navit.evals import budgets
 from navit.input import pipeline
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh, use_mesh
@@ -65,10 +66,11 @@ def test_interrupted_and_resumed_equals_never_having_stopped(
 ):
     caplog.set_level("INFO", "navit")
     config = tiny_config()
+    handler = signal.getsignal(number)
     interrupt_at(monkeypatch, 4, number)
     assert not loop.train(config, tmp_path)
     assert "interrupted; saved step 4" in caplog.text
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert signal.getsignal(number) == handler
     monkeypatch.undo()
     assert loop.train(config, tmp_path)
     assert "resuming from step 4" in caplog.text
@@ -144,16 +146,41 @@ def test_changed_data_is_refused(tmp_path):
     )
     config = override(config, data)
     assert loop.train(config, tmp_path / "run")
-    Image.new("RGB", (40, 31)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"trained on 2 images, .*put the data back"):
-        loop.train(config, tmp_path / "run")
+    for change in ("size", "caption", "order"):
+        table, size = "file,caption\na.png,a\nb.png,b\n", (40, 30)
+        if change == "size":
+            size = (40, 31)
+        elif change == "caption":
+            table = table.replace(",b\n", ",c\n")
+        else:
+            table = "file,caption\nb.png,b\na.png,a\n"
+        Image.new("RGB", size).save(tmp_path / "b.png")
+        (tmp_path / "t.csv").write_text(table)
+        with pytest.raises(
+            ValueError, match=r"trained on 2 images .*put the data back"
+        ):
+            loop.train(config, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_format_is_refused(uninterrupted, monkeypatch):
+    monkeypatch.setattr("navit.train.checkpoint.FORMAT", 99)
+    with pytest.raises(ValueError, match=r"reads format 99: train into another"):
+        navit.load(uninterrupted)
+
+
+def test_the_first_step_is_logged_without_rates(tmp_path, caplog):
+    caplog.set_level("INFO", "navit")
+    loop.train(tiny_config(steps=2, log_every=1), tmp_path)
+    first, second = logged(tmp_path)
+    assert 0 < first["fill"] <= 1 and first["images_per_step"] > 1
+    assert "images_per_second" not in first and second["images_per_second"] > 0
 
 
 def test_what_is_legal_and_rarely_meant_is_said(tmp_path, caplog):
     options = ["optim.warmup_steps=9", "model.text.length=6"]
     config = override(tiny_config(steps=2), options)
     loop.train(config, tmp_path)
-    assert "optim.warmup_steps=9 is not reached in train.steps=2" in caplog.text
+    assert "optim.warmup_steps=9 is more than train.steps=2" in caplog.text
     assert re.search(
         r"\d+\.\d % of the captions are longer than model.text.length=6", caplog.text
     )
@@ -233,6 +260,10 @@ def test_classification_trains_and_evaluates(tmp_path):
     assert loop.train(config, tmp_path)
     results = json.loads((tmp_path / "budgets.json").read_text())
     assert set(results["budgets"]["16"]) >= {"coarse_accuracy", "tokens_per_image"}
+    model = navit.load(tmp_path)
+    source = pipeline.open_eval_source(config.data)
+    with pytest.raises(ValueError, match=r"trained to tell 'coarse' only"):
+        budgets.evaluate(model, config, source, tasks=("fine",))
 
 
 @pytest.mark.parametrize(

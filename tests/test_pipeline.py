@@ -28,7 +28,7 @@ from navit.input import pixels
 from navit.input.pipeline import open_eval_source, open_source, train_batches
 from navit.input.plan import BatchPlans
 from navit.input.synthetic import SyntheticSource
-from navit.input.text import encode_bytes
+from navit.input.text import encode
 
 STEPS = 8
 
@@ -208,7 +208,7 @@ def test_batches_hold_what_the_plan_and_the_source_say(one_run):
             index = int(batch.id[row, slot])
             assert tuple(batch.size[row, slot]) == tuple(source.sizes[index])
             assert batch.label[row, slot] == source.tasks["coarse"].labels[index]
-            texts = encode_bytes(source.captions(index), 24).tolist()
+            texts = encode(source.captions(index), 24).tolist()
             assert batch.text[row, slot].tolist() in texts
             rows, columns = batch.images.grids[row, slot].tolist()
             expected = np.zeros((rows * columns, 768), np.uint8)

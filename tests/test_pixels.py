@@ -13,6 +13,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageFile, features
 
+from navit.input import geometry
 from navit.input.geometry import grid_for
 from navit.input.pixels import load, size_of, to_patches
 
@@ -342,3 +343,31 @@ def test_threads_that_read_sizes_leave_the_warning_filters_alone():
     finally:
         sys.setswitchinterval(interval)
     assert list(warnings.filters) == before
+
+
+@pytest.fixture(scope="module")
+def big_vision():
+    """TensorFlow's own decode and resize; see tests/golden/make_pixels.py."""
+    with np.load(Path(__file__).parent / "golden/pixels.npz") as found:
+        return dict(found)
+
+
+def test_pixels_are_those_of_big_vision_within_a_grey_level(big_vision):
+    """200 JPEGs at budgets 64 to 1024; ours are rounded, so half a level is due."""
+    worst, scaled = 0.0, 0
+    for i in range(200):
+        data, want = big_vision[f"jpeg_{i}"].tobytes(), big_vision[f"pixels_{i}"] / 16
+        height, width = want.shape[:2]
+        h, w = size_of(data)
+        if min(h / height, w / width) >= 4:  # the scaled decode; tested above
+            scaled += 1
+            continue
+        worst = max(worst, np.abs(load(data, height, width) - want).max())
+    assert worst <= 1.0
+    assert scaled < 20
+
+
+@pytest.mark.parametrize("column, budget", [(0, 64), (1, 256), (2, 729), (3, 1024)])
+def test_grids_are_those_of_transformers(big_vision, column, budget):
+    grids = geometry.grids_for(big_vision["grid_sizes"], budget, patch_size=16)
+    np.testing.assert_array_equal(grids, big_vision["grids"][:, column])

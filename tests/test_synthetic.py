@@ -79,12 +79,16 @@ def test_every_class_occurs_and_none_is_rare():
         assert counts.min() > expected / 2 and counts.max() < expected * 2
 
 
-def test_images_without_dots_are_too_small_to_hold_them(source):
-    """Diameters run from 1/80 to 1/6 of the root of the area; 4 pixels are needed."""
+def test_dots_are_drawn_where_they_are_four_pixels_wide(source):
+    """From 1/80 to 1/6 of the root of the area; "finest" are those below 1/32."""
+    fine, finest = source.tasks["fine"].labels, source.tasks["finest"].labels
     root = np.sqrt(source.sizes.prod(-1))
-    without = source.tasks["fine"].labels < 0
-    assert without.any() and not without.all()
-    assert root[without].max() < 4 * 80 and root[~without].min() > 3.5 * 6
+    diameter = np.array([source._traits(i)[-1] for i in range(SIZE)])
+    np.testing.assert_array_equal(fine >= 0, diameter >= 4)
+    small = diameter / root < 1 / 32
+    np.testing.assert_array_equal(finest, np.where(small, fine, -1))
+    assert (fine < 0).any() and (finest >= 0).any() and (finest != fine).any()
+    assert (diameter / root).min() < 1 / 60 and (diameter / root).max() > 1 / 8
 
 
 def test_the_pixels_show_the_colours_of_the_caption(source):

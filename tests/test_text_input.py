@@ -1,11 +1,17 @@
 """navit.input.text: captions into byte tokens."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navit.config import TextConfig
-from navit.input.text import EOS, PAD, VOCAB_SIZE, encode_bytes
+from navit.input.text import EOS, PAD, VOCAB_SIZE, encode, share_cut
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def decode(ids: np.ndarray) -> bytes:
@@ -20,7 +26,7 @@ def decode(ids: np.ndarray) -> bytes:
     length=st.integers(1, 40),
 )
 def test_any_text_is_lower_case_bytes_closed_and_padded(texts, length):
-    ids = encode_bytes(texts, length)
+    ids = encode(texts, length)
     assert ids.shape == (len(texts), length)
     assert ids.dtype == np.int32
     for row, text in zip(ids, texts, strict=True):
@@ -32,30 +38,77 @@ def test_any_text_is_lower_case_bytes_closed_and_padded(texts, length):
 
 
 def test_case_does_not_matter():
-    one, other = encode_bytes(["A Tabby CAT", "a tabby cat"], 16)
+    one, other = encode(["A Tabby CAT", "a tabby cat"], 16)
     np.testing.assert_array_equal(one, other)
 
 
 def test_the_end_survives_the_cut():
-    (ids,) = encode_bytes(["a" * 100], 8)
+    (ids,) = encode(["a" * 100], 8)
     assert ids[-1] == EOS
     assert (ids == EOS).sum() == 1
 
 
 def test_an_empty_text_is_only_its_end():
-    assert encode_bytes([""], 4).tolist() == [[EOS, PAD, PAD, PAD]]
+    assert encode([""], 4).tolist() == [[EOS, PAD, PAD, PAD]]
 
 
 def test_other_scripts_are_their_utf8_bytes():
-    (ids,) = encode_bytes(["Ö猫"], 16)
+    (ids,) = encode(["Ö猫"], 16)
     assert decode(ids) == "ö猫".encode()
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_run():
     # JSON can hold one ("\ud83d", a cut emoji), and scraped captions do.
-    (ids,) = encode_bytes(["cat \ud83d"], 16)
+    (ids,) = encode(["cat \ud83d"], 16)
     assert decode(ids).startswith(b"cat ")
 
 
 def test_the_text_tower_has_an_embedding_for_every_token():
     assert TextConfig().vocab_size >= VOCAB_SIZE
+
+
+@pytest.mark.parametrize("name", ["siglip2_a", "siglip2_b"])
+def test_a_tokenizer_json_gives_the_ids_of_transformers(name):
+    """Upper case, an empty text, one too long, accents, unknown characters."""
+    with np.load(GOLDEN / name / "tokens.npz") as found:
+        texts, ids = found["texts"].tolist(), found["ids"]
+    got = encode(texts, ids.shape[1], str(GOLDEN / name / "tokenizer.json"))
+    np.testing.assert_array_equal(got, ids)
+    assert (ids == 1).sum(1).tolist() == [1] * len(texts)  # each ends
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Path:
+    """A SentencePiece model with Gemma's numbers: 0 pads, 1 ends, 2 begins."""
+    prefix = tmp_path_factory.mktemp("pieces") / "gemma"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a photo of a cat", "two dogs in the rain"] * 20),
+        model_prefix=str(prefix),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3),
+    )
+    return prefix.with_suffix(".model")
+
+
+def test_sentencepiece_ids_are_its_own_then_the_end(pieces):
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    texts = ["A Photo of two DOGS", "", "cat " * 30]
+    got = encode(texts, 12, str(pieces))
+    for row, text in zip(got, texts, strict=True):
+        ids = own.encode(text.lower())[:11]
+        assert row.tolist() == [*ids, 1, *[0] * (11 - len(ids))]
+    assert share_cut(texts, 12, str(pieces)) == pytest.approx(2 / 3)
+    np.testing.assert_array_equal(
+        got, encode([t.lower() for t in texts], 12, str(pieces))
+    )
+
+
+def test_a_tokenizer_that_is_not_one_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer 'gemma'"):
+        encode(["a"], 4, "gemma")
+    for name in ("tokenizer.json", "x.model"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=rf"{name} is no"):
+            encode(["a"], 4, str(tmp_path / name))

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from helpers import tiny_config
 
-from navit.input.text import encode_bytes
+from navit.input.text import encode
 from navit.model.text import Text
 
 
@@ -16,7 +16,7 @@ def tower():
 
 def test_every_position_is_attended_to_padding_too(tower):
     """SigLIP 2 masks nothing: the pooled last position sees the whole text and pads."""
-    ids = jnp.asarray(encode_bytes(["a red circle"], 24))
+    ids = jnp.asarray(encode(["a red circle"], 24))
     changed = jnp.where(jnp.eye(24, dtype=bool), 77, ids)  # one position in each row
     before, after = (
         jax.jit(Text.__call__)(tower, ids),
@@ -26,7 +26,7 @@ def test_every_position_is_attended_to_padding_too(tower):
 
 
 def test_texts_do_not_see_each_other(tower):
-    ids = jnp.asarray(encode_bytes(["one", "two", "three"], 24))
+    ids = jnp.asarray(encode(["one", "two", "three"], 24))
     np.testing.assert_allclose(tower(ids)[1:2], tower(ids[1:2]), atol=1e-6)
     gradient = jax.jit(jax.grad(lambda t: (t(ids)[1] ** 2).sum()))(tower)
     table = np.asarray(gradient.embedding[...])

@@ -74,7 +74,9 @@ def evaluate(
     evaluators: list[Any]
     classifies = config.train.loss == "classification"
     if classifies:
-        name, task = next(iter(chosen.items()))
+        name, task = next(iter(source.tasks.items()))
+        if set(chosen) - {name} and tasks:
+            raise ValueError(f"this model was trained to tell {name!r} only: no --task")
         evaluators = [Classification(embedder.classify, name, task)]
     else:
         captions = [source.captions(i) for i in range(count)]

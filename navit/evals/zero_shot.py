@@ -28,7 +28,7 @@ class ZeroShot:
         self._tasks = tasks
         self._classes = {}
         for name, task in tasks.items():
-            texts = [p.format(c) for c in task.class_names for p in prompts]
+            texts = [p.replace("{}", c) for c in task.class_names for p in prompts]
             vectors = embed_texts(texts).reshape(
                 len(task.class_names), len(prompts), -1
             )

@@ -193,10 +193,10 @@ class Materialize(grain.transforms.Map):
         data: config.DataConfig,
         *,
         patch_size: int,
-        text_length: int,
+        text_tower: config.TextConfig | None,
     ) -> None:
         self._source, self._data, self._patch_size = source, data, patch_size
-        self._text_length = text_length
+        self._text = text_tower
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._data.slots, self._source
@@ -210,7 +210,9 @@ class Materialize(grain.transforms.Map):
             on_error=self._report,
         )
         captions = [self._caption(int(i), rows.epoch) for i in rows.index]
-        token_ids = text.encode_bytes(captions, self._text_length)
+        token_ids = np.zeros((len(captions), 1), np.int32)
+        if self._text:
+            token_ids = text.encode(captions, self._text.length, self._text.tokenizer)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
             task = next(iter(source.tasks.values()))
@@ -252,7 +254,7 @@ def train_batches(
       ValueError: if a planned grid reaches beyond the position table, or `data.rows`
         cannot be shared by the processes.
     """
-    data, vision, text_tower = cfg.data, cfg.model.vision, cfg.model.text
+    data, vision = cfg.data, cfg.model.vision
     plans = BatchPlans(
         source.sizes,
         data,
@@ -274,7 +276,7 @@ def train_batches(
         source,
         data,
         patch_size=vision.patch_size,
-        text_length=text_tower.length if text_tower else 1,
+        text_tower=cfg.model.text,
     )
     dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]
     if not data.workers:

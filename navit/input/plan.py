@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,12 +43,6 @@ class Rows:
         return Rows(
             offsets - offsets[0], self.index[images], self.grids[images], self.epoch
         )
-
-
-def fingerprint(sizes: np.ndarray) -> str:
-    """What a plan depends on beside the config: the images' number, order and sizes."""
-    data = np.ascontiguousarray(sizes, "<i4").tobytes()
-    return f"{len(sizes)} images, sizes {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def pack_rows(

@@ -41,6 +41,7 @@ class Source(Protocol):
     def image(self, index: int) -> pixels.ImageLike: ...
     def captions(self, index: int) -> tuple[str, ...]: ...
     def name(self, index: int) -> str: ...
+    def fingerprint(self) -> str: ...  # another one where the data is another
 
 
 class _Entry(NamedTuple):
@@ -74,8 +75,8 @@ class FolderSource:
             raise ValueError(f"{table} cannot be read: {error}") from None
         # Classes are those of the whole table, so that every split numbers them alike.
         names = sorted({entry.label for entry in entries if entry.label})
-        for line, entry in enumerate(entries, 1):
-            _check_inside(self.path, entry.file, table, line)
+        for entry in entries:
+            _check_inside(self.path, entry.file, table)
         if folder.split != "all":
             entries = [
                 e
@@ -112,6 +113,15 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return str(self.path / self._entries[index].file)
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names, sizes, order, captions and labels."""
+        rows = [
+            [*entry, *map(int, size)]
+            for entry, size in zip(self._entries, self.sizes, strict=True)
+        ]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return f"{len(rows)} images (table and sizes {digest[:16]})"
 
     def _size(self, entry: _Entry) -> tuple[int, int] | None:
         file = self.path / entry.file
@@ -192,13 +202,13 @@ def _column(row: dict, names: tuple[str, ...], table: Path, line: int):  # type:
     raise ValueError(f"{table} record {line} has no {names[0]!r} (it has: {found})")
 
 
-def _check_inside(path: Path, file: str, table: Path, line: int) -> None:
+def _check_inside(path: Path, file: str, table: Path) -> None:
     pure = PurePath(file)
     if pure.is_absolute() or ".." in pure.parts:
-        raise ValueError(f"{table} record {line}: {file!r} leaves the folder {path}")
+        raise ValueError(f"{table}: {file!r} leaves the folder {path}")
     if not (path / file).is_file():
         raise FileNotFoundError(
-            f"{table} names {file!r} (image {line}), which is not in {path}: add the "
+            f"{table} names {file!r}, which is not in {path}: add the "
             "file or delete the line"
         )
 

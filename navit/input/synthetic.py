@@ -8,6 +8,7 @@ buy.
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -38,6 +39,8 @@ DOTS = {
 # 64 tokens, 3 to 43 at 256, 6 to 85 at 1024. The widest teach the rest: with small dots
 # alone, a model that knows the figures maps all dots' captions to one vector.
 _DIAMETER = (1 / 80, 1 / 6)
+# Below this share dots are "finest": at most 4 pixels wide at 64 tokens.
+_SMALL = 1 / 32
 # An image whose dots would be smaller is left without: upscaling it could never bring
 # back what its own pixels do not hold.
 _MIN_DIAMETER = 4
@@ -47,18 +50,22 @@ _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 class SyntheticSource:
     """`size` drawn images, each a function of (seed, index) alone.
 
-    Tasks: "coarse" (the figure's colour, 7 classes) and "fine" (the dots' colour, 5
-    classes; -1 for an image too small to show any). Shapes and places mean nothing.
+    Tasks: "coarse" (the figure's colour, 7 classes), "fine" (the dots' colour, 5
+    classes; -1 for an image whose dots would be less than 4 pixels wide, which has
+    none), and "finest", the same of the images whose dots are small (-1 elsewhere).
+    Shapes and places mean nothing.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self._size, self._seed = size, seed
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
-        height, width, coarse, dots, _ = traits.T
+        height, width, coarse, dots, diameter = traits.T
+        small = diameter < _SMALL * np.sqrt(height * width)
         self.sizes = np.stack([height, width], -1)
         self.tasks = {
             "coarse": Task(tuple(COLORS), coarse),
             "fine": Task(tuple(map(_fine_name, DOTS)), dots),
+            "finest": Task(tuple(map(_fine_name, DOTS)), np.where(small, dots, -1)),
         }
 
     def __len__(self) -> int:
@@ -66,6 +73,10 @@ class SyntheticSource:
 
     def name(self, index: int) -> str:
         return f"synthetic image {index}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self.sizes, "<i4").tobytes())
+        return f"{self._size} drawn images (sizes {digest.hexdigest()[:16]})"
 
     def captions(self, index: int) -> tuple[str, ...]:
         *_, figure, dots, _ = self._traits(index)

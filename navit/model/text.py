@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -60,7 +61,9 @@ class Text(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, token_ids: Int[Array, "m t"]) -> Float[Array, "m e"]:
+    def __call__(
+        self, token_ids: Int[Array | np.ndarray, "m t"]
+    ) -> Float[Array, "m e"]:
         """Embeds captions; float32, before normalisation.
 
         Raises:

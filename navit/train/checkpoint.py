@@ -10,12 +10,17 @@ import orbax.checkpoint as ocp
 
 from navit import config as config_lib
 from navit.config import Config
+from navit.sharding import place_of
 from navit.train.state import TrainState
 
 # Raised when what a checkpoint holds changes; older ones are refused by number.
 FORMAT = 2
 
 _FOLDER = "checkpoints"
+
+
+def is_workdir(path: Path) -> bool:
+    return (path / _FOLDER).is_dir()
 
 
 class Checkpoints:
@@ -58,6 +63,14 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
+    def save_model(self, model: Any, config: Config) -> None:
+        """Writes weights that were not trained here, as step 0."""
+        about = {"format": FORMAT, "config": config_lib.to_json(config), "data": ""}
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(model), about=ocp.args.JsonSave(about)
+        )
+        self._manager.save(0, args=items)
+
     def config(self) -> Config:
         """The config that the latest checkpoint was trained with; raises as `data`."""
         return config_lib.from_json(self._about()["config"])
@@ -77,7 +90,8 @@ class Checkpoints:
         if about.get("format") != FORMAT:
             raise ValueError(
                 f"{self._path} holds checkpoints of format {about.get('format')}, and "
-                f"this version of navit reads format {FORMAT}"
+                f"this version of navit reads format {FORMAT}: train into another "
+                "--workdir, or use the version that wrote it"
             )
         return about
 
@@ -114,11 +128,6 @@ class Checkpoints:
 
 def _concrete(tree: Any) -> Any:
     """Abstract leaves -> the same with shardings of real devices, which orbax needs."""
-    mesh = jax.sharding.get_mesh()
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def leaf(x: Any) -> jax.ShapeDtypeStruct:
-        place = one if mesh.empty else jax.NamedSharding(mesh, x.sharding.spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-
-    return jax.tree.map(leaf, tree)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place_of(x)), tree
+    )

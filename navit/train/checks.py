@@ -17,16 +17,20 @@ log = logging.getLogger("navit")
 
 def warn_before(config: Config, source: Source) -> None:
     """Says what is legal, and rarely meant."""
-    if config.optim.warmup_steps >= config.train.steps:
+    if config.optim.warmup_steps >= config.train.steps and not config.optim.start:
         log.warning(
-            "optim.warmup_steps=%d is not reached in train.steps=%d: the learning rate "
-            "rises to the last step",
-            *(config.optim.warmup_steps, config.train.steps),
+            "optim.warmup_steps=%d is more than train.steps=%d: the warm-up is cut to "
+            "%d steps",
+            config.optim.warmup_steps,
+            config.train.steps,
+            config.train.steps - 1,
         )
-    if config.model.text is not None:
+    if config.model.text is not None and config.train.loss != "classification":
         some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
         captions = [c for i in some for c in source.captions(int(i))]
-        cut = text.share_cut(captions, config.model.text.length)
+        cut = text.share_cut(
+            captions, config.model.text.length, config.model.text.tokenizer
+        )
         if cut:
             log.warning(
                 "%.1f %% of the captions are longer than model.text.length=%d and lose "
@@ -41,9 +45,10 @@ def check_finite(metrics: Metrics, step: int, saved: int | None) -> None:
     Args:
       saved: the step of the last checkpoint.
     """
+    last = "nothing was saved yet" if saved is None else f"step {saved} is saved"
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"the loss is {loss}, its gradient {norm}, at step {step}: lower optim.lr "
-            f"or model.init_scale; the last checkpoint is of step {saved}"
+            f"or model.init_scale; {last}"
         )

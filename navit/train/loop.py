@@ -6,7 +6,9 @@ import contextlib
 import functools
 import json
 import logging
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,8 +19,8 @@ from navit.embed import Embedder
 from navit.evals import budgets
 from navit.files import write_atomic
 from navit.input import pipeline
-from navit.input.plan import fingerprint
 from navit.input.sources import Source
+from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.checkpoint import Checkpoints
@@ -38,22 +40,29 @@ _FREE = (
 )
 
 
-def train(config: Config, workdir: Path) -> bool:
+def train(
+    config: Config,
+    workdir: Path,
+    initial: Callable[[Rules], TwoTower] | None = None,
+) -> bool:
     """Trains to `config.train.steps`, from the latest checkpoint if there is one.
 
     Writes `config.json`, `metrics.jsonl` and `checkpoints/` in `workdir`, then the
     evaluation over token budgets.
+
+    Args:
+      initial: makes the model that step 0 starts from; None starts from random.
 
     Returns:
       True when training and evaluation are done, False when it was interrupted (the
       state is saved, and the same call goes on from there).
 
     Raises:
-      ValueError: if `workdir` holds a run of another config.
+      ValueError: if `workdir` holds a run of another config or of other data.
       FloatingPointError: if the loss is not finite.
     """
     source = pipeline.open_source(config.data.train)
-    data = fingerprint(source.sizes)
+    data = source.fingerprint()
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
     log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
@@ -68,7 +77,7 @@ def train(config: Config, workdir: Path) -> bool:
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
-            state = _start(config, data, workdir, rules, checkpoints)
+            state = _start(config, data, workdir, rules, checkpoints, initial)
             with Interruption() as interruption:
                 state = _steps(
                     state, config, source, rules, checkpoints, workdir, interruption
@@ -101,7 +110,7 @@ def _steps(
 ) -> TrainState:
     """Trains to the last step, or to the one after which a stop was asked for."""
     first_step, last_step = int(state.step), config.train.steps
-    data = fingerprint(source.sizes)
+    data = source.fingerprint()
     optimizer = make_optimizer(config.optim, last_step)
     schedule = make_schedule(config.optim, last_step)
     train_step = make_train_step(config, optimizer, rules)
@@ -126,7 +135,7 @@ def _steps(
 
             if step == first_step + 1:  # compiled: no part of any rate
                 jax.block_until_ready(metrics)
-                meter.restart()
+                meter.start_clock()
             stop = interruption.requested or step == last_step
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
@@ -147,7 +156,12 @@ def _steps(
 
 
 def _start(
-    config: Config, data: str, workdir: Path, rules: Rules, checkpoints: Checkpoints
+    config: Config,
+    data: str,
+    workdir: Path,
+    rules: Rules,
+    checkpoints: Checkpoints,
+    initial: Callable[[Rules], TwoTower] | None,
 ) -> TrainState:
     """The state to go on from: the latest checkpoint's, or step 0's."""
     make = functools.partial(
@@ -158,7 +172,8 @@ def _start(
         if jax.process_index() == 0:
             saved = json.dumps(config_lib.to_json(config), indent=2) + "\n"
             write_atomic(workdir / "config.json", saved.encode())
-        state = jax.jit(make)()
+            _keep_tokenizer(config, workdir)
+        state = jax.jit(make)(model=initial(rules) if initial else None)
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
         return state
@@ -182,3 +197,10 @@ def _start(
     else:
         log.info("resuming from step %d of %s", latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
+
+
+def _keep_tokenizer(config: Config, workdir: Path) -> None:
+    """Copies a tokenizer's file, so that the work directory stands alone."""
+    tokenizer = Path(config.model.text.tokenizer if config.model.text else "")
+    if tokenizer.expanduser().is_file():
+        shutil.copyfile(tokenizer.expanduser(), workdir / tokenizer.name)

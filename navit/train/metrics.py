@@ -42,7 +42,7 @@ class Meter:
     def __init__(self, total_steps: int) -> None:
         self._total_steps = total_steps
         self.unreadable = 0
-        self.restart()
+        self._restart()
 
     def add(self, batch: Batch, waited: float) -> None:
         """One host batch, and the seconds that the device's feeder waited for it."""
@@ -58,38 +58,50 @@ class Meter:
         self._waited += waited
 
     def read(self, step: int) -> dict[str, float | int]:
-        """This host's numbers since the last reading."""
+        """This host's numbers since the last reading; no rates of a compiled step."""
         seconds = time.perf_counter() - self._start
-        steps = max(self._steps, 1)
-        metrics = {
-            "images_per_second": round(self._images / seconds, 2),
-            "tokens_per_second": round(self._tokens / seconds, 1),
-            "images_per_step": round(self._images / steps, 2),
-            "fill": round(self._fill / steps, 4),
+        metrics: dict[str, float | int] = {
+            "images_per_step": round(self._images / max(self._steps, 1), 2),
+            "fill": round(self._fill / max(self._steps, 1), 4),
             "unreadable": self._unreadable,
-            "input_wait": round(self._waited / seconds, 4),
-            "eta_seconds": round(seconds / steps * (self._total_steps - step), 1),
         }
-        self.restart()
+        counts = (self._steps, self._images, self._tokens)
+        steps, images, tokens = (
+            now - then for now, then in zip(counts, self._untimed, strict=True)
+        )
+        if steps:
+            metrics |= {
+                "images_per_second": round(images / seconds, 2),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "input_wait": round(self._waited / seconds, 4),
+                "eta_seconds": round(seconds / steps * (self._total_steps - step), 1),
+            }
+        self._restart()
         return metrics
 
-    def restart(self) -> None:
-        """Forgets what went through, as after the step that was compiled."""
-        self._start = time.perf_counter()
+    def start_clock(self) -> None:
+        """What went through so far, the step that was compiled, is part of no rate."""
+        self._start, self._waited = time.perf_counter(), 0.0
+        self._untimed = (self._steps, self._images, self._tokens)
+
+    def _restart(self) -> None:
         self._steps = self._images = self._unreadable = self._tokens = 0
-        self._fill = self._waited = 0.0
+        self._fill = 0.0
+        self.start_clock()
 
 
 def line(metrics: dict[str, float | int], total_steps: int) -> str:
     """One logged step as the terminal shows it."""
-    minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
-    text = (
-        f"step {metrics['step']:>6}/{total_steps}  loss {metrics['loss']:8.4f}  "
-        f"{metrics['images_per_second']:7.1f} images/s  "
-        f"{metrics['tokens_per_second'] / 1e3:7.1f}k tokens/s  "
-        f"fill {metrics['fill']:6.1%}  "
-        f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    )
+    text = f"step {metrics['step']:>6}/{total_steps}  loss {metrics['loss']:8.4f}  "
+    if "eta_seconds" in metrics:
+        text += (
+            f"{metrics['images_per_second']:7.1f} images/s  "
+            f"{metrics['tokens_per_second'] / 1e3:7.1f}k tokens/s  "
+        )
+    text += f"fill {metrics['fill']:6.1%}"
+    if "eta_seconds" in metrics:
+        minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
+        text += f"  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
     return text

@@ -23,8 +23,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(
-    config: Config, optimizer: optax.GradientTransformation, rules: Rules
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    rules: Rules,
+    model: TwoTower | None = None,
 ) -> TrainState:
-    """The state at step 0; under `jax.eval_shape`, its shapes and shardings."""
-    model = TwoTower(config.model, rules, rngs=nnx.Rngs(config.train.seed))
+    """The state at step 0; under `jax.eval_shape`, its shapes and shardings.
+
+    Args:
+      model: what to start from; random where there is none.
+    """
+    if model is None:
+        model = TwoTower(config.model, rules, rngs=nnx.Rngs(config.train.seed))
     return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model))

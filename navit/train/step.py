@@ -23,16 +23,22 @@ def batch_loss(
     model: TwoTower, batch: Batch, config: Config, rules: Rules = Rules()
 ) -> Array:
     """The configured loss of a batch; empty slots count for nothing."""
-    out = model.vision(batch.images, max_image_tokens=max(config.data.budgets))
+    # What is frozen needs no backward pass.
+    vision, text = model.vision, model.text
+    if config.optim.vision_lr == 0:
+        vision = jax.lax.stop_gradient(vision)
+    if config.optim.text_lr == 0:
+        text = jax.lax.stop_gradient(text)
+    out = vision(batch.images, max_image_tokens=max(config.data.budgets))
     real = (batch.images.grids[..., 0] > 0).reshape(-1)
     if config.train.loss == "classification":
         assert out.logits is not None
         logits = out.logits.reshape(real.size, -1)
         return losses.classification_loss(logits, batch.label.reshape(-1), real)
-    assert out.pooled is not None and model.text is not None
+    assert out.pooled is not None and text is not None
     assert model.scale is not None and model.bias is not None
     images = normalize(out.pooled.reshape(real.size, -1))
-    texts = normalize(model.text(batch.text.reshape(real.size, -1)))
+    texts = normalize(text(batch.text.reshape(real.size, -1)))
     scale, bias = model.scale[...], model.bias[...]
     if config.train.loss == "softmax":
         return losses.softmax_loss(images, texts, real, scale=scale, rules=rules)

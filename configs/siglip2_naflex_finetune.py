@@ -1,0 +1,36 @@
+"""Fine-tunes a SigLIP 2 checkpoint on your own photographs.
+
+  navit train configs/siglip2_naflex_finetune.py init=PATH data.train.path=~/photos
+
+PATH is a Hugging Face directory (siglip2-base-patch16-naflex, ...) or a big_vision
+.npz, its tokenizer beside it; the towers' sizes come from it. The text tower is frozen;
+optim.text_lr=1 trains it too.
+"""
+
+from navit.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    Folder,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(remat="dots"),
+        data=DataConfig(
+            train=Folder(split="train"),
+            eval=Folder(split="eval"),
+            budgets=(128, 256, 576, 784, 1024),
+            row_tokens=1024,
+            rows=32,
+            slots=8,
+        ),
+        # Weights that others trained are not decayed, and move slowly.
+        optim=OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.0, text_lr=0.0),
+        train=TrainConfig(steps=2000, loss="sigmoid", checkpoint_every=500),
+        eval=EvalConfig(budgets=(256, 729, 1024)),
+    )

@@ -1,0 +1,53 @@
+"""SigLIP 2's NaFlex stage, So400m/16 (arXiv 2502.14786, section 2.4.2).
+
+  navit train configs/siglip2_so400m16_naflex.py init=PATH data.train.path=...  \\
+      model.text.tokenizer=gemma.model
+
+PATH holds the weights at 90 % of the run that trains captions and sigmoid at 256
+tokens; this is the rest of it, stretched 3.75 times: 40e9 examples / 32,768 * 10 % *
+3.75 steps. One budget for each image, where the paper has one for each batch.
+"""
+
+import math
+
+from navit.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    Folder,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from navit.model import variants
+
+BATCH = 32_768
+LENGTHS = (128, 256, 576, 784, 1024)
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            vision=variants.vision("So400m/16"),
+            text=variants.text(
+                "So400m", vocab_size=256_000, length=64, tokenizer="gemma.model"
+            ),
+            init_bias=-math.log(BATCH - 1),  # log(p / (1 - p)) with p = 1 / BATCH
+            remat="dots",
+        ),
+        data=DataConfig(
+            train=Folder(),
+            budgets=LENGTHS,
+            row_tokens=1024,
+            # As many rows as BATCH images of the mean length fill.
+            rows=17_728,
+            slots=8,
+        ),
+        optim=OptimConfig(
+            lr=1e-3, weight_decay=1e-4, clip_norm=1.0, warmup_steps=20_000, start=0.9
+        ),
+        train=TrainConfig(
+            steps=457_764, loss="sigmoid", log_every=50, checkpoint_every=5_000
+        ),
+        eval=EvalConfig(budgets=(64, 144, 256, 576, 676, 784, 900, 1024)),
+    )

@@ -1,0 +1,1 @@
+"""The measurements that the README and the notes quote; each is a command."""

@@ -1,0 +1,235 @@
+"""big_vision's two-tower `.npz`, NaFlex or of a fixed size, scanned or not."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import tokenize
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
+from navit.convert import tensors
+from navit.convert.huggingface import check_shapes, square_side
+from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
+
+_IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "gemma.model")
+
+
+def is_big_vision(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".npz"
+
+
+def read(path: Path) -> Weights:
+    """Opens a file; every size comes from its tensors.
+
+    Raises:
+      ValueError: names the tensor that is missing, surplus, of another shape or type,
+        or pickled.
+    """
+    stored = _shapes(path)
+    model = _model(path, stored)
+    shapes = shapes_of(model)
+    scanned = [f"{prefix}/LayerNorm_0/scale" in stored for prefix in (_IMG, _TXT)]
+    table = tensors.big_vision(
+        model, scanned_vision=scanned[0], scanned_text=scanned[1]
+    )
+    expected = {}
+    for t in table:
+        for _, name, shape in _stored(model, t, shapes[t.ours]):
+            expected[name] = shape
+    check_shapes(path, expected, stored)
+    by_name = {t.ours: t for t in table}
+
+    def get(ours: str) -> np.ndarray:
+        out = np.empty(shapes[ours], np.float32)
+        for layer, name, _ in _stored(model, by_name[ours], shapes[ours]):
+            value = _load(path, name)
+            if layer is None:
+                out[...] = value.reshape(out.shape)
+            else:
+                out[layer] = value.reshape(out.shape[1:])
+        return out
+
+    files = tuple(path.with_name(x) for x in _TOKENIZERS)
+    return Weights(model, get, str(path), tuple(f for f in files if f.is_file()))
+
+
+def write(weights: Weights, out: Path) -> None:
+    """Writes the layout of the public NaFlex files: text scanned, images not.
+
+    Raises:
+      ValueError: names the setting that the format does not have.
+    """
+    model = weights.model
+    v = model.vision
+    if model.text is None or v.pool != "map" or v.position.kind != "siglip2":
+        raise ValueError(
+            "big_vision's two-tower files hold a text tower, pool='map' and the "
+            f"position table of SigLIP 2; this model has pool={v.pool!r} and "
+            f"position.kind={v.position.kind!r}"
+        )
+    if v.qk_norm or not v.use_bias or v.num_classes:
+        raise ValueError(
+            "big_vision's two-tower files have biases, no qk_norm and no classes; this "
+            f"model has use_bias={v.use_bias}, qk_norm={v.qk_norm} and "
+            f"num_classes={v.num_classes}"
+        )
+    shapes = shapes_of(model)
+    table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        for t in table:
+            value = weights.read(t.ours)
+            for layer, name, shape in _stored(model, t, shapes[t.ours]):
+                one = value if layer is None else value[layer]
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(
+                        file, np.ascontiguousarray(one.reshape(shape))
+                    )
+    os.replace(temporary, out)
+
+
+def _stored(
+    model: ModelConfig, t: Tensor, shape: tuple[int, ...]
+) -> list[tuple[int | None, str, tuple[int, ...]]]:
+    """(layer or None, name, shape) of what one of our tensors is stored as."""
+    layers = layers_of(model, t.ours)
+    one = shape if layers is None else shape[1:]
+    one = _shape_there(model, t.ours, one)
+    if layers is None:
+        return [(None, t.theirs, one)]
+    if "{}" not in t.theirs:
+        return [(None, t.theirs, (layers, *one))]
+    return [(i, t.theirs.format(i), one) for i in range(layers)]
+
+
+def _shape_there(
+    model: ModelConfig, ours: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    vision, text = model.vision, model.text
+    assert text is not None
+    heads = vision.num_heads if ours.startswith("vision.") else text.num_heads
+    *_, layer, kind = ours.split(".") if "." in ours else ("", ours)
+    if ours in ("scale", "bias"):
+        return (1,)
+    if ours in ("vision.head.probe", "text.position"):
+        return (1, *shape)
+    if ours == "vision.position.table" and vision.fixed_grid:
+        return (1, shape[0] * shape[1], shape[2])
+    if ours == "vision.patch.kernel" and vision.fixed_grid:
+        return (vision.patch_size, vision.patch_size, 3, shape[1])
+    if layer in ("query", "key", "value"):
+        return (*shape[:-1], heads, shape[-1] // heads)
+    if layer == "out" and kind == "kernel":
+        return (heads, shape[0] // heads, shape[1])
+    return shape
+
+
+def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
+    def shape(name: str, *ndims: int) -> tuple[int, ...]:
+        if name not in stored:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if len(stored[name]) not in ndims:
+            raise ValueError(
+                f"{path}: {name} is {stored[name]}, and should have "
+                f"{' or '.join(map(str, ndims))} axes"
+            )
+        return stored[name]
+
+    def tower(prefix: str) -> dict[str, Any]:
+        scanned = f"{prefix}/LayerNorm_0/scale" in stored
+        first = prefix if scanned else f"{prefix}_0"
+        up = shape(f"{first}/MlpBlock_0/Dense_0/kernel", 2 + scanned)
+        name = f"{first}/MultiHeadDotProductAttention_0/query/kernel"
+        query = shape(name, 3 + scanned)
+        numbers = {
+            int(n[len(prefix) + 1 :].split("/")[0])
+            for n in stored
+            if n.startswith(f"{prefix}_")
+        }
+        depth = up[0] if scanned else max(numbers, default=0) + 1
+        sizes = dict(width=up[-2], depth=depth, mlp_dim=up[-1], num_heads=query[-2])
+        return sizes
+
+    kernel = shape("params/img/embedding/kernel", 2, 4)
+    fixed = len(kernel) == 4
+    table = shape("params/img/pos_embedding", 3)
+    name = "params/img/pos_embedding"
+    if fixed:
+        side = square_side(path, name, table[1])
+    elif table[0] != table[1]:
+        raise ValueError(f"{path}: {name} is {table}, which is not square")
+    else:
+        side = table[0]
+    head = stored.get("params/img/head/kernel")
+    vocab, _ = shape("params/txt/Embed_0/embedding", 2)
+    _, length, _ = shape("params/txt/pos_embedding", 3)
+    return ModelConfig(
+        vision=VisionConfig(
+            patch_size=kernel[0] if fixed else math.isqrt(kernel[0] // 3),
+            position=PositionConfig(size=side),
+            fixed_grid=fixed,
+            embed_dim=None if head is None else head[-1],
+            **tower(_IMG),
+        ),
+        text=TextConfig(tokenizer="", vocab_size=vocab, length=length, **tower(_TXT)),
+    )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the members' headers, without reading the tensors."""
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                with archive.open(member) as file:
+                    shape, dtype = _header(file.read(4096))
+                if dtype.hasobject:
+                    raise ValueError(
+                        f"{path}: {name} is a pickled object, which could run code; "
+                        "save it as a plain array"
+                    )
+                if dtype.name not in ("float32", "float16", "bfloat16", "void16"):
+                    raise ValueError(
+                        f"{path}: {name} is {dtype}, and weights are float32, float16 "
+                        "or bfloat16"
+                    )
+                found[name] = shape
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no .npz file: {error}") from None
+    return found
+
+
+def _header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    try:
+        file = io.BytesIO(data)
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+        raise OSError(f"not a numpy array: {error}") from None
+    return shape, dtype
+
+
+def _load(path: Path, name: str) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            value = archive[name]
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {error}") from None
+    if value.dtype.kind == "V":  # numpy has no bfloat16: the upper half of a float32
+        wide = value.view(np.uint16).astype(np.uint32) << 16
+        return wide.view(np.float32)
+    return value.astype(np.float32)

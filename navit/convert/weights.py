@@ -1,0 +1,105 @@
+"""What every format is turned into and made from: a config, and tensors by our names.
+
+A tensor is read when it is asked for, so that a conversion holds one at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from navit.config import ModelConfig
+from navit.model.two_tower import TwoTower
+from navit.sharding import Rules, place_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model on disk.
+
+    Attributes:
+      model: its sizes, as the file has them.
+      read: our name of a tensor -> float32, every layer stacked.
+      files: tokenizer files that belong to it.
+      where: what it was read from, for messages.
+    """
+
+    model: ModelConfig
+    read: Callable[[str], np.ndarray]
+    where: str
+    files: tuple[Path, ...] = ()
+
+
+class Tensor(NamedTuple):
+    """How one of our tensors is stored elsewhere.
+
+    Attributes:
+      ours: our name; a tensor of the blocks holds all layers, stacked.
+      theirs: the name there; "{}" stands for the layer's number.
+      axes: "same" up to reshaping, "transpose" for a linear layer stored
+        `[out, in]`, "conv" for a patch kernel stored `[out, channel, row, column]`.
+      part: (which, of how many) parts of the first axis there, when several of ours
+        are stored as one.
+    """
+
+    ours: str
+    theirs: str
+    axes: str = "same"
+    part: tuple[int, int] = (0, 1)
+
+
+def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Our tensors' names and shapes for a config; nothing is allocated."""
+    like = jax.eval_shape(lambda: TwoTower(model, rngs=nnx.Rngs(0)))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+    return {name_of(path): leaf.shape for path, leaf in leaves}
+
+
+def name_of(path: tuple) -> str:
+    """A leaf's path as a dotted name: `vision.encoder.blocks.mlp.up.kernel`."""
+    return jax.tree_util.keystr(path).removesuffix(".value").lstrip(".")
+
+
+def to_ours(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One stored tensor (of one layer) -> our layout."""
+    if axes == "transpose":
+        value = value.T
+    elif axes == "conv":
+        value = value.transpose(2, 3, 1, 0)
+    return value.reshape(shape)
+
+
+def to_theirs(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The way back from `to_ours`, to the stored `shape`."""
+    if axes == "transpose":
+        value = value.T
+    elif axes == "conv":
+        out, channels, rows, columns = shape
+        value = value.reshape(rows, columns, channels, out).transpose(3, 2, 0, 1)
+    return np.ascontiguousarray(value.reshape(shape))
+
+
+def layers_of(model: ModelConfig, ours: str) -> int | None:
+    """How many layers a tensor stacks; None for one that is not of the blocks."""
+    if ".blocks." not in ours:
+        return None
+    if ours.startswith("vision."):
+        return model.vision.depth
+    assert model.text is not None
+    return model.text.depth
+
+
+def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:
+    """Makes the module and puts every tensor in its place, one after the other."""
+    make = functools.partial(TwoTower, model, rules)
+    like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.device_put(weights.read(name_of(path)), place_of(x)), like
+    )

@@ -1,0 +1,353 @@
+"""Released-weight formats: transformers' numbers, and no bit changed on the way."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+import navit
+from navit.batch import PackedImages
+from navit.cli import main
+from navit.convert import huggingface
+
+GOLDEN = Path(__file__).parent / "golden"
+NAFLEX = ["siglip2_a", "siglip2_b"]
+ALL = [*NAFLEX, "siglip_fixed"]
+
+
+def expected(name):
+    with np.load(GOLDEN / name / "expected.npz") as found:
+        return dict(found)
+
+
+def pack(images, rows, slots):
+    """`images`: (patches, grid); `rows`: per row, image numbers slot by slot."""
+    n = max(sum(len(images[i][0]) for i in row) for row in rows) + 3
+    out = PackedImages(
+        np.zeros((len(rows), n, images[0][0].shape[1]), np.float32),
+        np.zeros((len(rows), n), np.int32),
+        np.zeros((len(rows), n, 2), np.int32),
+        np.zeros((len(rows), slots, 2), np.int32),
+    )
+    for b, row in enumerate(rows):
+        start = 0
+        for slot, i in enumerate(row):
+            patches, grid = images[i]
+            stop = start + len(patches)
+            out.patches[b, start:stop] = patches
+            out.segment_ids[b, start:stop] = slot + 1
+            out.coords[b, start:stop] = np.indices(tuple(grid)).reshape(2, -1).T
+            out.grids[b, slot] = grid
+            start = stop
+    out.check()
+    return out
+
+
+@pytest.fixture(scope="module", params=NAFLEX)
+def naflex(request):
+    want = expected(request.param)
+    images = [(want[f"patches_{i}"], g) for i, g in enumerate(want["grids"])]
+    return navit.load(GOLDEN / request.param), want, images
+
+
+LAYOUTS = {
+    "alone": [[0], [1], [2], [3], [4], [5], [6], [7]],
+    "packed": [[0, 1, 6], [2, 3, 7], [4, 5]],
+    "another order": [[6, 7, 5, 4, 3], [2, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_are_those_of_transformers(naflex, layout):
+    model, want, images = naflex
+    rows = LAYOUTS[layout]
+    packed = pack(images, rows, max(map(len, rows)))
+    out = model.vision(packed)
+    for b, row in enumerate(rows):
+        start = 0
+        for slot, i in enumerate(row):
+            tokens = np.asarray(out.tokens)[b, start : start + len(images[i][0])]
+            np.testing.assert_allclose(tokens, want[f"tokens_{i}"], atol=5e-5)
+            pooled = np.asarray(out.pooled)[b, slot]
+            np.testing.assert_allclose(pooled, want[f"pooled_{i}"], atol=5e-5)
+            start += len(images[i][0])
+
+
+def test_texts_and_logits_are_those_of_transformers(naflex):
+    model, want, images = naflex
+    t = np.asarray(model.text(want["ids"]))
+    np.testing.assert_allclose(t, want["text"], atol=5e-5)
+    z = np.asarray(model.vision(pack(images, LAYOUTS["alone"], 1)).pooled)[:, 0]
+    z, t = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (z, t))
+    np.testing.assert_allclose(model.logits(z, t), want["logits"], atol=5e-5)
+
+
+def test_fixed_resolution_is_that_of_transformers():
+    model, want = navit.load(GOLDEN / "siglip_fixed"), expected("siglip_fixed")
+    assert model.config.model.vision.fixed_grid
+    z = model.embed_images(list(want["pixels"]))
+    pooled = want["pooled"] / np.linalg.norm(want["pooled"], axis=-1, keepdims=True)
+    np.testing.assert_allclose(z, pooled, atol=5e-5)
+    t = np.asarray(model.text(want["ids"]))
+    np.testing.assert_allclose(t, want["text"], atol=5e-5)
+    t = t / np.linalg.norm(t, axis=-1, keepdims=True)
+    np.testing.assert_allclose(model.logits(z, t), want["logits"], atol=5e-5)
+
+
+def test_fixed_resolution_takes_every_image_to_its_grid():
+    model = navit.load(GOLDEN / "siglip_fixed")
+    wide = np.zeros((10, 90, 3), np.uint8)
+    assert model.embed_images([wide]).shape == (1, 36)
+    with pytest.raises(ValueError, match=r"5x5 patches: pass max_tokens=25"):
+        model.embed_images([wide], max_tokens=24)
+    free = ["model.vision.fixed_grid=false"]
+    flexible = navit.load(GOLDEN / "siglip_fixed", overrides=free)
+    assert flexible.embed_images([wide], max_tokens=24).shape == (1, 36)
+
+
+def tensors_of(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("way", ["big_vision", "navit", "save"])
+def test_round_trip_changes_no_bit(name, way, tmp_path):
+    """Hugging Face -> the other -> Hugging Face."""
+    back = tmp_path / "back"
+    if way == "save":
+        navit.save(navit.load(GOLDEN / name), back)
+    else:
+        between = tmp_path / ("there.npz" if way == "big_vision" else "there")
+        options = ["--format", way]
+        assert main(["convert", str(GOLDEN / name), str(between), *options]) == 0
+        assert main(["convert", str(between), str(back)]) == 0
+    assert_same(tensors_of(back), tensors_of(GOLDEN / name))
+    # What transformers wrote itself, but for what it does not need.
+    want, found = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (GOLDEN / name, back)
+    )
+    for part in ("vision_config", "text_config"):
+        for key, value in found[part].items():
+            assert want[part].get(key, value) == value, key
+
+
+@pytest.mark.parametrize("scanned", [(False, True), (True, True), (False, False)])
+def test_big_vision_layouts_scanned_or_not(scanned, tmp_path):
+    """Any combination gives the same tensors; the public one is (False, True)."""
+    file = tmp_path / "a.npz"
+    navit.save(navit.load(GOLDEN / "siglip2_b"), file, "big_vision")
+    with np.load(file, allow_pickle=False) as found:
+        arrays = dict(found)
+    img, txt = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/"
+    assert arrays[f"{img}_0/MultiHeadDotProductAttention_0/query/kernel"].shape == (
+        *(30, 3, 10),
+    )
+    assert arrays[f"{img}_2/MultiHeadDotProductAttention_0/out/kernel"].shape == (
+        *(3, 10, 30),
+    )
+    assert arrays["params/img/pos_embedding"].shape == (7, 7, 30)
+    assert arrays["params/img/embedding/kernel"].shape == (27, 30)
+    assert arrays[f"{txt}encoderblock/LayerNorm_0/scale"].shape == (1, 21)
+    assert arrays["params/txt/pos_embedding"].shape == (1, 9, 21)
+    assert arrays["params/t"].shape == arrays["params/b"].shape == (1,)
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    for prefix, stack in ((img, scanned[0]), (f"{txt}encoderblock", scanned[1])):
+        restack(arrays, prefix, stack)
+    np.savez(file, **arrays)
+    navit.save(navit.load(file), tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(GOLDEN / "siglip2_b"))
+
+
+def restack(arrays, prefix, stack):
+    """Stacks the blocks under `prefix`, or takes the stack apart."""
+    blocks = {n: arrays.pop(n) for n in list(arrays) if n.startswith(prefix)}
+    if not any(n.startswith(prefix + "/") for n in blocks):
+        tails = {n.removeprefix(prefix).partition("/")[2] for n in blocks}
+        depth = len(blocks) // len(tails)
+        blocks = {
+            f"{prefix}/{t}": np.stack(
+                [blocks[f"{prefix}_{i}/{t}"] for i in range(depth)]
+            )
+            for t in tails
+        }
+    for name, value in blocks.items():
+        if stack:
+            arrays[name] = value
+        else:
+            for i, one in enumerate(value):
+                arrays[f"{prefix}_{i}{name.removeprefix(prefix)}"] = one
+
+
+def copy(name, tmp_path):
+    return Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+def change(folder, edit):
+    """Rewrites a directory's tensors after `edit(tensors)`."""
+    tensors = tensors_of(folder)
+    edit(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+
+
+PROBE = "vision_model.head.probe"
+TABLE = "vision_model.embeddings.position_embedding.weight"
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.pop(PROBE), rf"lacks the tensor {PROBE}"),
+        (lambda t: t.update(more=np.zeros(3, np.float32)), "not know, first more"),
+        (
+            lambda t: t.update({PROBE: t[PROBE][..., 1:]}),
+            rf"{PROBE} is \(1, 1, 29\), .* \(1, 1, 30\)",
+        ),
+        (
+            lambda t: t.update({TABLE: t[TABLE][1:]}),
+            "position_embedding has 48 positions, which is not a square",
+        ),
+        (
+            lambda t: t.update({PROBE: t[PROBE].astype(np.int32)}),
+            rf"{PROBE} is I32, and weights are F32, F16, BF16",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named(edit, message, tmp_path):
+    folder = copy("siglip2_b", tmp_path)
+    change(folder, edit)
+    with pytest.raises(ValueError, match=message):
+        navit.load(folder)
+
+
+def test_truncated_files_are_clear_errors(tmp_path, capsys):
+    folder = copy("siglip2_b", tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 1
+    assert "model.safetensors is damaged" in capsys.readouterr().err
+    npz = tmp_path / "a.npz"
+    navit.save(navit.load(GOLDEN / "siglip2_b"), npz, "big_vision")
+    npz.write_bytes(npz.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match=r"a.npz is damaged or no .npz file"):
+        navit.load(npz)
+
+
+def test_pickled_objects_are_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "exploded",))
+
+    file = tmp_path / "a.npz"
+    np.savez(file, **{"params/t": np.array([Bomb()], object)})
+    (tmp_path / "exploded").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"params/t is a pickled object"):
+        navit.load(file)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_big_vision_tensor_that_is_wrong_is_named(tmp_path):
+    file = tmp_path / "a.npz"
+    navit.save(navit.load(GOLDEN / "siglip2_b"), file, "big_vision")
+    with np.load(file) as found:
+        arrays = dict(found)
+    table = "params/img/pos_embedding"
+    for value, message in [
+        (arrays[table][1:], rf"{table} is \(6, 7, 30\), which is not square"),
+        (arrays[table].astype(np.float64), rf"{table} is float64"),
+        (None, f"lacks the tensor {table}"),
+    ]:
+        changed = {k: v for k, v in arrays.items() if k != table}
+        changed |= {} if value is None else {table: value}
+        np.savez(file, **changed)
+        with pytest.raises(ValueError, match=message):
+            navit.load(file)
+
+
+def test_config_json_that_contradicts_the_tensors_is_an_error(tmp_path):
+    folder = copy("siglip2_b", tmp_path)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["hidden_size"] = 40
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"vision_config.hidden_size=40, .* it 30"):
+        navit.load(folder)
+    config["vision_config"] = {"hidden_act": "relu"}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"hidden_act='relu' is not supported"):
+        navit.load(folder)
+
+
+def test_half_precision_files_are_read_exactly(tmp_path):
+    """Half precision and several files with an index."""
+    folder = copy("siglip2_b", tmp_path)
+    tensors = {k: v.astype(np.float16) for k, v in tensors_of(folder).items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    index = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        safetensors.numpy.save_file({n: tensors[n] for n in part}, folder / file)
+        index |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    navit.save(navit.load(folder), tmp_path / "back")
+    want = {k: v.astype(np.float32) for k, v in tensors.items()}
+    assert_same(tensors_of(tmp_path / "back"), want)
+
+
+def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 50_000)
+    navit.save(navit.load(GOLDEN / "siglip2_a"), tmp_path / "a")
+    files = sorted(x.name for x in (tmp_path / "a").glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert_same(tensors_of(tmp_path / "a"), tensors_of(GOLDEN / "siglip2_a"))
+    model = navit.load(tmp_path / "a")
+    vision = navit.load(GOLDEN / "siglip2_a").config.model.vision
+    assert model.config.model.vision == vision
+
+
+def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
+    model = navit.load(GOLDEN / "siglip2_b")
+    vision = dataclasses.replace(model.config.model.vision, pool="mean")
+    changed = dataclasses.replace(model.config.model, vision=vision)
+    model.config = dataclasses.replace(model.config, model=changed)
+    with pytest.raises(ValueError, match=r"vision.pool='mean' has no place"):
+        navit.save(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"pool='mean'"):
+        navit.save(model, tmp_path / "a.npz", "big_vision")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x").touch()
+    with pytest.raises(FileExistsError, match="is there already"):
+        navit.save(model, tmp_path / "b")
+
+
+def test_bfloat16_stays_close_to_float32(naflex):
+    """The cosine distance is at most 1e-3; measured, 8e-5."""
+    model, want, images = naflex
+    half = navit.load(
+        GOLDEN / ("siglip2_a" if len(want["ids"][0]) == 12 else "siglip2_b"),
+        overrides=["model.dtype=bfloat16"],
+    )
+    packed = pack(images, LAYOUTS["packed"], 3)
+    a, b = (np.asarray(m.vision(packed).pooled) for m in (model, half))
+    a, b = (x[packed.grids[..., 0] > 0].astype(np.float64) for x in (a, b))
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert (1 - cosine).max() < 1e-3
