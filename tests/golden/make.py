@@ -162,7 +162,7 @@ TEXTS = [
 
 def tokenizer(name, length, vocab_size):
     """A small tokenizer.json like Gemma's, and the ids that transformers gives."""
-    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(" ", "\u2581")]
     )

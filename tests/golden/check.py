@@ -1,0 +1,77 @@
+"""Opens directories that navit wrote with transformers, and compares the outputs.
+
+  navit convert tests/golden/siglip2_a /tmp/a
+  pip install torch transformers && python tests/golden/check.py /tmp/a siglip2_a
+
+Fails on any warning of transformers, and on any output that is not the golden one.
+"""
+
+import logging
+import pathlib
+import sys
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    Siglip2Processor,
+    SiglipModel,
+)
+from transformers.utils import logging as transformers_logging
+
+said = []
+
+
+class Collect(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+
+
+def main(folder, name):
+    warnings.simplefilter("error")
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.get_logger("transformers").addHandler(Collect())
+    transformers_logging.get_logger("transformers").propagate = False
+    with np.load(pathlib.Path(__file__).parent / name / "expected.npz") as found:
+        want = dict(found)
+    kind = SiglipModel if "pixels" in want else Siglip2Model
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    model.eval()
+    with torch.no_grad():
+        ids = torch.from_numpy(want["ids"]).long()
+        t = model.text_model(input_ids=ids).pooler_output.numpy()
+        assert np.array_equal(t, want["text"])
+        if kind is Siglip2Model:
+            grid, patches = want["grids"][2], want["patches_2"]
+            z = model.vision_model(
+                pixel_values=torch.from_numpy(patches[None]),
+                pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32),
+                spatial_shapes=torch.from_numpy(grid[None]).long(),
+            ).pooler_output.numpy()
+            assert np.array_equal(z[0], want["pooled_2"])
+    if kind is Siglip2Model:
+        # AutoProcessor wants torchvision; this is the same processor without it.
+        processor = Siglip2Processor.from_pretrained(folder)
+        images = Siglip2ImageProcessorPil.from_pretrained(folder)
+        image = Image.fromarray(np.full((40, 70, 3), 90, np.uint8))
+        patches = images([image], return_tensors="pt")
+        with np.load(pathlib.Path(__file__).parent / name / "tokens.npz") as found:
+            texts, ids = found["texts"].tolist(), found["ids"]
+        length = ids.shape[1]
+        got = processor.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length
+        )["input_ids"]
+        assert np.array_equal(got, ids), (got, ids)
+        print({k: tuple(v.shape) for k, v in patches.items()})
+    # transformers says this of the defaults of its own SiglipTextConfig, too.
+    ours = [x for x in said if "between 0 and 31999" not in x]
+    assert not ours, ours
+    print(f"{folder}: {kind.__name__} opens it with no warning; outputs equal")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
