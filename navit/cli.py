@@ -98,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         action="append",
         default=[],
-        help="only this task of the data (repeatable): coarse or fine of the drawn "
-        "dataset, label of a table with that column",
+        help="only this task of the data (repeatable): coarse, fine or finest of the "
+        "drawn dataset, label of a table with that column",
     )
     evaluate.add_argument("--out", type=Path, help="folder to write (default: WORKDIR)")
     evaluate.add_argument(
@@ -220,11 +220,7 @@ def _embed(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from navit.weights import read, write
 
-    format = args.format
-    if format is None:
-        format = "big_vision" if args.out.suffix == ".npz" else "huggingface"
-    weights = read(args.path)
-    write(weights, args.out.expanduser(), format)
+    format = write(read(args.path), args.out.expanduser(), args.format)
     print(f"wrote {args.out} ({format})")
     return 0
 

@@ -8,7 +8,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from navit.train.checkpoint import Checkpoints, is_workdir
 
 log = logging.getLogger("navit")
 
-Format = Literal["huggingface", "big_vision", "navit"]
+FORMATS = ("huggingface", "big_vision", "navit")
 
 
 def load(
@@ -58,7 +57,7 @@ def load(
     if is_workdir(path):
         return _load_workdir(path, overrides, rules)
     weights = read(path)
-    config = Config(model=weights.model, data=DataConfig(train=Folder()))
+    config = Config(model=weights.model, data=DataConfig(train=Folder(), eval=Folder()))
     config = config_lib.override(config, overrides)
     check_sizes(weights, config.model)
     return Embedder(build(weights, config.model, rules), config, step=0)
@@ -93,11 +92,13 @@ def weights_of(model: Embedder) -> Weights:
     )
 
 
-def save(model: Embedder, path: str | Path, format: Format = "huggingface") -> None:
+def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
     """Writes a model for others to open: the way back from `load`.
 
     Args:
       path: a directory, or an `.npz` for "big_vision".
+      format: "huggingface", "big_vision" or "navit"; None is big_vision for a path that
+        ends in .npz, else huggingface.
 
     Raises:
       ValueError: if the format cannot hold this model; names the setting.
@@ -106,13 +107,23 @@ def save(model: Embedder, path: str | Path, format: Format = "huggingface") -> N
 
 
 def write(
-    weights: Weights, out: Path, format: Format, *, config: Config | None = None
-) -> None:
+    weights: Weights,
+    out: Path,
+    format: str | None = None,
+    *,
+    config: Config | None = None,
+) -> str:
     """Writes weights, tensor by tensor where the format allows it; see `save`.
 
     Args:
       config: what else a work directory is to say of itself.
+
+    Returns:
+      The format that it chose.
     """
+    format = format or ("big_vision" if out.suffix == ".npz" else "huggingface")
+    if format not in FORMATS:
+        raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already: choose another, or delete it")
     if format == "huggingface":
@@ -128,6 +139,7 @@ def write(
             checkpoints.close()
         for file in weights.files:
             shutil.copyfile(file, out / file.name)
+    return format
 
 
 def check_sizes(weights: Weights, model: ModelConfig) -> None:
@@ -140,7 +152,7 @@ def check_sizes(weights: Weights, model: ModelConfig) -> None:
     if found:
         raise ValueError(
             f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): leave "
-            "that as it was"
+            "model.vision and model.text to the weights, or state theirs in full"
         )
 
 

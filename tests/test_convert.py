@@ -351,3 +351,18 @@ def test_bfloat16_stays_close_to_float32(naflex):
     a, b = (x[packed.grids[..., 0] > 0].astype(np.float64) for x in (a, b))
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     assert (1 - cosine).max() < 1e-3
+
+
+def test_save_takes_its_format_from_the_path_or_by_name(tmp_path):
+    model = navit.load(GOLDEN / "siglip2_b")
+    navit.save(model, tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").is_file()
+    tokenizer = (GOLDEN / "siglip2_b/tokenizer.json").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer
+    np.testing.assert_array_equal(
+        navit.load(tmp_path / "a.npz").embed_texts(["a cat"]),
+        model.embed_texts(["a cat"]),
+    )
+    with pytest.raises(ValueError, match=r"huggingface, big_vision, navit, not 'hf'"):
+        navit.save(model, tmp_path / "b", format="hf")
+    assert not (tmp_path / "b").exists()

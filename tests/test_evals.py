@@ -80,12 +80,12 @@ def test_table_and_plot_show_every_budget():
         "images": 3,
         "chance": {"coarse_accuracy": 0.125, "image_to_text_r1": 0.01},
         "budgets": {
-            "64": {"coarse_accuracy": 0.5, "image_to_text_r1": 0.25},
-            "1024": {"coarse_accuracy": 1.0},
+            "64": {"unreadable": 0, "coarse_accuracy": 0.5, "image_to_text_r1": 0.25},
+            "1024": {"unreadable": 2, "coarse_accuracy": 1.0},
         },
     }
     lines = budgets.table(results).splitlines()
-    assert lines[0] == "step 7, 3 images"
+    assert lines[0] == "step 7, 3 images, 2 unreadable"
     assert [line.split()[0] for line in lines[1:]] == ["tokens", "64", "1024", "chance"]
     assert lines[2].split() == ["64", "50.0%", "25.0%"]
     assert lines[3].split() == ["1024", "100.0%", "-"]

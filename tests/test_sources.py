@@ -245,3 +245,10 @@ def test_a_set_of_unreadable_images_is_named(folder, caplog):
 def test_a_split_that_holds_nothing_is_named(folder):
     message = error_of(folder, "file,caption\n0.png,x\n", split="eval", holdout=1e-9)
     assert "eval" in message and "1e-09" in message
+
+
+def test_a_caption_with_a_bare_comma_is_an_error_not_cut(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("file,caption\na.png,a cat, sitting\n")
+    with pytest.raises(ValueError, match=r"record 1 has more fields .* ' sitting'"):
+        FolderSource(Folder(path=str(tmp_path)))

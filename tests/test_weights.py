@@ -85,3 +85,11 @@ def test_a_work_directory_keeps_its_tokenizer(tmp_path):
     text._tokenizer.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer .*model.text.tokenizer"):
         navit.load(workdir).embed_texts(["a cat"])
+
+
+def test_a_frozen_tower_needs_weights_to_start_from(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    command = ["train", "configs/siglip2_naflex_finetune.py", "--workdir"]
+    assert main([*command, str(tmp_path), "data.train.path=data/sample"]) == 1
+    assert "optim.text_lr=0 freezes a tower" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
+import shutil
 import tokenize
 import zipfile
 from pathlib import Path
@@ -16,6 +18,8 @@ from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
 from navit.convert import tensors
 from navit.convert.huggingface import check_shapes, square_side
 from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
+
+log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "gemma.model")
@@ -94,6 +98,16 @@ def write(weights: Weights, out: Path) -> None:
                         file, np.ascontiguousarray(one.reshape(shape))
                     )
     os.replace(temporary, out)
+    for tokenizer in weights.files:
+        beside = out.with_name(tokenizer.name)
+        if not beside.exists():
+            shutil.copyfile(tokenizer, beside)
+        elif beside.read_bytes() != tokenizer.read_bytes():
+            log.warning(
+                "%s is another tokenizer than this model's, %s, and stays as it is",
+                beside,
+                tokenizer,
+            )
 
 
 def _stored(

@@ -166,7 +166,9 @@ def table(results: dict[str, Any]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in [header, *lines]
     ]
-    return f"step {results['step']}, {results['images']} images\n" + "\n".join(text)
+    lost = max(metrics["unreadable"] for metrics in results["budgets"].values())
+    images = f"{results['images']} images" + (f", {lost} unreadable" if lost else "")
+    return f"step {results['step']}, {images}\n" + "\n".join(text)
 
 
 def plot(results: dict[str, Any]) -> bytes:

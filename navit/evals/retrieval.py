@@ -43,8 +43,9 @@ class Retrieval:
         asked = right.any(0)
         if not readable.any():
             return
-        scores = images[readable] @ self._texts.T
+        right = right[:, asked]
+        scores = images[readable] @ self._texts[asked].T
         hit = np.take_along_axis(right, scores.argmax(1)[:, None], 1)
         yield "image_to_text_r1", float(hit.mean())
         hit = np.take_along_axis(right, scores.argmax(0)[None], 0)
-        yield "text_to_image_r1", float(hit[0, asked].mean())
+        yield "text_to_image_r1", float(hit.mean())

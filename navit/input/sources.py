@@ -158,6 +158,11 @@ def _read_table(table: Path) -> list[_Entry]:
             csv.DictReader(file) if table.suffix == ".csv" else _json_lines(file, table)
         )
         for line, row in enumerate(rows, 1):
+            if None in row:
+                raise ValueError(
+                    f"{table} record {line} has more fields than the header, from "
+                    f"{row[None][0]!r} on: put a caption with a comma in double quotes"
+                )
             name = _column(row, _FILE, table, line)
             caption = _column(row, _CAPTION, table, line)
             many = caption if isinstance(caption, list) else [caption]

@@ -55,10 +55,10 @@ def _tokenizer(name: str) -> _Tokenizer:
         return _split_bytes, EOS, PAD
     path = Path(name).expanduser()
     if not name or not path.is_file():
+        what = f"there is no tokenizer {name!r}" if name else "no tokenizer was found"
         raise FileNotFoundError(
-            f"there is no tokenizer {name!r}: set model.text.tokenizer to a "
-            "SentencePiece .model or a tokenizer.json, the one that the model was "
-            "trained with"
+            f"{what}: put the tokenizer.json or SentencePiece .model that the model "
+            "was trained with beside its weights, or name it with model.text.tokenizer"
         )
     if path.suffix == ".json":
         from tokenizers import Tokenizer

@@ -15,8 +15,18 @@ from navit.train.step import Metrics
 log = logging.getLogger("navit")
 
 
-def warn_before(config: Config, source: Source) -> None:
-    """Says what is legal, and rarely meant."""
+def check_before(config: Config, source: Source) -> None:
+    """Says what is legal and rarely meant; refuses what never is.
+
+    Raises:
+      ValueError: if random weights would stay as they are.
+    """
+    for name in ("vision_lr", "text_lr"):
+        if getattr(config.optim, name) == 0 and not config.init:
+            raise ValueError(
+                f"optim.{name}=0 freezes a tower, and without init=PATH its weights "
+                "are random: give the weights to start from, or train it"
+            )
     if config.optim.warmup_steps >= config.train.steps and not config.optim.start:
         log.warning(
             "optim.warmup_steps=%d is more than train.steps=%d: the warm-up is cut to "

@@ -24,7 +24,7 @@ from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import check_finite, warn_before
+from navit.train.checks import check_before, check_finite
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, MetricsWriter, line
 from navit.train.state import TrainState, init_state
@@ -66,7 +66,7 @@ def train(
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
     log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
-    warn_before(config, source)
+    check_before(config, source)
     mesh, rules = make_mesh(config.mesh)
     devices = mesh.size if mesh else 1
     if config.data.rows % devices:
