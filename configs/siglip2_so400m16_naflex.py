@@ -32,7 +32,8 @@ def get_config() -> Config:
             text=variants.text(
                 "So400m", vocab_size=256_000, length=64, tokenizer="gemma.model"
             ),
-            init_bias=-math.log(BATCH - 1),  # log(p / (1 - p)) with p = 1 / BATCH
+            # log(p / (1 - p)) with p = 1 / BATCH; init=PATH brings its own.
+            init_bias=-math.log(BATCH - 1),
             remat="dots",
         ),
         data=DataConfig(

@@ -165,8 +165,13 @@ def starting_from(config: Config, weights: Weights) -> Config:
     vision, text = config.model.vision, config.model.text
     if vision == VisionConfig():
         vision = weights.model.vision
-    if text == TextConfig():
-        text = weights.model.text
+    if text is not None and weights.model.text is not None:
+        default = TextConfig()
+        named = text.tokenizer  # the tokenizer is the user's to name
+        if dataclasses.replace(text, tokenizer=default.tokenizer) == default:
+            text = weights.model.text
+            if named != default.tokenizer:
+                text = dataclasses.replace(text, tokenizer=named)
     if weights.model.vision.fixed_grid:
         log.info(
             "%s was trained at one size, %dx%d patches; from here on images keep their "

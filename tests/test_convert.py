@@ -366,3 +366,23 @@ def test_save_takes_its_format_from_the_path_or_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"huggingface, big_vision, navit, not 'hf'"):
         navit.save(model, tmp_path / "b", format="hf")
     assert not (tmp_path / "b").exists()
+
+
+def test_token_ids_of_a_resaved_config_say_nothing_of_sizes(tmp_path):
+    """transformers' defaults, which a model saved again may state."""
+    folder = copy("siglip2_b", tmp_path)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= dict(pad_token_id=1, bos_token_id=49406)
+    file.write_text(json.dumps(config))
+    assert navit.load(folder).config.model.text.vocab_size == 61
+
+
+def test_images_of_no_whole_number_of_patches_are_refused(tmp_path):
+    folder = copy("siglip_fixed", tmp_path)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"]["image_size"] = 22
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"images of 22 pixels"):
+        navit.load(folder)

@@ -87,7 +87,7 @@ def pieces(tmp_path_factory) -> Path:
         vocab_size=40,
         hard_vocab_limit=False,
         minloglevel=2,
-        **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3),
+        **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3, eos_piece="<eos>"),
     )
     return prefix.with_suffix(".model")
 

@@ -93,3 +93,10 @@ def test_a_frozen_tower_needs_weights_to_start_from(monkeypatch, tmp_path, capsy
     assert main([*command, str(tmp_path), "data.train.path=data/sample"]) == 1
     assert "optim.text_lr=0 freezes a tower" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_named_tokenizer_leaves_the_sizes_to_the_weights():
+    weights = read(GOLDEN / "siglip2_b")
+    config = config_of("model.text.tokenizer=other.model")
+    text = starting_from(config, weights).model.text
+    assert text.tokenizer == "other.model" and text.length == 9

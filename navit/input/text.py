@@ -71,7 +71,10 @@ def _tokenizer(name: str) -> _Tokenizer:
         found.no_truncation()
         eos, pad = found.token_to_id("<eos>"), found.token_to_id("<pad>")
         if eos is None or pad is None:
-            raise ValueError(f"{path} has no <eos> or no <pad> token, as Gemma's has")
+            raise ValueError(
+                f"{path} has no <eos> or no <pad> token, as Gemma's has; SigLIP 1's "
+                "tokenizer, which treats text otherwise, is not supported"
+            )
 
         def split(texts: list[str]) -> list[list[int]]:
             return [x.ids for x in found.encode_batch(texts, add_special_tokens=False)]
@@ -83,8 +86,12 @@ def _tokenizer(name: str) -> _Tokenizer:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} is no SentencePiece model: {error}") from None
-    if pieces.eos_id() < 0 or pieces.pad_id() < 0:
-        raise ValueError(f"{path} has no end-of-text or no padding token")
+    eos = pieces.eos_id()
+    if pieces.pad_id() < 0 or eos < 0 or pieces.id_to_piece(eos) != "<eos>":
+        raise ValueError(
+            f"{path} has no <eos> or no <pad> token, as Gemma's has; SigLIP 1's "
+            "tokenizer, which treats text otherwise, is not supported"
+        )
     return pieces.encode, pieces.eos_id(), pieces.pad_id()
 
 
