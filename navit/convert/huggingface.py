@@ -142,19 +142,26 @@ def _tensors(
     parts: dict[str, dict[int, np.ndarray]] = {}
     for t in table:
         value = weights.read(t.ours)
-        layers = layers_of(model, t.ours)
         if t.part[1] > 1:
             shape = _stored_shape(t, shapes[t.ours])
             one = (shape[0] // t.part[1], *shape[1:])
             parts.setdefault(t.theirs, {})[t.part[0]] = to_theirs(value, t.axes, one)
             continue
-        for i in range(layers) if layers is not None else [None]:
-            shape = shapes[t.ours] if i is None else shapes[t.ours][1:]
-            one_value = value if i is None else value[i]
-            name = t.theirs if i is None else t.theirs.format(i)
-            yield name, to_theirs(one_value, t.axes, _stored_shape(t, shape))
+        for i, name, shape in _stored(model, t, shapes[t.ours]):
+            yield name, to_theirs(value if i is None else value[i], t.axes, shape)
     for name, found in parts.items():
         yield name, np.concatenate([found[i] for i in sorted(found)])
+
+
+def _stored(
+    model: ModelConfig, t: Tensor, shape: tuple[int, ...]
+) -> list[tuple[int | None, str, tuple[int, ...]]]:
+    """(layer or None, name, shape) of what one of our tensors is stored as."""
+    layers = layers_of(model, t.ours)
+    if layers is None:
+        return [(None, t.theirs, _stored_shape(t, shape))]
+    one = _stored_shape(t, shape[1:])
+    return [(i, t.theirs.format(i), one) for i in range(layers)]
 
 
 def _stored_shape(t: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -186,11 +193,8 @@ def _check(
 ) -> None:
     expected = {}
     for t in table:
-        layers = layers_of(model, t.ours)
-        for i in range(layers or 0) if layers is not None else [None]:
-            shape = shapes[t.ours] if i is None else shapes[t.ours][1:]
-            name = t.theirs if i is None else t.theirs.format(i)
-            expected[name] = _stored_shape(t, shape)
+        for _, name, shape in _stored(model, t, shapes[t.ours]):
+            expected[name] = shape
     check_shapes(path, expected, stored)
 
 

@@ -80,7 +80,11 @@ def train(
             state = _start(config, data, workdir, rules, checkpoints, initial)
             with Interruption() as interruption:
                 state = _steps(
-                    state, config, source, rules, checkpoints, workdir, interruption
+                    state,
+                    config,
+                    source,
+                    data,
+                    *(rules, checkpoints, workdir, interruption),
                 )
             checkpoints.save(state, config, data)
         finally:
@@ -103,6 +107,7 @@ def _steps(
     state: TrainState,
     config: Config,
     source: Source,
+    data: str,
     rules: Rules,
     checkpoints: Checkpoints,
     workdir: Path,
@@ -110,7 +115,6 @@ def _steps(
 ) -> TrainState:
     """Trains to the last step, or to the one after which a stop was asked for."""
     first_step, last_step = int(state.step), config.train.steps
-    data = source.fingerprint()
     optimizer = make_optimizer(config.optim, last_step)
     schedule = make_schedule(config.optim, last_step)
     train_step = make_train_step(config, optimizer, rules)
