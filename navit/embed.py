@@ -13,6 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -114,10 +115,7 @@ class Embedder:
         # With every image at its budget a row holds one; without upscaling, several.
         slots = 1 if data.max_upscale is None else 8
         rows = pack_rows(grids, max_tokens, slots)
-        # A power of two of rows at a time, so that few shapes are ever compiled.
-        at_once = max(1, self.config.eval.batch_tokens // max_tokens)
-        at_once = 2 ** (at_once.bit_length() - 1)
-        at_once = self._shared_by_devices(min(at_once, len(rows)))
+        at_once = self.rows_at_once(max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         fill_rows = functools.partial(
             pipeline.fill_rows,
@@ -143,7 +141,7 @@ class Embedder:
             ):
                 placed = self._place(packed)
                 vectors = np.asarray(
-                    _embed_packed(self.vision, placed, max_tokens, normalized)
+                    embed_packed(self.vision, placed, max_tokens, normalized)
                 )
                 counts = np.diff(part.offsets)
                 out[part.index] = vectors[np.arange(slots) < counts[:, None]]
@@ -187,6 +185,14 @@ class Embedder:
             raise ValueError("this model was trained without classes")
         return np.asarray(self.vision.classifier(jnp.asarray(pooled)), np.float32)
 
+    def rows_at_once(self, row_tokens: int, rows: int) -> int:
+        """How many of `rows` are embedded at a time: a power of two on each device."""
+        tokens = self.config.eval.batch_tokens
+        if tokens is None:
+            tokens = 2048 if jax.default_backend() == "cpu" else 16384
+        at_once = max(1, tokens // row_tokens)
+        return self._shared_by_devices(min(2 ** (at_once.bit_length() - 1), rows))
+
     def _shared_by_devices(self, count: int) -> int:
         """`count` rounded up to a power of two, then to a multiple of the devices.
 
@@ -212,9 +218,10 @@ class Embedder:
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
-def _embed_packed(
+def embed_packed(
     vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
-) -> jax.Array:
+) -> Float[Array, "b s e"]:
+    """A vector for each slot, on every device."""
     pooled = vision(packed, max_image_tokens=max_tokens).pooled
     assert pooled is not None
     return vision.rules.replicate(normalize(pooled) if normalized else pooled)

@@ -6,16 +6,22 @@ import pytest
 from navit.model.attention import attention
 
 IMPLEMENTATIONS = ["xla", "unpack"]
-BOUNDS = dict(max_segments=5, max_segment_tokens=20)
+# Segments of up to 140 tokens, which "unpack" takes in two ways: all at once, or one
+# by one.
+BOUNDS = dict(max_segments=5, max_segment_tokens=140)
 
 
-@pytest.fixture
-def row(rng):
-    """Two rows of 48 tokens: segments of 20, 1 and 13; 7 and 19 with a hole between."""
+@pytest.fixture(params=[1, 7])
+def row(rng, request):
+    """Two rows of 48 tokens: segments of 20, 1 and 13; 7 and 19 with a hole between.
+
+    And the same seven times as long.
+    """
     segments = np.zeros((2, 48), np.int32)
     segments[0, :20], segments[0, 20:21], segments[0, 21:34] = 1, 2, 3
     segments[1, :7], segments[1, 9:28] = 1, 4
-    q, k, v = jnp.asarray(rng.normal(size=(3, 2, 48, 2, 8)), jnp.float32)
+    segments = segments.repeat(request.param, axis=1)
+    q, k, v = jnp.asarray(rng.normal(size=(3, *segments.shape, 2, 8)), jnp.float32)
     return q, k, v, jnp.asarray(segments)
 
 
@@ -69,20 +75,21 @@ def test_no_leak_between_segments_in_value_or_gradient(row, implementation):
     outside = (np.asarray(segments) != 3)[..., None, None]
     poison = [jnp.where(outside, x * -7e3 + 11, x) for x in (q, k, v)]
     before, after = attend(q, k, v), attend(*poison)
-    np.testing.assert_array_equal(before[0, 21:34], after[0, 21:34])
+    inside = np.asarray(segments[0]) == 3
+    np.testing.assert_array_equal(before[0, inside], after[0, inside])
 
     gradients = jax.grad(
-        lambda q, k, v: (attend(q, k, v)[0, 21:34] ** 2).sum(), argnums=(0, 1, 2)
+        lambda q, k, v: (attend(q, k, v)[0, inside] ** 2).sum(), argnums=(0, 1, 2)
     )(q, k, v)
     for g in gradients:
         assert (np.asarray(g)[np.broadcast_to(outside, g.shape)] == 0).all()
-        assert np.abs(g[0, 21:34]).max() > 0
+        assert np.abs(g[0, inside]).max() > 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_order_of_tokens_in_a_row_does_not_matter(row, implementation, rng):
     """Not even whether a segment is contiguous."""
-    order = rng.permutation(48)
+    order = rng.permutation(row[3].shape[1])
     out = attention(*row, implementation=implementation, **BOUNDS)
     shuffled = attention(
         *(x[:, order] for x in row), implementation=implementation, **BOUNDS
@@ -116,6 +123,21 @@ def test_mask_of_four_budgets_in_one_row(implementation):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
+def test_rows_of_one_image_need_no_gathering(row):
+    q, k, v, segments = row
+    one = jnp.where(segments == 4, 1, segments) * (segments != 3) * (segments != 2)
+    out = attention(
+        *(q, k, v, one),
+        implementation="unpack",
+        max_segments=1,
+        max_segment_tokens=q.shape[1],
+    )
+    real = np.asarray(one) > 0
+    np.testing.assert_allclose(
+        np.asarray(out)[real], naive(q, k, v, one)[real], atol=2e-6
+    )
+
+
 def test_bfloat16_stays_close(row):
     q, k, v, segments = row
     low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
@@ -129,7 +151,7 @@ def test_bfloat16_stays_close(row):
 
 def test_no_segments_is_plain_attention(row):
     q, k, v, _ = row
-    ones = jnp.ones((2, 48), jnp.int32)
+    ones = jnp.ones(row[3].shape, jnp.int32)
     np.testing.assert_allclose(
         attention(q, k, v, None),
         attention(q, k, v, ones, implementation="xla"),

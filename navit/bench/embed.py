@@ -26,7 +26,7 @@ import numpy as np
 from navit import weights
 from navit.config import Config, ModelConfig
 from navit.convert.weights import Weights, shapes_of
-from navit.embed import _embed_packed
+from navit.embed import embed_packed
 from navit.input import pipeline
 from navit.model import variants
 
@@ -61,15 +61,14 @@ Side = dict[str, Callable[[], np.ndarray]]
 
 def _navit(model: Any, images: list[bytes], budget: int) -> Side:
     packed = pipeline.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
-    rows = max(1, model.config.eval.batch_tokens // budget)
-    rows = 2 ** (rows.bit_length() - 1)
+    rows = model.rows_at_once(budget, len(packed.grids))
     parts = [
         jax.tree.map(lambda x, i=i: x[i : i + rows], packed)
         for i in range(0, len(packed.grids), rows)
     ]
 
     def alone() -> np.ndarray:
-        found = [_embed_packed(model.vision, part, budget, True) for part in parts]
+        found = [embed_packed(model.vision, part, budget, True) for part in parts]
         return np.concatenate([np.asarray(x)[:, 0] for x in found])
 
     return {"whole": lambda: model.embed_images(images, budget), "model": alone}

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import navit
+from navit.embed import embed_packed
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"
@@ -146,6 +147,22 @@ def test_public_names_work_together(workdir):
     np.testing.assert_allclose(pooled, z, atol=1e-5)
     assert model.embed_images([]).shape == (0, 16)
     assert model.embed_texts([]).shape == (0, 16)
+
+
+def test_new_shapes_do_not_compile_again(workdir, rng):
+    model = navit.load(workdir)
+
+    def mix(*sizes):
+        return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+    model.embed_images(mix((64, 64), (40, 90), (300, 20)), max_tokens=64)
+    before = embed_packed._cache_size()
+    other = mix(
+        (30, 200), (17, 31), (128, 128), (90, 40), *[(50, 60 + i) for i in range(9)]
+    )
+    model.embed_images(other[:4], max_tokens=64)
+    model.embed_images(other[4:8][::-1], max_tokens=64)
+    assert embed_packed._cache_size() == before
 
 
 def test_ctrl_c_and_the_same_command_again(tmp_path):
