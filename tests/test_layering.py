@@ -15,7 +15,8 @@ FILES = sorted((ROOT / "navit").rglob("*.py"))
 BASE = ("navit.config", "navit.batch")
 MODEL = (*BASE, "navit.sharding", "navit.model")
 ALLOWED = {
-    "navit.config": (),
+    "navit.fields": (),
+    "navit.config": ("navit.fields",),
     "navit.batch": (),
     "navit.files": (),
     "navit.sharding": BASE,
@@ -29,7 +30,7 @@ FORBIDDEN = {
     "navit.evals": ("navit.train", "navit.optim", "navit.losses"),
     "navit.embed": ("navit.train", "navit.evals", "navit.losses", "navit.optim"),
 }
-NO_JAX = ("navit.config", "navit.batch", "navit.input")
+NO_JAX = ("navit.fields", "navit.config", "navit.batch", "navit.input")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 

@@ -1,0 +1,151 @@
+"""Trees of frozen dataclasses: overrides by `key.path=value`, JSON both ways."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Returns a copy of `config` with each `"a.b=value"` applied.
+
+    Values are python literals; a bare word is a string; `256,729` is a tuple.
+
+    Raises:
+      ValueError: for an unknown key (with the nearest known one), a value of the wrong
+        type, or a config that contradicts itself.
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ValueError(f"expected key.path=value, got {assignment!r}")
+        *parents, last = path.split(".")
+        node = changes
+        for key in parents:
+            node = node.setdefault(key, {})
+            if isinstance(node, str):
+                raise ValueError(f"{path} is set both whole and in part")
+        if isinstance(node.get(last), dict):
+            raise ValueError(f"{path} is set both whole and in part")
+        node[last] = text
+    return _apply(config, changes)
+
+
+def to_json(config: Any) -> Any:
+    """The config as JSON data; a dataclass says which it is where there is a choice."""
+    if dataclasses.is_dataclass(config):
+        fields = {
+            f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)
+        }
+        return {"type": type(config).__name__} | fields
+    return list(config) if isinstance(config, tuple) else config
+
+
+def from_json(data: Any, hint: Any) -> Any:
+    """The way back from `to_json`.
+
+    Raises:
+      ValueError: names a key that this version of navit does not know.
+    """
+    if isinstance(data, dict):
+        options = [hint, *typing.get_args(hint)]
+        cls = next((o for o in options if _name(o) == data.get("type")), None)
+        if cls is None:
+            raise ValueError(f"a config of type {data.get('type')!r} is not known here")
+        hints = typing.get_type_hints(cls)
+        fields = {k: v for k, v in data.items() if k != "type"}
+        for key in fields:
+            if key not in hints:
+                raise ValueError(f"{cls.__name__} has no field {key!r} in this version")
+        return cls(**{k: from_json(v, hints[k]) for k, v in fields.items()})
+    return tuple(data) if isinstance(data, list) else data
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """`key: a -> b` for every leaf in which two configs differ."""
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        found = []
+        for f in dataclasses.fields(a):
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            found += differences(x, y, f"{path}.{f.name}".lstrip("."))
+        return found
+    return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
+
+
+def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
+    """All changes of a node at once, so that their order never matters."""
+    if not dataclasses.is_dataclass(node) or isinstance(node, type):
+        raise ValueError(f"{path}: {node!r} has no field {next(iter(changes))!r}")
+    hints = typing.get_type_hints(type(node))
+    values = {}
+    for key, change in changes.items():
+        full = f"{path}.{key}".lstrip(".")
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            known = (
+                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
+            )
+            raise ValueError(
+                f"{full}: {type(node).__name__} has no field {key!r}; {known}"
+            )
+        if isinstance(change, dict):
+            values[key] = _apply(getattr(node, key), change, full)
+        else:
+            values[key] = _parse(change, hints[key], full)
+    try:
+        return dataclasses.replace(node, **values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}".lstrip(": ")) from None
+
+
+def _parse(text: str, hint: Any, path: str) -> Any:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    # A word that reads as something else may still be what the field takes: "none" of
+    # a Literal, a folder named 2024, the prompt {}.
+    for candidate in (_fit(value, hint), text, (text,)):
+        if _matches(candidate, hint):
+            return candidate
+    raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """Widens what the command line cannot write: 1 for 1.0, 256 for (256,)."""
+    hints = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if float in hints and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_tuple = any(typing.get_origin(h) is tuple for h in hints)
+    if is_tuple and value is not None and not isinstance(value, tuple):
+        return tuple(value) if isinstance(value, list) else (value,)
+    return value
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if _is_union(hint):
+        return any(_matches(value, h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_matches(v, item) for v in value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _name(hint: Any) -> str:
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    return str(hint).replace("typing.", "")
