@@ -200,41 +200,153 @@ class Folder:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sides:
+    """NaViT's resolution sampling: every image gets the area of a drawn square.
+
+    Its side in pixels (`of="side"`), or its area, is drawn between `low` and `high`:
+    uniformly, or from a normal on [-1, 1], truncated there and stretched to them.
+    NaViT found sides better than areas, and N(-0.5, 1) on [64, 384] best.
+    """
+
+    of: Literal["side", "area"] = "side"
+    distribution: Literal["uniform", "truncated_normal"] = "truncated_normal"
+    low: int = 64
+    high: int = 384
+    mean: float = -0.5
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "low", "std")
+        if self.high < self.low:
+            raise ValueError(f"high={self.high} is less than low={self.low}")
+        if abs(self.mean) > 3:
+            raise ValueError(f"mean={self.mean} is far outside [-1, 1], the two ends")
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A random crop of every image, before its grid is found.
+
+    `area`: range of its share of the image. `aspect`: range of its width over height,
+    relative to the image's own (drawn evenly on a logarithmic scale).
+    """
+
+    area: tuple[float, ...] = (0.5, 1.0)
+    aspect: tuple[float, ...] = (0.75, 4 / 3)
+
+    def __post_init__(self) -> None:
+        for name, top in (("area", 1.0), ("aspect", float("inf"))):
+            found = getattr(self, name)
+            if len(found) != 2 or not 0 < found[0] <= found[1] <= top:
+                raise ValueError(f"{name} is a range, as (0.5, 1.0), not {found}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDrop:
+    """Drops tokens of every image in training (NaViT, continuous token dropping).
+
+    `kind`: drop the share `rate` of each image ("constant"); a share of Beta
+    distribution with that mean, at most `most` ("beta"); or a share that rises with the
+    image's length, from `rate - delta` to `rate + delta` ("resolution").
+    The rate moves from `rate` to `final_rate` along a sigmoid in the number of images
+    seen, half way at `midpoint` images, `timescale` images wide. NaViT found that
+    dropping less in the end helps, and more hurts.
+    """
+
+    kind: Literal["constant", "beta", "resolution"] = "resolution"
+    rate: float = 0.5
+    final_rate: float = 0.5
+    midpoint: float = 0.0
+    timescale: float = 1.0
+    delta: float = 0.1
+    most: float = 0.85
+
+    def __post_init__(self) -> None:
+        _positive(self, "timescale", "most")
+        top = self.most if self.kind == "beta" else 1.0
+        for name in ("rate", "final_rate"):
+            if not 0 <= getattr(self, name) < top or top > 1:
+                raise ValueError(
+                    f"{name} must be in [0, {top:g}), not {getattr(self, name)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read, and how it is packed.
 
     A global batch is `rows` rows of `row_tokens` tokens with `slots` images at most
-    each. Every image takes one of `budgets` (in tokens), drawn anew each epoch.
+    each (None: twice as many as a row holds on average, to a power of two).
+
+    Every image takes one of `budgets` (in tokens), drawn anew each epoch by
+    `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
+    batch, as SigLIP 2 does. `sides` draws resolutions as NaViT does, in their place.
     `max_upscale` caps how far a small image is enlarged (None: as far as the budget
-    allows, SigLIP 2's own rule). `workers` is the number of processes that decode;
-    0 decodes in threads of this process.
+    allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), but to
+    `min_tokens` it always is.
+
+    `crop`, `flip` and `drop` change what is seen of an image, in training alone.
+    `elastic`: an image may give up this share of its tokens to close a row, which
+    pads less and biases resolution downwards; off at 0.
+    `workers` is the number of processes that decode; 0 decodes in threads of this
+    process.
     """
 
     train: Synthetic | Folder = Synthetic()
     eval: Synthetic | Folder | None = None
     budgets: tuple[int, ...] = (256,)
+    budget_weights: tuple[float, ...] = ()
+    budget_per: Literal["image", "batch"] = "image"
+    sides: Sides | None = None
+    min_tokens: int = 1
+    max_upscale: float | None = None
     row_tokens: int = 1024
     rows: int = 8
-    slots: int = 8
+    slots: int | None = 8
     open_rows: int = 16
-    max_upscale: float | None = None
+    elastic: float = 0.0
+    crop: Crop | None = None
+    flip: bool = False
+    drop: TokenDrop | None = None
     dct: Literal["fast", "accurate"] = "fast"
     seed: int = 0
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "row_tokens", "rows", "slots", "open_rows")
-        if self.max_upscale is not None:
-            _positive(self, "max_upscale")
+        _positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
+        for name in ("max_upscale", "slots"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
         if self.workers < 0:
             raise ValueError(f"data.workers must be 0 or more, not {self.workers}")
+        if not 0 <= self.elastic < 1:
+            raise ValueError(f"elastic is a share in [0, 1), not {self.elastic}")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
-        if max(self.budgets) > self.row_tokens:
+        weights = self.budget_weights
+        if weights and (len(weights) != len(self.budgets) or min(weights) <= 0):
+            raise ValueError(
+                f"data.budget_weights={weights} needs one positive number for each of "
+                f"data.budgets={self.budgets}"
+            )
+        if self.sides is not None and self.budget_per == "batch":
+            raise ValueError('data.sides are drawn per image: budget_per="image"')
+        if max(self.budgets) > self.row_tokens and self.sides is None:
             raise ValueError(
                 f"data.budgets reach {max(self.budgets)} tokens, more than a row of "
                 f"data.row_tokens={self.row_tokens}: lower one or raise the other"
             )
+        if self.min_tokens > min(self.budgets) and self.sides is None:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens} is more than the least of "
+                f"data.budgets={self.budgets}"
+            )
+
+    def most_tokens(self, patch_size: int) -> int:
+        """No image takes more tokens than this."""
+        if self.sides is None:
+            return max(self.budgets)
+        return max(1, int((self.sides.high / patch_size) ** 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +456,13 @@ class Config:
                 raise ValueError(f'train.loss="{loss}" needs a text tower, model.text')
             if vision.pool == "none":
                 raise ValueError(f'train.loss="{loss}" needs model.vision.pool')
+        most = self.data.most_tokens(vision.patch_size)
+        if most > self.data.row_tokens:
+            raise ValueError(
+                f"data.sides.high={self.data.sides and self.data.sides.high} makes "
+                f"images of {most} tokens, more than a row of data.row_tokens="
+                f"{self.data.row_tokens}: lower one or raise the other"
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -97,7 +97,12 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
                 f"{full}: {type(node).__name__} has no field {key!r}; {known}"
             )
         if isinstance(change, dict):
-            values[key] = _apply(getattr(node, key), change, full)
+            child = getattr(node, key)
+            if child is None:  # an option not taken so far: its defaults, changed
+                options = typing.get_args(hints[key])
+                made: Any = [o for o in options if dataclasses.is_dataclass(o)]
+                child = made[0]() if len(made) == 1 else None
+            values[key] = _apply(child, change, full)
         else:
             values[key] = _parse(change, hints[key], full)
     try:
@@ -124,6 +129,8 @@ def _fit(value: Any, hint: Any) -> Any:
     hints = typing.get_args(hint) if _is_union(hint) else (hint,)
     if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, tuple | list) and tuple[float, ...] in hints:
+        value = tuple(float(v) if type(v) is int else v for v in value)
     is_tuple = any(typing.get_origin(h) is tuple for h in hints)
     if is_tuple and value is not None and not isinstance(value, tuple):
         return tuple(value) if isinstance(value, list) else (value,)

@@ -25,8 +25,8 @@ from navit.config import (
     VisionConfig,
 )
 from navit.input import pixels
-from navit.input.pipeline import open_eval_source, open_source, train_batches
-from navit.input.plan import BatchPlans
+from navit.input.pipeline import fill_rows, open_eval_source, open_source, train_batches
+from navit.input.plan import BatchPlans, Rows
 from navit.input.synthetic import SyntheticSource
 from navit.input.text import encode
 
@@ -337,3 +337,51 @@ def test_the_caption_drawn_depends_on_seed_epoch_and_id_alone():
     assert any(first[i] != second[i] for i in first.keys() & second.keys())
     seeded = drawn(config(30, seed=1))
     assert any(one[key] != seeded[key] for key in one.keys() & seeded.keys())
+
+
+def planned(images, grids, **draws):
+    """Rows of one image each, as a plan would have them."""
+    count = len(images)
+    arrays = {k: v if k == "epoch" else np.array(v) for k, v in draws.items()}
+    rows = Rows(np.arange(count + 1), np.arange(count), np.array(grids), **arrays)
+
+    def fail(index, error):
+        raise error
+
+    return fill_rows(
+        rows, images.__getitem__, patch_size=4, row_tokens=12, slots=1, on_error=fail
+    )
+
+
+def test_planned_boxes_and_flips_reach_the_pixels(rng):
+    image = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    part = image[4:16, 10:26]  # 3x4 patches
+    out = planned(
+        [image] * 2,
+        [(3, 4)] * 2,
+        boxes=[(4, 10, 12, 16)] * 2,
+        flips=[False, True],
+    )
+    wanted = planned([part, part[:, ::-1]], [(3, 4)] * 2)
+    np.testing.assert_array_equal(out.patches, wanted.patches)
+    assert (out.patches[0] != out.patches[1]).any()
+
+
+def test_dropped_tokens_leave_the_rest_as_it_is(rng):
+    """What stays has its true coordinates, its own pixels; each epoch draws anew."""
+    image = rng.integers(0, 256, (12, 16, 3), np.uint8)
+    whole = planned([image], [(3, 4)])
+    seen = []
+    for epoch in range(8):
+        out = planned([image], [(3, 4)], kept=[7], epoch=epoch)
+        assert out.segment_ids[0].tolist() == [1] * 7 + [0] * 5
+        assert out.grids[0].tolist() == [[3, 4]]
+        places = (out.coords[0, :7] @ [4, 1]).tolist()
+        assert places == sorted(set(places))
+        np.testing.assert_array_equal(out.patches[0, :7], whole.patches[0, places])
+        seen.append(tuple(places))
+        again = planned([image], [(3, 4)], kept=[7], epoch=epoch)
+        np.testing.assert_array_equal(out.coords, again.coords)
+    assert len(set(seen)) > 4 and {p for places in seen for p in places} == set(
+        range(12)
+    )

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, features
 
 from navit.input import geometry
 from navit.input.geometry import grid_for
-from navit.input.pixels import load, size_of, to_patches
+from navit.input.pixels import _UPRIGHT, load, size_of, to_patches
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 BILINEAR = Image.Resampling.BILINEAR
@@ -371,3 +371,48 @@ def test_pixels_are_those_of_big_vision_within_a_grey_level(big_vision):
 def test_grids_are_those_of_transformers(big_vision, column, budget):
     grids = geometry.grids_for(big_vision["grid_sizes"], budget, patch_size=16)
     np.testing.assert_array_equal(grids, big_vision["grids"][:, column])
+
+
+def test_a_box_is_that_part_of_the_image(rng):
+    image = rng.integers(0, 256, (60, 90, 3), np.uint8)
+    found = load(image, 20, 30, box=(10, 15, 20, 30))
+    np.testing.assert_array_equal(found, image[10:30, 15:45])
+    half = load(image, 16, 16, box=(5, 40, 40, 48))
+    # At the edges it sees what lies beyond them.
+    alone = load(image[5:45, 40:88], 16, 16)
+    np.testing.assert_array_equal(half[2:-2, 2:-2], alone[2:-2, 2:-2])
+    assert (half != alone).any()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_box_is_in_upright_pixels(orientation):
+    """A smooth ramp, stored in each orientation; its box is the same part always."""
+    y, x = np.mgrid[:96, :64]
+    ramp = np.stack([2 * y, 3 * x, x + y], -1).astype(np.uint8)
+    undo = {1: None, 5: 5, 6: 8, 8: 6}.get(orientation, orientation)
+    stored = Image.fromarray(ramp)
+    if undo is not None:
+        stored = stored.transpose(_UPRIGHT[undo])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    stored.save(file, "JPEG", quality=98, subsampling=0, exif=exif)
+    found = load(file.getvalue(), 24, 16, box=(30, 20, 48, 32)).astype(int)
+    wanted = load(ramp, 24, 16, box=(30, 20, 48, 32))
+    assert np.abs(found - wanted).max() <= 4
+
+
+def test_a_box_of_a_large_jpeg_is_decoded_at_a_smaller_scale():
+    y, x = np.mgrid[:1024, :1024] / 8
+    image = np.stack([y, x, (x + y) / 2], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=98, subsampling=0)
+    found = load(file.getvalue(), 32, 32, box=(101, 203, 512, 640)).astype(int)
+    wanted = load(image, 32, 32, box=(101, 203, 512, 640))
+    assert np.abs(found - wanted).max() <= 2
+
+
+def test_a_box_beyond_the_image_is_refused(rng):
+    image = rng.integers(0, 256, (60, 90, 3), np.uint8)
+    with pytest.raises(ValueError, match="ends at row 61, column 40: its size has"):
+        load(image, 16, 16, box=(1, 10, 60, 30))

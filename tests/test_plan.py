@@ -1,5 +1,6 @@
 """navit.input.plan: an epoch as integers, the same on every host."""
 
+import dataclasses
 import itertools
 import pickle
 
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from navit.config import DataConfig
+from navit.config import Crop, DataConfig, TokenDrop
+from navit.input import plan
 from navit.input.geometry import grids_for
-from navit.input.plan import BatchPlans, Rows, plan_epoch
+from navit.input.plan import BatchPlans, Part, Rows, plan_block
 
 PATCH = 8
 
@@ -55,7 +57,7 @@ def test_an_epoch_holds_each_image_once_at_the_grid_of_a_budget(
 ):
     data = data_config(**overrides)
     sizes = random_sizes(count, count)
-    rows = plan_epoch(sizes, data, patch_size=PATCH, epoch=epoch)
+    rows = plan_block(sizes, data, patch_size=PATCH, epoch=epoch, slots=data.slots)
     assert sorted(rows.index.tolist()) == list(range(count))
     possible = [
         grids_for(sizes, budget, patch_size=PATCH, max_upscale=data.max_upscale)
@@ -73,7 +75,7 @@ def test_an_epoch_is_a_function_of_sizes_config_and_number():
 
     def lists(epoch: int = 1, **overrides):
         data = data_config(**overrides)
-        return as_lists(plan_epoch(sizes, data, patch_size=PATCH, epoch=epoch))
+        return as_lists(plan_block(sizes, data, patch_size=PATCH, epoch=epoch))
 
     assert lists() == lists()
     assert lists() != lists(epoch=2)
@@ -82,7 +84,7 @@ def test_an_epoch_is_a_function_of_sizes_config_and_number():
 
 def test_every_budget_gets_its_share():
     sizes = np.full((600, 2), 320)  # squares: the budget is the token count
-    rows = plan_epoch(sizes, data_config(), patch_size=PATCH, epoch=0)
+    rows = plan_block(sizes, data_config(), patch_size=PATCH, epoch=0)
     large = (rows.grids.prod(-1) == 16).sum()
     # 300 is expected, the standard deviation is 12.
     assert 240 < large < 360
@@ -126,7 +128,7 @@ def test_the_rows_of_all_hosts_together_are_the_batch_of_one(hosts, count):
 
 
 def test_rows_past_the_end_of_an_epoch_are_empty():
-    rows = plan_epoch(random_sizes(2, 9), data_config(), patch_size=PATCH, epoch=0)
+    rows = plan_block(random_sizes(2, 9), data_config(), patch_size=PATCH, epoch=0)
     padded = as_lists(rows.slice(len(rows) - 1, len(rows) + 3))
     assert padded == [as_lists(rows)[-1], [], [], []]
     assert as_lists(rows.slice(len(rows) + 5, len(rows) + 7)) == [[], []]
@@ -163,3 +165,116 @@ def test_a_step_beyond_the_last_is_an_index_error():
 def test_rows_that_the_hosts_cannot_share_are_refused():
     with pytest.raises(ValueError, match=r"rows=4 .* 3 processes"):
         plans(random_sizes(6, 9), data_config(), process_count=3)
+
+
+def test_one_budget_for_each_batch():
+    sizes = np.full((400, 2), 320)
+    data = data_config(budget_per="batch", budgets=(4, 16), rows=4, slots=3)
+    batches = plans(sizes, data, steps=300)
+    assert batches.steps_per_epoch > 10
+    found = []
+    for step in range(batches.steps_per_epoch):
+        lengths = set(batches[step].lengths.tolist())
+        assert len(lengths) == 1
+        found.append(lengths.pop())
+    # Half of the images each: those of 16 tokens fill 2 slots a row, those of 4 three.
+    assert abs(found.count(16) / found.count(4) - 1.5) < 0.2
+    assert found != sorted(found)
+
+
+def test_a_budget_without_a_whole_batch_still_has_one():
+    data = data_config(budget_per="batch", budgets=(4, 16), rows=64)
+    batches = plans(random_sizes(0, 20), data)
+    assert batches.steps_per_epoch == 2
+    seen = sorted(i for step in (0, 1) for i in batches[step].index.tolist())
+    assert seen == list(range(20))
+
+
+def test_native_resolution_lies_between_two_bounds():
+    sizes = random_sizes(3, 400)
+    data = data_config(budgets=(40,), max_upscale=1.0, min_tokens=9)
+    rows = plan_block(sizes, data, patch_size=PATCH, epoch=0)
+    native = np.ceil(sizes[rows.index] / PATCH).prod(-1)
+    lengths = rows.lengths
+    assert lengths.max() <= 40
+    within = (native >= 9) & (native <= 40)
+    np.testing.assert_array_equal(lengths[within], native[within])
+    assert (lengths[native < 9] >= 5).all()  # up to 9, as the aspect allows
+    assert within.any() and (native < 9).any() and (native > 40).any()
+
+
+def test_crops_flips_and_drops_are_in_the_plan_and_save_tokens():
+    sizes = random_sizes(1, 300) + 20
+    plain = data_config(budgets=(40,))
+    rich = data_config(
+        budgets=(40,),
+        crop=Crop(area=(0.3, 0.6)),
+        flip=True,
+        drop=TokenDrop(kind="constant", rate=0.5, final_rate=0.5),
+    )
+    a, b = (plan_block(sizes, d, patch_size=PATCH, epoch=0) for d in (plain, rich))
+    assert a.boxes is a.flips is a.kept is None
+    assert len(b) < 0.6 * len(a)
+    assert sorted(b.index.tolist()) == list(range(300))
+    assert (b.boxes[:, :2] + b.boxes[:, 2:] <= sizes[b.index]).all()
+    assert 100 < b.flips.sum() < 200
+    np.testing.assert_array_equal(b.kept, np.round(b.grids.prod(-1) * 0.5))
+    for row in range(len(b)):
+        part = b.slice(row, row + 1)
+        assert part.lengths.sum() <= rich.row_tokens
+        np.testing.assert_array_equal(
+            part.boxes, b.boxes[b.offsets[row] : b.offsets[row + 1]]
+        )
+
+
+@pytest.mark.parametrize("drop", [None, TokenDrop(rate=0.3, final_rate=0.3)])
+def test_elastic_fit_fills_rows_and_takes_no_more_than_its_share(drop):
+    sizes = random_sizes(2, 2000) + 30
+    rigid = data_config(budgets=(15, 22), slots=8, drop=drop)
+    elastic = dataclasses.replace(rigid, elastic=0.2)
+    a, b = (plan_block(sizes, d, patch_size=PATCH, epoch=0) for d in (rigid, elastic))
+    assert sorted(b.index.tolist()) == list(range(2000))
+    fill = [rows.lengths.sum() / len(rows) / 40 for rows in (a, b)]
+    assert fill[1] > fill[0] + 0.005
+    before = dict(zip(a.index.tolist(), a.lengths.tolist(), strict=True))
+    shares = [
+        length / before[i]
+        for i, length in zip(b.index.tolist(), b.lengths.tolist(), strict=True)
+    ]
+    assert 0.8 <= min(shares) < max(shares) == 1
+
+
+def test_a_long_epoch_in_blocks_holds_each_image_once(monkeypatch):
+    monkeypatch.setattr(plan, "_BLOCK_IMAGES", 100)
+    monkeypatch.setattr(plan, "_BLOCK_BATCHES", 2)
+    sizes, data = random_sizes(1, 730), data_config(rows=2)
+    batches = plans(sizes, data, steps=10_000)
+    for epoch in (0, 3):
+        seen = [
+            int(index)
+            for step in range(batches.steps_per_epoch)
+            for index in batches[epoch * batches.steps_per_epoch + step].index
+        ]
+        assert len(seen) == len(set(seen)) > 0.9 * 730
+    first = set(batches[0].index.tolist())
+    assert max(first) - min(first) > 200  # of the whole set, not of a stretch of it
+
+
+def test_a_mixture_takes_from_its_parts_by_weight():
+    parts = (Part(0, 300, 1.0), Part(300, 1000, 3.0), Part(1300, 50, 0.25))
+    sizes, data = random_sizes(1, 1350), data_config()
+    rows = plan_block(sizes, data, patch_size=PATCH, epoch=0, parts=parts)
+    assert len(set(rows.index.tolist())) == len(rows.index)
+    counts = np.histogram(rows.index, [0, 300, 1300, 1350])[0]
+    # The third has the fewest for its weight: all 50 of it, and 200 and 600.
+    assert counts.tolist() in ([200, 600, 50], [199, 600, 50], [200, 599, 50])
+    again = plan_block(sizes, data, patch_size=PATCH, epoch=1, parts=parts)
+    assert set(again.index.tolist()) != set(rows.index.tolist())
+
+
+def test_slots_by_themselves_are_twice_the_mean_to_a_power_of_two():
+    sizes = np.full((200, 2), 320)
+    data = data_config(budgets=(4, 16), row_tokens=64, slots=None)
+    assert plans(sizes, data).slots == 16  # 64 / 10 = 6.4 images a row
+    assert plans(sizes, dataclasses.replace(data, slots=5)).slots == 5
+    assert "slots" in plans(sizes, data).summary()

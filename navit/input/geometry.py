@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 # Bounds and tolerance of the search for the scale, part of SigLIP 2's rule
@@ -31,13 +33,26 @@ def grid_for(
     Raises:
       ValueError: if a size or the budget is not positive.
     """
-    rows, columns = grids_for(
-        np.array([[height, width]]),
-        np.array([max_tokens]),
-        patch_size=patch_size,
-        max_upscale=max_upscale,
-    )[0]
-    return int(rows), int(columns)
+    _check(float(height), float(width), max_tokens, patch_size, max_upscale)
+
+    def patches(scale: float) -> tuple[int, int]:
+        return (
+            max(1, math.ceil(height * scale / patch_size)),
+            max(1, math.ceil(width * scale / patch_size)),
+        )
+
+    low, high = _MIN_SCALE, _MAX_SCALE
+    while high - low >= _TOLERANCE:
+        middle = (low + high) / 2
+        rows, columns = patches(middle)
+        if rows * columns <= max_tokens:
+            low = middle
+        else:
+            high = middle
+    rows, columns = patches(low)
+    if rows * columns > max_tokens:
+        raise _too_long(float(height), float(width), max_tokens)
+    return patches(low if max_upscale is None else min(low, max_upscale))
 
 
 def grids_for(
@@ -50,19 +65,16 @@ def grids_for(
     """`grid_for` of many images at once: (height, width) `[m, 2]` -> int32 `[m, 2]`."""
     sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
     budget = np.broadcast_to(np.asarray(max_tokens), len(sizes))
-    if len(sizes) and sizes.min() < 1:
-        bad = sizes[sizes.min(-1) < 1][0]
-        raise ValueError(f"an image of {bad[0]:g}x{bad[1]:g} pixels has no patches")
-    if len(sizes) and budget.min() < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {budget.min()}")
-    if patch_size < 1 or (max_upscale is not None and max_upscale <= 0):
-        raise ValueError(
-            "patch_size and max_upscale must be positive, not "
-            f"{patch_size} and {max_upscale}"
-        )
+    if len(sizes):
+        height, width = sizes[sizes.min(-1).argmin()].tolist()
+        _check(height, width, int(budget.min()), patch_size, max_upscale)
+
+    sides = np.ascontiguousarray(sizes.T)
 
     def patches(scale: np.ndarray) -> np.ndarray:
-        return np.maximum(1.0, np.ceil(sizes * scale[:, None] / patch_size))
+        found = sides * scale
+        found /= patch_size
+        return np.maximum(1.0, np.ceil(found, out=found), out=found)
 
     low = np.full(len(sizes), _MIN_SCALE)
     high = np.full(len(sizes), _MAX_SCALE)
@@ -70,15 +82,39 @@ def grids_for(
     # search, step for step.
     while len(sizes) and high[0] - low[0] >= _TOLERANCE:
         middle = (low + high) / 2
-        fits = patches(middle).prod(-1) <= budget
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    over = patches(low).prod(-1) > budget
+        rows, columns = patches(middle)
+        fits = rows * columns <= budget
+        np.copyto(low, middle, where=fits)
+        np.copyto(high, middle, where=~fits)
+    over = patches(low).prod(0) > budget
     if over.any():
-        height, width = sizes[over][0]
-        raise ValueError(
-            f"an image of {height:g}x{width:g} pixels does not fit in "
-            f"{budget[over][0]} tokens at the smallest scale, {_MIN_SCALE:g}"
-        )
+        height, width = sizes[over][0].tolist()
+        raise _too_long(height, width, int(budget[over][0]))
     if max_upscale is not None:
         low = np.minimum(low, max_upscale)
-    return patches(low).astype(np.int32)
+    return np.ascontiguousarray(patches(low).T.astype(np.int32))
+
+
+def _check(
+    height: float,
+    width: float,
+    max_tokens: int,
+    patch_size: int,
+    max_upscale: float | None,
+) -> None:
+    if min(height, width) < 1:
+        raise ValueError(f"an image of {height:g}x{width:g} pixels has no patches")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    if patch_size < 1 or (max_upscale is not None and max_upscale <= 0):
+        raise ValueError(
+            "patch_size and max_upscale must be positive, not "
+            f"{patch_size} and {max_upscale}"
+        )
+
+
+def _too_long(height: float, width: float, max_tokens: int) -> ValueError:
+    return ValueError(
+        f"an image of {height:g}x{width:g} pixels does not fit in {max_tokens} tokens "
+        f"at the smallest scale, {_MIN_SCALE:g}"
+    )

@@ -15,7 +15,7 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
-from navit.input.plan import BatchPlans, Rows, pack_rows
+from navit.input.plan import BatchPlans, Rows, grids_of, pack_rows
 from navit.input.sources import FolderSource, Source
 from navit.input.synthetic import SyntheticSource
 
@@ -58,6 +58,7 @@ def fill_rows(
     row_tokens: int,
     slots: int,
     dct: str = "fast",
+    seed: int = 0,
     on_error: Callable[[int, ValueError], None],
 ) -> PackedImages:
     """Decodes each planned image straight into its place.
@@ -65,6 +66,8 @@ def fill_rows(
     Args:
       rows: the plan.
       load: record index -> image.
+      seed: which tokens stay of an image that keeps some alone is drawn from it, the
+        epoch and the record.
       on_error: called with (record index, error) for an image that cannot be decoded;
         unless it raises, the slot stays empty and the shapes stay the same.
     """
@@ -74,21 +77,32 @@ def fill_rows(
         coords=np.zeros((len(rows), row_tokens, 2), np.int32),
         grids=np.zeros((len(rows), slots, 2), np.int32),
     )
+    lengths = rows.lengths
     for row in range(len(rows)):
         start = 0
-        for slot, image in enumerate(range(rows.offsets[row], rows.offsets[row + 1])):
-            grid = rows.grids[image]
-            tokens = slice(start, start := start + int(grid.prod()))
-            index = int(rows.index[image])
+        for slot, i in enumerate(range(rows.offsets[row], rows.offsets[row + 1])):
+            grid, index = rows.grids[i], int(rows.index[i])
+            tokens = slice(start, start := start + int(lengths[i]))
+            height, width = (grid * patch_size).tolist()
+            box = None if rows.boxes is None else tuple(rows.boxes[i].tolist())
             try:
-                height, width = (grid * patch_size).tolist()
-                array = pixels.load(load(index), height, width, dct=dct)
+                array = pixels.load(load(index), height, width, dct=dct, box=box)
             except (ValueError, OSError) as error:
                 on_error(index, ValueError(str(error)))
                 continue
-            pixels.to_patches(array, patch_size, packed.patches[row, tokens])
+            if rows.flips is not None and rows.flips[i]:
+                array = array[:, ::-1]
+            coords = np.indices(grid).reshape(2, -1).T
+            if lengths[i] == len(coords):
+                pixels.to_patches(array, patch_size, packed.patches[row, tokens])
+            else:
+                rng = np.random.default_rng([seed, rows.epoch, index])
+                kept = np.sort(rng.choice(len(coords), lengths[i], replace=False))
+                patches = np.empty((len(coords), packed.patches.shape[-1]), np.uint8)
+                pixels.to_patches(array, patch_size, patches)
+                packed.patches[row, tokens], coords = patches[kept], coords[kept]
             packed.segment_ids[row, tokens] = slot + 1
-            packed.coords[row, tokens] = np.indices(grid).reshape(2, -1).T
+            packed.coords[row, tokens] = coords
             packed.grids[row, slot] = grid
     return packed
 
@@ -193,13 +207,14 @@ class Materialize(grain.transforms.Map):
         data: config.DataConfig,
         *,
         patch_size: int,
+        slots: int,
         text_tower: config.TextConfig | None,
     ) -> None:
         self._source, self._data, self._patch_size = source, data, patch_size
-        self._text = text_tower
+        self._slots, self._text = slots, text_tower
 
     def map(self, rows: Rows) -> Batch:
-        slots, source = self._data.slots, self._source
+        slots, source = self._slots, self._source
         images = fill_rows(
             rows,
             source.image,
@@ -207,6 +222,7 @@ class Materialize(grain.transforms.Map):
             row_tokens=self._data.row_tokens,
             slots=slots,
             dct=self._data.dct,
+            seed=self._data.seed,
             on_error=self._report,
         )
         captions = [self._caption(int(i), rows.epoch) for i in rows.index]
@@ -263,19 +279,18 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    for budget in data.budgets:
-        vision.position.check(
-            geometry.grids_for(
-                source.sizes,
-                budget,
-                patch_size=vision.patch_size,
-                max_upscale=data.max_upscale,
-            )
+    # A crop is at most so much wider or higher than its image.
+    for aspect in data.crop.aspect if data.crop else (1.0,):
+        sizes = np.maximum(1, source.sizes * [aspect**-0.5, aspect**0.5])
+        grids = grids_of(
+            sizes, data.most_tokens(vision.patch_size), data, vision.patch_size
         )
+        vision.position.check(grids)
     materialize = Materialize(
         source,
         data,
         patch_size=vision.patch_size,
+        slots=plans.slots,
         text_tower=cfg.model.text,
     )
     dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]

@@ -82,7 +82,14 @@ def sizes_of(images: Sequence[ImageLike]) -> np.ndarray:
     return sizes
 
 
-def load(image: ImageLike, height: int, width: int, *, dct: str = "fast") -> np.ndarray:
+def load(
+    image: ImageLike,
+    height: int,
+    width: int,
+    *,
+    dct: str = "fast",
+    box: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
     """Decodes and resizes to `[height, width, 3]` uint8 RGB, upright.
 
     The resize is bilinear with antialiasing, as big_vision, transformers and Pillow do
@@ -91,6 +98,8 @@ def load(image: ImageLike, height: int, width: int, *, dct: str = "fast") -> np.
     Args:
       dct: the JPEG inverse transform: "fast" is bit-exact with TensorFlow's default,
         hence big_vision's; "accurate" with Pillow's, hence transformers'.
+      box: (top, left, height, width) of the part to take, in upright pixels; None takes
+        all. At its edges the resize sees the pixels beyond, where there are any.
 
     Raises:
       ValueError: if the image cannot be decoded.
@@ -103,9 +112,9 @@ def load(image: ImageLike, height: int, width: int, *, dct: str = "fast") -> np.
     try:
         if isinstance(image, bytes):
             if simplejpeg.is_jpeg(image):
-                return _load_jpeg(image, height, width, dct)
+                return _load_jpeg(image, height, width, dct, box)
             image = _open(image)
-        return np.asarray(_resize(_to_rgb(_upright(image)), height, width))
+        return np.asarray(_resize(_to_rgb(_upright(image)), height, width, box))
     except _DAMAGED as error:
         raise ValueError(str(error)) from error
 
@@ -124,19 +133,30 @@ def to_patches(pixels: np.ndarray, patch_size: int, out: np.ndarray) -> None:
     out.view(line).reshape(rows, columns, p)[...] = lines.transpose(0, 2, 1)
 
 
-def _load_jpeg(data: bytes, height: int, width: int, dct: str) -> np.ndarray:
+def _load_jpeg(
+    data: bytes,
+    height: int,
+    width: int,
+    dct: str,
+    box: tuple[int, int, int, int] | None,
+) -> np.ndarray:
     opened = _open(data)
     orientation = _orientation(opened)
     if opened.mode not in ("RGB", "L"):  # CMYK: Pillow knows Adobe's inversion
-        return np.asarray(_resize(_to_rgb(_upright(opened)), height, width))
+        return np.asarray(_resize(_to_rgb(_upright(opened)), height, width, box))
+    full_width, full_height = opened.size
+    if box is not None and orientation != 1:  # its pixels lie otherwise in the file
+        pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast")
+        upright = Image.fromarray(pixels).transpose(_UPRIGHT[orientation])
+        return np.asarray(_resize(upright, height, width, box))
     if orientation >= 5:
         height, width = width, height
-    full_width, full_height = opened.size
+    top, left, box_height, box_width = box or (0, 0, full_height, full_width)
     scale = 1
     while (
         scale < 8
-        and full_height >= _DCT_MARGIN * 2 * scale * height
-        and full_width >= _DCT_MARGIN * 2 * scale * width
+        and box_height >= _DCT_MARGIN * 2 * scale * height
+        and box_width >= _DCT_MARGIN * 2 * scale * width
     ):
         scale *= 2
     scaled: dict[str, Any] = {}
@@ -148,8 +168,8 @@ def _load_jpeg(data: bytes, height: int, width: int, dct: str) -> np.ndarray:
         )
     pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast", **scaled)
     # A side that is no multiple of the scale ends within the last pixel.
-    box = (0.0, 0.0, full_width / scale, full_height / scale)
-    resized = _resize(Image.fromarray(pixels), height, width, box)
+    part = (top / scale, left / scale, box_height / scale, box_width / scale)
+    resized = _resize(Image.fromarray(pixels), height, width, part)
     if orientation in _UPRIGHT:
         resized = resized.transpose(_UPRIGHT[orientation])
     return np.asarray(resized)
@@ -201,11 +221,23 @@ def _resize(
     image: Image.Image,
     height: int,
     width: int,
-    box: tuple[float, float, float, float] | None = None,
+    box: tuple[int | float, ...] | None,
 ) -> Image.Image:
-    if image.size == (width, height) and box in (None, (0, 0, width, height)):
+    if image.size == (width, height) and box in (None, (0, 0, height, width)):
         return image
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    if box is None:
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left, box_height, box_width = box
+    # The file may be another than the one that the box was drawn for.
+    right, bottom = left + box_width, top + box_height
+    if right > image.width or bottom > image.height:
+        raise ValueError(
+            f"an image of {image.height}x{image.width} pixels has no part that ends at "
+            f"row {bottom:g}, column {right:g}: its size has changed"
+        )
+    return image.resize(
+        (width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+    )
 
 
 def _check_array(image: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """(sizes, seed, epoch) -> which image, at what grid, in which row: integers only.
 
-An image's token count follows from its size, so a whole epoch is packed before any
-pixel is read. Every host makes the same plan and reads its own rows of it.
+An image's token count follows from its size and from draws made here, so rows are
+packed before any pixel is read. Every host makes the same plan and reads its own rows
+of it. An epoch is planned in blocks, so that a long one needs neither hours nor memory.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from navit.config import DataConfig
-from navit.input import geometry, packing
+from navit.input import geometry, packing, sampling
+
+# Raised when the same config would give other rows; a run does not resume across it.
+VERSION = 2
+
+# A block holds this many images, and this many global batches at least.
+_BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,10 @@ class Rows:
       offsets: `[rows + 1]` int64.
       index: `[m]` int64 record in the source.
       grids: `[m, 2]` int32 (rows, columns) of patches.
+      kept: `[m]` int64 tokens kept of each image; None keeps all.
+      boxes: `[m, 4]` int32 (top, left, height, width) of the part of each image that
+        is seen, in upright pixels; None sees all.
+      flips: `[m]` bool, mirrored left to right; None mirrors none.
       epoch: which epoch they belong to; draws that leave the plan as it is (the choice
         among several captions) depend on it.
     """
@@ -31,61 +43,155 @@ class Rows:
     offsets: np.ndarray
     index: np.ndarray
     grids: np.ndarray
+    kept: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+    flips: np.ndarray | None = None
     epoch: int = 0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[m]` tokens that each image takes."""
+        return self.grids.prod(-1) if self.kept is None else self.kept
+
     def slice(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`; those past the end come out empty."""
         offsets = self.offsets[np.minimum(np.arange(start, stop + 1), len(self))]
-        images = slice(offsets[0], offsets[-1])
+        return self._with(offsets - offsets[0], slice(offsets[0], offsets[-1]))
+
+    def _with(self, offsets: np.ndarray, images: Any) -> Rows:
+        """Other rows of these images (a slice or indices)."""
+
+        def of(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[images]
+
         return Rows(
-            offsets - offsets[0], self.index[images], self.grids[images], self.epoch
+            offsets,
+            self.index[images],
+            self.grids[images],
+            of(self.kept),
+            of(self.boxes),
+            of(self.flips),
+            self.epoch,
         )
 
 
-def pack_rows(
-    grids: np.ndarray, row_tokens: int, slots: int | None, open_rows: int = 16
-) -> Rows:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Records `offset` to `offset + count` of a mixture, and their share of it."""
+
+    offset: int
+    count: int
+    weight: float
+
+
+def pack_rows(grids: np.ndarray, row_tokens: int, slots: int | None) -> Rows:
     """Packs images, given in order by their grids `[m, 2]`, into rows."""
-    rows = packing.best_fit(
-        grids.prod(-1).tolist(), row_tokens, open_rows=open_rows, max_images=slots
-    )
-    offsets = np.cumsum([0] + [len(row) for row in rows])
-    index = np.array([i for row in rows for i in row], np.int64)
-    return Rows(offsets, index, grids[index])
+    rows = packing.pack(grids.prod(-1).tolist(), row_tokens, max_images=slots)
+    return Rows(np.arange(1), np.arange(len(grids)), grids)._with(*_flat(rows))
 
 
-def plan_epoch(
-    sizes: np.ndarray, data: DataConfig, *, patch_size: int, epoch: int
+def plan_block(
+    sizes: np.ndarray,
+    data: DataConfig,
+    *,
+    patch_size: int,
+    epoch: int,
+    block: int = 0,
+    parts: Sequence[Part] = (),
+    slots: int | None = None,
 ) -> Rows:
-    """Plans one epoch: a pure function of its arguments.
+    """Plans one block of an epoch: a pure function of its arguments.
 
-    Shuffles, draws a token budget for each image, finds its grid, packs, and shuffles
-    the rows.
+    Takes the block's stretch of a random order of all images, draws a token budget
+    (and a crop, a flip, the tokens to keep) for each, finds its grid, packs, and
+    shuffles the rows; with `budget_per="batch"`, the batches.
 
     Args:
       sizes: `[m, 2]` (height, width) of every image in pixels.
+      parts: of a mixture, which is drawn by weight; empty takes every image once.
+      slots: images that a row may hold; None for no cap.
     """
-    rng = np.random.default_rng([data.seed, epoch])
-    order = rng.permutation(len(sizes))
-    budgets = rng.choice(np.array(data.budgets), len(sizes))
+    shares = _shares(parts, len(sizes))
+    total, size = sum(shares), _block_images(data, patch_size)
+    first = block * size
+    positions = np.arange(first, min(first + size, total))
+    index = _records(positions, parts, shares, [data.seed, epoch])
+    rng = np.random.default_rng([data.seed, epoch, block])
+
+    budgets = sampling.token_budgets(rng, len(index), data, patch_size)
+    seen, boxes, flips, kept = sizes[index], None, None, None
+    if data.crop is not None:
+        boxes = sampling.crop_boxes(rng, seen, data.crop)
+        seen = boxes[:, 2:]
+    if data.flip:
+        flips = rng.random(len(index)) < 0.5
+    grids = grids_of(seen, budgets, data, patch_size)
+    lengths = grids.prod(-1)
+    if data.drop is not None:
+        lengths = kept = sampling.kept_tokens(
+            rng,
+            lengths,
+            data.drop,
+            seen=epoch * total + positions,
+            longest=data.most_tokens(patch_size),
+        )
+
+    def shrink(image: int, most: int, least: int) -> int:
+        if kept is not None:
+            kept[image] = most
+            return most
+        rows, columns = geometry.grid_for(
+            *seen[image].tolist(), patch_size=patch_size, max_tokens=most
+        )
+        if rows * columns < least:
+            return 0
+        grids[image] = rows, columns
+        return rows * columns
+
+    def pack(which: np.ndarray) -> list[list[int]]:
+        numbers = which.tolist()
+        found = packing.pack(
+            lengths[which].tolist(),
+            data.row_tokens,
+            open_rows=data.open_rows,
+            max_images=slots,
+            elastic=data.elastic,
+            shrink=lambda i, most, least: shrink(numbers[i], most, least),
+        )
+        return [[numbers[i] for i in row] for row in found]
+
+    if data.budget_per == "image":
+        rows = pack(np.arange(len(index)))
+        rows = [rows[r] for r in rng.permutation(len(rows))]
+    else:
+        batches = [
+            batch
+            for budget in sorted(set(data.budgets))
+            for batch in _batches(rng, pack(np.flatnonzero(budgets == budget)), data)
+        ]
+        rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
+    planned = Rows(np.arange(1), index, grids, kept, boxes, flips, epoch)
+    return planned._with(*_flat(rows))
+
+
+def grids_of(
+    sizes: np.ndarray, budgets: np.ndarray | int, data: DataConfig, patch_size: int
+) -> np.ndarray:
+    """The grid of every image at its budget, as the config says; int32 `[m, 2]`."""
     grids = geometry.grids_for(
-        sizes[order], budgets, patch_size=patch_size, max_upscale=data.max_upscale
+        sizes, budgets, patch_size=patch_size, max_upscale=data.max_upscale
     )
-    packed = pack_rows(grids, data.row_tokens, data.slots, data.open_rows)
-    lengths = np.diff(packed.offsets)
-    shuffle = rng.permutation(len(packed))
-    images = np.concatenate(
-        [np.arange(packed.offsets[r], packed.offsets[r + 1]) for r in shuffle]
-    )
-    return Rows(
-        np.concatenate([[0], np.cumsum(lengths[shuffle])]),
-        order[packed.index[images]],
-        packed.grids[images],
-        epoch,
-    )
+    small = np.flatnonzero(grids.prod(-1) < data.min_tokens)
+    if data.max_upscale is not None and small.size:
+        grids[small] = geometry.grids_for(
+            sizes[small],
+            np.minimum(data.min_tokens, np.broadcast_to(budgets, len(sizes))[small]),
+            patch_size=patch_size,
+        )
+    return grids
 
 
 class BatchPlans(Sequence):
@@ -98,7 +204,12 @@ class BatchPlans(Sequence):
     Args:
       sizes: `[m, 2]` (height, width) of every image.
       steps: how many steps there are in all.
+      parts: of a mixture.
       process_index, process_count: which host of how many.
+
+    Attributes:
+      steps_per_epoch: in global batches.
+      slots: images that a row may hold.
 
     Raises:
       ValueError: if the hosts cannot share the rows evenly.
@@ -111,6 +222,7 @@ class BatchPlans(Sequence):
         *,
         patch_size: int,
         steps: int,
+        parts: Sequence[Part] = (),
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -119,11 +231,17 @@ class BatchPlans(Sequence):
                 f"data.rows={data.rows} is not divisible by {process_count} processes"
             )
         self._sizes, self._data, self._patch_size = sizes, data, patch_size
-        self._steps = steps
+        self._steps, self._parts = steps, tuple(parts)
         self._host_rows = data.rows // process_count
         self._first_row = process_index * self._host_rows
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
-        self.steps_per_epoch = max(1, len(self._plan(0)) // data.rows)
+        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
+        self.slots = data.slots or self._slots()
+        images = sum(_shares(parts, len(sizes)))
+        blocks = max(1, -(-images // _block_images(data, patch_size)))
+        # Blocks are alike but for the last, which is shorter.
+        self._block_steps = len(self._plan(0, 0)) // data.rows
+        last = len(self._plan(0, blocks - 1)) // data.rows
+        self.steps_per_epoch = max(1, (blocks - 1) * self._block_steps + last)
 
     def __len__(self) -> int:
         return self._steps
@@ -132,17 +250,102 @@ class BatchPlans(Sequence):
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
         epoch, step = divmod(step, self.steps_per_epoch)
+        block, step = divmod(step, max(1, self._block_steps))
         start = step * self._data.rows + self._first_row
-        return self._plan(epoch).slice(start, start + self._host_rows)
+        return self._plan(epoch, block).slice(start, start + self._host_rows)
+
+    def summary(self) -> str:
+        """What an epoch is like, from its first block."""
+        rows = self._plan(0, 0)
+        places = max(1, self._block_steps) * self._data.rows
+        used = rows.slice(0, places)
+        fill = used.lengths.sum() / (places * self._data.row_tokens)
+        return (
+            f"{self.steps_per_epoch} steps an epoch, {len(used.index) / places:.1f} "
+            f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
+            f"{fill:.1%} of the tokens filled, "
+            f"{1 - len(used.index) / max(1, len(rows.index)):.1%} of the images left "
+            "out of an epoch"
+        )
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k != "_plan"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_epoch)
+        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
 
-    def _plan_epoch(self, epoch: int) -> Rows:
-        return plan_epoch(
-            self._sizes, self._data, patch_size=self._patch_size, epoch=epoch
+    def _plan_block(self, epoch: int, block: int) -> Rows:
+        return plan_block(
+            self._sizes,
+            self._data,
+            patch_size=self._patch_size,
+            epoch=epoch,
+            block=block,
+            parts=self._parts,
+            slots=self.slots,
         )
+
+    def _slots(self) -> int:
+        """Twice the images that a row holds on average, to the nearest power of two."""
+        budgets = sampling.token_budgets(
+            np.random.default_rng(0), len(self._sizes), self._data, self._patch_size
+        )
+        lengths = grids_of(self._sizes, budgets, self._data, self._patch_size).prod(-1)
+        share = 1.0
+        if self._data.drop is not None:
+            share -= max(self._data.drop.rate, self._data.drop.final_rate)
+        mean = self._data.row_tokens / max(1.0, lengths.mean() * share)
+        return 2 ** max(0, round(np.log2(2 * mean)))
+
+
+def _block_images(data: DataConfig, patch_size: int) -> int:
+    batch = data.rows * data.row_tokens // data.most_tokens(patch_size)
+    return max(_BLOCK_IMAGES, _BLOCK_BATCHES * batch)
+
+
+def _shares(parts: Sequence[Part], count: int) -> list[int]:
+    """How many images an epoch takes of each part: as many as the scarcest allows."""
+    if not parts:
+        return [count]
+    total = sum(part.weight for part in parts)
+    least = min(part.count * total / part.weight for part in parts)
+    return [min(part.count, int(least * part.weight / total)) for part in parts]
+
+
+def _records(
+    positions: np.ndarray, parts: Sequence[Part], shares: list[int], key: list[int]
+) -> np.ndarray:
+    """Which record stands at each position of an epoch's order."""
+    found = sampling.shuffled(positions, sum(shares), [*key, 0])
+    records = found.copy()
+    ends = np.cumsum(shares)
+    for i, part in enumerate(parts):
+        mine = (found >= ends[i] - shares[i]) & (found < ends[i])
+        within = found[mine] - (ends[i] - shares[i])
+        # Another choice of records each epoch, none of them twice.
+        records[mine] = part.offset + sampling.shuffled(
+            within, part.count, [*key, i + 1]
+        )
+    return records
+
+
+def _batches(
+    rng: np.random.Generator, rows: list[list[int]], data: DataConfig
+) -> list[list[list[int]]]:
+    """Shuffled rows of one budget -> whole batches; what is left over is left out.
+
+    Where they do not fill one, they are one with empty rows.
+    """
+    rows = [rows[r] for r in rng.permutation(len(rows))]
+    if 0 < len(rows) < data.rows:
+        rows += [[]] * (data.rows - len(rows))
+    return [
+        rows[i : i + data.rows] for i in range(0, len(rows) - data.rows + 1, data.rows)
+    ]
+
+
+def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of images -> (offsets, images)."""
+    offsets = np.cumsum([0, *map(len, rows)])
+    return offsets, np.array([image for row in rows for image in row], np.int64)

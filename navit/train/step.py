@@ -29,7 +29,8 @@ def batch_loss(
         vision = jax.lax.stop_gradient(vision)
     if config.optim.text_lr == 0:
         text = jax.lax.stop_gradient(text)
-    out = vision(batch.images, max_image_tokens=max(config.data.budgets))
+    most = config.data.most_tokens(config.model.vision.patch_size)
+    out = vision(batch.images, max_image_tokens=most)
     real = (batch.images.grids[..., 0] > 0).reshape(-1)
     if config.train.loss == "classification":
         assert out.logits is not None

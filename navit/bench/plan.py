@@ -1,0 +1,76 @@
+"""How full planned rows are, and how fast they are planned, on simulated photographs.
+
+  python -m navit.bench.plan
+  python -m navit.bench.plan --images 200000 --open-rows 8,16,64 --elastic 0.1
+
+Sizes: ten aspects from 9:16 to 16:9 as photographs have them, long sides log-normal
+around 480 pixels. Padding counts every row of the epoch, those that were open at its
+end too. "NaFlex" draws one of {128, 256, 576, 784, 1024} tokens for each image, "NaViT"
+a side from N(-0.5, 1) on [64, 384], "native" keeps images under 729 tokens as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+
+import numpy as np
+
+from navit.config import DataConfig, Sides
+from navit.input.plan import BatchPlans, plan_block
+
+_ASPECTS = (9 / 16, 2 / 3, 3 / 4, 1, 1, 4 / 3, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
+
+MIXES = {
+    "NaFlex": DataConfig(budgets=(128, 256, 576, 784, 1024), slots=None),
+    "NaViT": DataConfig(sides=Sides(), slots=None),
+    "native <= 729": DataConfig(budgets=(729,), max_upscale=1.0, slots=None),
+    "256": DataConfig(budgets=(256,), slots=None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--images", type=int, default=60_000)
+    parser.add_argument("--rows", default="1024,2048,4096,8192", help="row lengths")
+    parser.add_argument("--open-rows", default="16")
+    parser.add_argument("--elastic", type=float, default=0.0)
+    args = parser.parse_args()
+    sizes = photographs(args.images)
+    lengths = [int(x) for x in args.rows.split(",")]
+    print(f"{args.images} images, patch 16, elastic {args.elastic:g}; padding in %")
+    print(
+        f"{'mix':15} {'open':>5}", *(f"{x:>7}" for x in lengths), "  images/s planned"
+    )
+    for name, mix in MIXES.items():
+        for open_rows in map(int, args.open_rows.split(",")):
+            padding, seconds = [], 0.0
+            for row_tokens in lengths:
+                data = dataclasses.replace(
+                    mix,
+                    row_tokens=row_tokens,
+                    open_rows=open_rows,
+                    elastic=args.elastic,
+                )
+                slots = BatchPlans(sizes[:1000], data, patch_size=16, steps=1).slots
+                start = time.process_time()
+                rows = plan_block(sizes, data, patch_size=16, epoch=0, slots=slots)
+                seconds += time.process_time() - start
+                padding.append(1 - rows.lengths.sum() / (len(rows) * row_tokens))
+            rate = args.images * len(lengths) / seconds
+            cells = " ".join(f"{100 * x:7.2f}" for x in padding)
+            print(f"{name:15} {open_rows:5} {cells}   {rate:12,.0f}", flush=True)
+
+
+def photographs(count: int) -> np.ndarray:
+    """(height, width) of simulated photographs, int `[count, 2]`."""
+    rng = np.random.default_rng(0)
+    aspect = rng.choice(_ASPECTS, count) * np.exp(rng.normal(0, 0.05, count))
+    long = np.clip(480 * np.exp(rng.normal(0, 0.35, count)), 100, 2000)
+    width = np.where(aspect > 1, long, long * aspect)
+    return np.maximum(32, np.stack([width / aspect, width], -1)).astype(np.int64)
+
+
+if __name__ == "__main__":
+    main()
