@@ -124,7 +124,7 @@ class TextConfig:
     """The text tower: `length` token ids in, the last position projected out.
 
     `tokenizer`: "bytes", which needs no file, or the path of a SentencePiece `.model`
-    or a `tokenizer.json`, such as Gemma's. Empty: not known.
+    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. Empty: not known.
     """
 
     tokenizer: str = "bytes"

@@ -82,7 +82,7 @@ def test_a_work_directory_keeps_its_tokenizer(tmp_path):
     shutil.rmtree(folder)
     np.testing.assert_array_equal(navit.load(workdir).embed_texts(["a cat"]), before)
     (workdir / "tokenizer.json").unlink()
-    text._tokenizer.cache_clear()
+    text.open_tokenizer.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer .*model.text.tokenizer"):
         navit.load(workdir).embed_texts(["a cat"])
 

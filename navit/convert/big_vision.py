@@ -22,7 +22,7 @@ from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
 log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "gemma.model")
+_TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model", "gemma.model")
 
 
 def is_big_vision(path: Path) -> bool:

@@ -26,6 +26,7 @@ from navit.convert.weights import (
     to_theirs,
 )
 from navit.files import write_atomic
+from navit.input import text
 
 # What a checkpoint may be stored in; all of them are read to float32 exactly.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": None}
@@ -36,7 +37,8 @@ _SIZES = {
     *("vocab_size", "max_position_embeddings"),
 }
 _SHARD_BYTES = 2 * 2**30
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
+# SigLIP 1's repositories have two, of which transformers opens the pieces.
+_TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model")
 # Only these are understood, so a config.json that states another is refused.
 _FIXED = {
     "hidden_act": "gelu_pytorch_tanh",
@@ -224,8 +226,8 @@ def check_shapes(
 def _model(
     path: Path, config: dict[str, Any], stored: dict[str, tuple[int, ...]]
 ) -> ModelConfig:
-    vision, text = config.get("vision_config", {}), config.get("text_config", {})
-    for part in (vision, text):
+    vision, texts = config.get("vision_config", {}), config.get("text_config", {})
+    for part in (vision, texts):
         for key, value in _FIXED.items():
             if part.get(key, value) != value:
                 raise ValueError(
@@ -267,7 +269,7 @@ def _model(
             width=text_width,
             depth=_depth(stored, "text_model.encoder.layers."),
             mlp_dim=shape(fc1.format("text"), 2)[0],
-            num_heads=text.get("num_attention_heads", 12),
+            num_heads=texts.get("num_attention_heads", 12),
         ),
     )
     _agree(path, config, _config(model))
@@ -374,20 +376,28 @@ def _preprocessor(model: ModelConfig) -> dict[str, Any]:
 def _write_tokenizer(weights: Weights, out: Path) -> None:
     for file in weights.files:
         shutil.copyfile(file, out / file.name)
-        beside = file.with_name("tokenizer_config.json")
-        if beside.is_file():
-            shutil.copyfile(beside, out / beside.name)
-        elif file.name == "tokenizer.json":
-            assert weights.model.text is not None
-            about = {
-                "tokenizer_class": "Siglip2Tokenizer",
-                "model_max_length": weights.model.text.length,
-                "padding_side": "right",
-                "add_bos_token": False,
-                "add_eos_token": True,
-                **{f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")},
-            }
-            _write_json(out / "tokenizer_config.json", about)
+    if not weights.files:
+        return
+    beside = weights.files[0].with_name("tokenizer_config.json")
+    if beside.is_file():
+        shutil.copyfile(beside, out / beside.name)
+        return
+    found = text.open_tokenizer(str(weights.files[0]))
+    # transformers has a class for SigLIP 1's pieces, and none for its tokenizer.json.
+    pieces = any(file.suffix == ".model" for file in weights.files)
+    one = "SiglipTokenizer" if pieces else "PreTrainedTokenizerFast"
+    assert weights.model.text is not None
+    about: dict[str, Any] = {
+        "tokenizer_class": one if found.is_siglip1 else "Siglip2Tokenizer",
+        "model_max_length": weights.model.text.length,
+        "padding_side": "right",
+    }
+    if found.is_siglip1:
+        about |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+    else:
+        about |= {"add_bos_token": False, "add_eos_token": True}
+        about |= {f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")}
+    _write_json(out / "tokenizer_config.json", about)
 
 
 def _check_expressible(model: ModelConfig) -> None:
