@@ -123,6 +123,7 @@ class Embedder:
             patch_size=patch_size,
             row_tokens=max_tokens,
             slots=slots,
+            image_size=self.vision.config.image_size,
             dct=data.dct,
             on_error=on_error,
         )

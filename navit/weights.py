@@ -178,7 +178,7 @@ def starting_from(config: Config, weights: Weights) -> Config:
             "aspect",
             *(weights.where, *[vision.position.size] * 2),
         )
-    vision = dataclasses.replace(vision, fixed_grid=False)
+    vision = dataclasses.replace(vision, fixed_grid=False, image_size=None)
     model = dataclasses.replace(config.model, vision=vision, text=text)
     check_sizes(weights, model)
     return dataclasses.replace(config, model=model)
@@ -187,7 +187,8 @@ def starting_from(config: Config, weights: Weights) -> Config:
 # Settings of a model that its weights do not depend on.
 FREE = (
     *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
-    *("model.init_", "model.text.tokenizer", "model.vision.fixed_grid"),
+    *("model.init_", "model.text.tokenizer"),
+    *("model.vision.fixed_grid", "model.vision.image_size"),
 )
 
 

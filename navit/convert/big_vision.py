@@ -32,6 +32,9 @@ def is_big_vision(path: Path) -> bool:
 def read(path: Path) -> Weights:
     """Opens a file; every size comes from its tensors.
 
+    They do not say how large images were, where that is no whole number of patches:
+    load so400m-patch14-384 with `model.vision.image_size=384`.
+
     Raises:
       ValueError: names the tensor that is missing, surplus, of another shape or type,
         or pickled.
@@ -83,6 +86,12 @@ def write(weights: Weights, out: Path) -> None:
             "big_vision's two-tower files have biases, no qk_norm and no classes; this "
             f"model has use_bias={v.use_bias}, qk_norm={v.qk_norm} and "
             f"num_classes={v.num_classes}"
+        )
+    if v.image_size:
+        log.warning(
+            "an .npz does not say that images have %d pixels a side: load %s with "
+            "model.vision.image_size=%d",
+            *(v.image_size, out, v.image_size),
         )
     shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)

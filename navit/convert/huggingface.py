@@ -252,6 +252,11 @@ def _model(
     fc1 = "{}_model.encoder.layers.0.mlp.fc1.weight"
     vocab, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
     length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
+    image_size = vision.get("image_size") if fixed else None
+    if not isinstance(image_size, int) or image_size // patch_size != side:
+        image_size = None  # and `_agree` says so, if it is stated
+    elif image_size == side * patch_size:
+        image_size = None
     model = ModelConfig(
         vision=VisionConfig(
             patch_size=patch_size,
@@ -261,6 +266,7 @@ def _model(
             num_heads=vision.get("num_attention_heads", 12),
             position=PositionConfig(size=side),
             fixed_grid=fixed,
+            image_size=image_size,
         ),
         text=TextConfig(
             tokenizer="",
@@ -282,11 +288,6 @@ def _agree(path: Path, stated: dict[str, Any], found: dict[str, Any]) -> None:
         for key in _SIZES & found[part].keys():
             value = found[part][key]
             said = stated.get(part, {}).get(key, value)
-            if key == "image_size" and said != value:
-                raise ValueError(
-                    f"{path}: images of {said} pixels are no whole number of patches; "
-                    "such checkpoints (so400m-patch14-384) are not read yet"
-                )
             if said != value:
                 raise ValueError(
                     f"{path}: config.json says {part}.{key}={said!r}, and the tensors "
@@ -315,6 +316,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
     shared |= {"attention_dropout": 0.0}
     kind = "siglip" if v.fixed_grid else "siglip2"
     side = v.position.size
+    image_size = v.image_size or side * v.patch_size
     vision = {
         "model_type": f"{kind}_vision_model",
         "hidden_size": v.width,
@@ -323,7 +325,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": v.num_heads,
         "patch_size": v.patch_size,
         "num_channels": 3,
-        **({"image_size": side * v.patch_size} if v.fixed_grid else {}),
+        **({"image_size": image_size} if v.fixed_grid else {}),
         **({} if v.fixed_grid else {"num_patches": side * side}),
     }
     text = {
@@ -352,7 +354,7 @@ def _config(model: ModelConfig) -> dict[str, Any]:
 def _preprocessor(model: ModelConfig) -> dict[str, Any]:
     v = model.vision
     kind = "Siglip" if v.fixed_grid else "Siglip2"
-    side = v.position.size * v.patch_size
+    side = v.image_size or v.position.size * v.patch_size
     sizes: dict[str, Any] = (
         {"size": {"height": side, "width": side}}
         if v.fixed_grid

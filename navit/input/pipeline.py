@@ -57,6 +57,7 @@ def fill_rows(
     patch_size: int,
     row_tokens: int,
     slots: int,
+    image_size: int | None = None,
     dct: str = "fast",
     on_error: Callable[[int, ValueError], None],
 ) -> PackedImages:
@@ -65,6 +66,8 @@ def fill_rows(
     Args:
       rows: the plan.
       load: record index -> image.
+      image_size: resize to this many pixels a side, and cut to the grid from the top
+        left; None resizes to the grid.
       on_error: called with (record index, error) for an image that cannot be decoded;
         unless it raises, the slot stays empty and the shapes stay the same.
     """
@@ -82,7 +85,8 @@ def fill_rows(
             index = int(rows.index[image])
             try:
                 height, width = (grid * patch_size).tolist()
-                array = pixels.load(load(index), height, width, dct=dct)
+                size = (image_size, image_size) if image_size else (height, width)
+                array = pixels.load(load(index), *size, dct=dct)[:height, :width]
             except (ValueError, OSError) as error:
                 on_error(index, ValueError(str(error)))
                 continue

@@ -55,6 +55,11 @@ def main(folder, name):
                 spatial_shapes=torch.from_numpy(grid[None]).long(),
             ).pooler_output.numpy()
             assert np.array_equal(z[0], want["pooled_2"])
+        elif model.config.vision_config.image_size == want["pixels"].shape[1]:
+            pixels = want["pixels"].astype(np.float32) / 127.5 - 1
+            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            z = model.vision_model(pixel_values=pixels).pooler_output.numpy()
+            assert np.array_equal(z, want["pooled"])
     # AutoProcessor wants torchvision; these are its parts without it.
     if kind is Siglip2Model:
         tokenizer = Siglip2Processor.from_pretrained(folder).tokenizer

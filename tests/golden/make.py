@@ -57,6 +57,12 @@ FIXED = {
         dict(hidden_size=24, intermediate_size=30, num_hidden_layers=2)
         | dict(num_attention_heads=2, vocab_size=50, max_position_embeddings=8),
     ),
+    "siglip_cut": (  # the convolution leaves 3 pixels of 23 out
+        dict(hidden_size=27, intermediate_size=35, num_hidden_layers=1)
+        | dict(num_attention_heads=3, patch_size=5, image_size=23),
+        dict(hidden_size=15, intermediate_size=21, num_hidden_layers=1)
+        | dict(num_attention_heads=3, vocab_size=41, max_position_embeddings=7),
+    ),
 }
 
 
@@ -276,4 +282,6 @@ if __name__ == "__main__":
         tokenizer(name, text["max_position_embeddings"], text["vocab_size"])
     for name, (vision, text) in FIXED.items():
         fixed(name, vision, text, rng)
-    pieces("siglip_fixed", 8, 50)
+    for name in FIXED:
+        text = FIXED[name][1]
+        pieces(name, text["max_position_embeddings"], text["vocab_size"])
