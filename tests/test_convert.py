@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import navit
 from navit.batch import PackedImages
 from navit.cli import main
 from navit.convert import huggingface
+from navit.weights import read, write
 
 GOLDEN = Path(__file__).parent / "golden"
 NAFLEX = ["siglip2_a", "siglip2_b"]
@@ -414,3 +416,45 @@ def test_an_image_size_that_the_table_does_not_have_is_refused(tmp_path):
         navit.load(GOLDEN / "siglip_cut", overrides=["model.vision.image_size=25"])
     with pytest.raises(ValueError, match=r"image_size=23 is for fixed_grid=true"):
         navit.load(GOLDEN / "siglip_cut", overrides=["model.vision.fixed_grid=false"])
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("siglip2_b", dict(image_mean=[0.48, 0.46, 0.41])),
+        ("siglip2_b", dict(image_std=[0.5, 0.5, 0.25])),
+        ("siglip2_b", dict(rescale_factor=1 / 127.5)),
+        ("siglip2_b", dict(do_rescale=False)),
+        ("siglip2_b", dict(do_normalize=False)),
+        ("siglip2_b", dict(patch_size=16)),
+        ("siglip_cut", dict(size=dict(height=20, width=20))),
+    ],
+)
+def test_other_pixels_than_the_models_are_refused(name, said, tmp_path):
+    folder = tmp_path / "a"
+    write(read(GOLDEN / name), folder)
+    read(folder)
+    file = folder / "preprocessor_config.json"
+    right = json.loads(file.read_text())
+    ((key, value),) = said.items()
+    message = re.escape(f"{file} says {key}={value!r}, ")
+    for changed in (right | said, dict(image_processor=right | said)):
+        file.write_text(json.dumps(changed))
+        with pytest.raises(
+            ValueError, match=rf"{message}.* {re.escape(repr(right[key]))}"
+        ):
+            read(folder)
+    right[key] = None  # left to the class, whose defaults are the model's
+    file.write_text(json.dumps(right))
+    read(folder)
+
+
+def test_another_resize_is_said_once(tmp_path, caplog):
+    folder = copy("siglip_fixed", tmp_path)
+    file = folder / "preprocessor_config.json"
+    for resample, count in ((2, 0), (3, 1)):
+        caplog.clear()
+        file.write_text(json.dumps(dict(resample=resample)))
+        read(folder)
+        said = [x for x in caplog.messages if "resizes bilinearly" in x]
+        assert len(said) == count and all("resample=3" in x for x in said)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,8 @@ from navit.convert.weights import (
 from navit.files import write_atomic
 from navit.input import text
 
+log = logging.getLogger("navit")
+
 # What a checkpoint may be stored in; all of them are read to float32 exactly.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": None}
 # What config.json states and the tensors decide.
@@ -46,6 +49,11 @@ _FIXED = {
     "vision_use_head": True,
     "num_channels": 3,
 }
+# What preprocessor_config.json must say, if it says it, as `_preprocessor` does.
+_PIXELS = (
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("size", "patch_size"),
+)
 
 
 def is_huggingface(path: Path) -> bool:
@@ -68,6 +76,7 @@ def read(path: Path) -> Weights:
         )
     stored = {name: _shape(file, name) for name, file in where.items()}
     model = _model(path, config, stored)
+    _check_preprocessor(path, model)
     table = tensors.huggingface(conv=model.vision.fixed_grid)
     shapes = shapes_of(model)
     _check(path, table, model, shapes, stored)
@@ -373,6 +382,30 @@ def _preprocessor(model: ModelConfig) -> dict[str, Any]:
         "do_convert_rgb": True,
         **sizes,
     }
+
+
+def _check_preprocessor(path: Path, model: ModelConfig) -> None:
+    """Pixels must come as navit makes them; how they are resized is only said."""
+    want = _preprocessor(model)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = path / name
+        if not file.is_file():
+            continue
+        said = _read_json(file)
+        said = said.get("image_processor", said)
+        for key in _PIXELS:
+            if key in want and said.get(key) not in (None, want[key]):
+                raise ValueError(
+                    f"{file} says {key}={said[key]!r}, and navit gives this model "
+                    f"images with {want[key]!r}: correct the file, if it is wrong, or "
+                    "fold the difference into the patch embedding's weights"
+                )
+        if said.get("resample") not in (None, want["resample"]):
+            log.warning(
+                "%s says resample=%s; navit resizes bilinearly (%s), as big_vision did "
+                "when it trained the model",
+                *(file, said["resample"], want["resample"]),
+            )
 
 
 def _write_tokenizer(weights: Weights, out: Path) -> None:
