@@ -16,6 +16,7 @@ import navit
 from navit.batch import PackedImages
 from navit.cli import main
 from navit.convert import huggingface
+from navit.input.text import encode
 from navit.weights import read, write
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -458,3 +459,49 @@ def test_another_resize_is_said_once(tmp_path, caplog):
         read(folder)
         said = [x for x in caplog.messages if "resizes bilinearly" in x]
         assert len(said) == count and all("resample=3" in x for x in said)
+
+
+# The file in a folder: (what it is a copy of, its name when written, its class there)
+NAMES = {
+    "tokenizer.json": (
+        *("siglip2_b/tokenizer.json", "tokenizer.json", "Siglip2Tokenizer"),
+    ),
+    "gemma.model": ("gemma/gemma.model", "tokenizer.model", "Siglip2Tokenizer"),
+    "spiece.model": ("siglip_cut/spiece.model", "spiece.model", "SiglipTokenizer"),
+    "sentencepiece.model": (
+        *("siglip_cut/spiece.model", "spiece.model", "SiglipTokenizer"),
+    ),
+}
+
+
+@pytest.mark.parametrize("release", NAMES)
+def test_tokenizers_are_written_under_the_names_that_are_looked_for(release, tmp_path):
+    """Into every format; a tokenizer_config.json says to transformers what it is."""
+    source, written, kind = NAMES[release]
+    folder = copy("siglip2_b", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    shutil.copyfile(GOLDEN / source, folder / release)
+    texts = ["a photo, of a CAT", ""]
+    ids = encode(texts, 9, str(folder / release))
+    write(read(folder), tmp_path / "npz/a.npz")
+    for found in (folder, tmp_path / "npz/a.npz"):
+        out = tmp_path / f"from {found.stem}"
+        write(read(found), out)
+        assert read(out).model.text.tokenizer == str(out / written)
+        np.testing.assert_array_equal(encode(texts, 9, str(out / written)), ids)
+        about = json.loads((out / "tokenizer_config.json").read_text())
+        assert about["tokenizer_class"] == kind and about["model_max_length"] == 9
+    (folder / "tokenizer_config.json").write_text('{"its": "own"}')
+    write(read(folder), tmp_path / "own")
+    assert (tmp_path / "own/tokenizer_config.json").read_text() == '{"its": "own"}'
+
+
+def test_the_pieces_come_before_the_tokenizer_json(tmp_path):
+    """As transformers takes them, in the repositories of SigLIP 1, which have both."""
+    write(read(GOLDEN / "siglip_fixed"), tmp_path / "a")
+    for name in ("spiece.model", "tokenizer.json"):
+        golden = GOLDEN / "siglip_fixed" / name
+        assert (tmp_path / "a" / name).read_bytes() == golden.read_bytes()
+    assert Path(read(tmp_path / "a").model.text.tokenizer).name == "spiece.model"
+    about = json.loads((tmp_path / "a/tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "SiglipTokenizer"

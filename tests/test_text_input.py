@@ -73,12 +73,16 @@ def test_the_text_tower_has_an_embedding_for_every_token():
     assert TextConfig().vocab_size >= VOCAB_SIZE
 
 
-@pytest.mark.parametrize("name", ["siglip2_a", "siglip2_b"])
-def test_a_tokenizer_json_gives_the_ids_of_transformers(name):
+@pytest.mark.parametrize(
+    "file",
+    ["siglip2_a/tokenizer.json", "siglip2_b/tokenizer.json", "gemma/gemma.model"],
+)
+def test_gemmas_tokenizer_gives_the_ids_of_transformers(file):
     """Upper case, an empty text, one too long, accents, unknown characters."""
-    with np.load(GOLDEN / name / "tokens.npz") as found:
+    file = GOLDEN / file
+    with np.load(file.with_name("tokens.npz")) as found:
         texts, ids = found["texts"].tolist(), found["ids"]
-    got = encode(texts, ids.shape[1], str(GOLDEN / name / "tokenizer.json"))
+    got = encode(texts, ids.shape[1], str(file))
     np.testing.assert_array_equal(got, ids)
     assert (ids == 1).sum(1).tolist() == [1] * len(texts)  # each ends
 

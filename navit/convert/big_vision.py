@@ -6,7 +6,6 @@ import io
 import logging
 import math
 import os
-import shutil
 import tokenize
 import zipfile
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert import tensors
+from navit.convert import tensors, tokenizers
 from navit.convert.huggingface import check_shapes, square_side
 from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
+from navit.files import write_atomic
 
 log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
-_TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model", "gemma.model")
 
 
 def is_big_vision(path: Path) -> bool:
@@ -63,8 +62,7 @@ def read(path: Path) -> Weights:
                 out[layer] = value.reshape(out.shape[1:])
         return out
 
-    files = tuple(path.with_name(x) for x in _TOKENIZERS)
-    return Weights(model, get, str(path), tuple(f for f in files if f.is_file()))
+    return Weights(model, get, str(path), tokenizers.found_in(path.parent))
 
 
 def write(weights: Weights, out: Path) -> None:
@@ -107,15 +105,15 @@ def write(weights: Weights, out: Path) -> None:
                         file, np.ascontiguousarray(one.reshape(shape))
                     )
     os.replace(temporary, out)
-    for tokenizer in weights.files:
-        beside = out.with_name(tokenizer.name)
+    for name, data in tokenizers.contents(weights.files).items():
+        beside = out.with_name(name)
         if not beside.exists():
-            shutil.copyfile(tokenizer, beside)
-        elif beside.read_bytes() != tokenizer.read_bytes():
+            write_atomic(beside, data)
+        elif beside.read_bytes() != data:
             log.warning(
                 "%s is another tokenizer than this model's, %s, and stays as it is",
                 beside,
-                tokenizer,
+                weights.files[0],
             )
 
 

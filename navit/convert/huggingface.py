@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert import tensors
+from navit.convert import tensors, tokenizers
 from navit.convert.weights import (
     Tensor,
     Weights,
@@ -27,7 +26,6 @@ from navit.convert.weights import (
     to_theirs,
 )
 from navit.files import write_atomic
-from navit.input import text
 
 log = logging.getLogger("navit")
 
@@ -40,8 +38,6 @@ _SIZES = {
     *("vocab_size", "max_position_embeddings"),
 }
 _SHARD_BYTES = 2 * 2**30
-# SigLIP 1's repositories have two, of which transformers opens the pieces.
-_TOKENIZERS = ("spiece.model", "tokenizer.json", "tokenizer.model")
 # Only these are understood, so a config.json that states another is refused.
 _FIXED = {
     "hidden_act": "gelu_pytorch_tanh",
@@ -93,8 +89,7 @@ def read(path: Path) -> Weights:
             out[i] = _part(_load(where, t.theirs.format(i)), t, shape[1:])
         return out
 
-    files = tuple(path / x for x in _TOKENIZERS if (path / x).is_file())
-    return Weights(model, get, str(path), files)
+    return Weights(model, get, str(path), tokenizers.found_in(path))
 
 
 def write(weights: Weights, out: Path) -> None:
@@ -409,30 +404,12 @@ def _check_preprocessor(path: Path, model: ModelConfig) -> None:
 
 
 def _write_tokenizer(weights: Weights, out: Path) -> None:
-    for file in weights.files:
-        shutil.copyfile(file, out / file.name)
-    if not weights.files:
-        return
-    beside = weights.files[0].with_name("tokenizer_config.json")
-    if beside.is_file():
-        shutil.copyfile(beside, out / beside.name)
-        return
-    found = text.open_tokenizer(str(weights.files[0]))
-    # transformers has a class for SigLIP 1's pieces, and none for its tokenizer.json.
-    pieces = any(file.suffix == ".model" for file in weights.files)
-    one = "SiglipTokenizer" if pieces else "PreTrainedTokenizerFast"
-    assert weights.model.text is not None
-    about: dict[str, Any] = {
-        "tokenizer_class": one if found.is_siglip1 else "Siglip2Tokenizer",
-        "model_max_length": weights.model.text.length,
-        "padding_side": "right",
-    }
-    if found.is_siglip1:
-        about |= {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-    else:
-        about |= {"add_bos_token": False, "add_eos_token": True}
-        about |= {f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")}
-    _write_json(out / "tokenizer_config.json", about)
+    for name, data in tokenizers.contents(weights.files).items():
+        write_atomic(out / name, data)
+    if weights.files:
+        assert weights.model.text is not None
+        about = tokenizers.config(weights.files, weights.model.text.length)
+        write_atomic(out / "tokenizer_config.json", about)
 
 
 def _check_expressible(model: ModelConfig) -> None:

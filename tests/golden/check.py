@@ -3,6 +3,7 @@
   navit convert tests/golden/siglip2_a /tmp/a
   pip install torch transformers && python tests/golden/check.py /tmp/a siglip2_a
 
+A third argument names the folder with the golden tokens, where it is another (gemma).
 Fails on any warning of transformers, and on any output that is not the golden one.
 """
 
@@ -32,7 +33,7 @@ class Collect(logging.Handler):
         said.append(record.getMessage())
 
 
-def main(folder, name):
+def main(folder, name, tokens=None):
     warnings.simplefilter("error")
     transformers_logging.set_verbosity_warning()
     transformers_logging.get_logger("transformers").addHandler(Collect())
@@ -69,7 +70,8 @@ def main(folder, name):
         images = SiglipImageProcessorPil.from_pretrained(folder)
     image = Image.fromarray(np.full((40, 70, 3), 90, np.uint8))
     patches = images([image], return_tensors="pt")
-    with np.load(pathlib.Path(__file__).parent / name / "tokens.npz") as found:
+    golden = pathlib.Path(__file__).parent / (tokens or name)
+    with np.load(golden / "tokens.npz") as found:
         texts, ids = found["texts"].tolist(), found["ids"]
     options = dict(padding="max_length", truncation=True, max_length=ids.shape[1])
     got = tokenizer(texts, **options)["input_ids"]

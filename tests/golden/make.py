@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
     SiglipTokenizer,
@@ -243,6 +244,36 @@ def pieces(name, length, vocab_size):
     assert np.array_equal(fast(TEXTS_1, **options)["input_ids"], ids)
 
 
+def gemma():
+    """A small gemma.model, and the ids that transformers gives."""
+    shutil.rmtree(HERE / "gemma", ignore_errors=True)
+    (HERE / "gemma").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a photo of a cat", "it is cold", "zwei hunde"] * 20),
+        model_prefix=str(HERE / "gemma/gemma"),
+        model_type="bpe",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3),
+        **dict(eos_piece="<eos>", bos_piece="<bos>"),
+    )
+    (HERE / "gemma/gemma.vocab").unlink()
+    theirs = Siglip2Tokenizer.from_pretrained(
+        HERE / "gemma",
+        vocab_file=str(HERE / "gemma/gemma.model"),
+        padding_side="right",
+        add_bos_token=False,  # as released
+        add_eos_token=True,
+    )
+    found = theirs(TEXTS, padding="max_length", truncation=True, max_length=9)
+    ids = np.array(found["input_ids"])
+    np.savez_compressed(HERE / "gemma/tokens.npz", texts=TEXTS, ids=ids)
+
+
 def as_json(pieces, name):
     """The same pieces as a tokenizer.json, as the released repositories have both."""
     found = range(pieces.get_piece_size())
@@ -285,3 +316,4 @@ if __name__ == "__main__":
     for name in FIXED:
         text = FIXED[name][1]
         pieces(name, text["max_position_embeddings"], text["vocab_size"])
+    gemma()
