@@ -19,7 +19,7 @@ class Tokenizer(NamedTuple):
 
     Attributes:
       split: texts -> their ids, treated as the model was trained.
-      size: how many ids there are.
+      size: every id is below it.
       eos: the id that ends a text; `pad`: the one that fills up after it.
       is_siglip1: SigLIP 1's, which drops punctuation and pads with its end.
     """
@@ -63,6 +63,18 @@ def share_cut(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> fl
     return float(np.mean([len(x) > length - 1 for x in found.split(texts)]))
 
 
+def check_vocabulary(tokenizer: str, vocab_size: int) -> None:
+    """Raises ValueError if a tokenizer has ids that an embedding table has not."""
+    size = open_tokenizer(tokenizer).size
+    if size > vocab_size:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {size} ids, and the text tower knows "
+            f"model.text.vocab_size={vocab_size}: name the one that the model was "
+            "trained with (model.text.tokenizer), or train a model with "
+            f"model.text.vocab_size={size}"
+        )
+
+
 @functools.lru_cache(maxsize=4)
 def open_tokenizer(name: str) -> Tokenizer:
     """Opens what `encode` takes by name; raises as it does."""
@@ -91,7 +103,7 @@ def _open_json(path: Path) -> Tokenizer:
     def split(texts: list[str]) -> list[list[int]]:
         return [x.ids for x in found.encode_batch(texts, add_special_tokens=False)]
 
-    size = found.get_vocab_size()
+    size = max(found.get_vocab().values(), default=-1) + 1
     eos, pad = found.token_to_id("<eos>"), found.token_to_id("<pad>")
     if eos is not None and pad is not None:
         return Tokenizer(lambda texts: split(_lower(texts)), size, eos, pad)
