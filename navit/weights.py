@@ -25,6 +25,7 @@ from navit.config import (
 from navit.convert import big_vision, huggingface
 from navit.convert.weights import Weights, build, name_of
 from navit.embed import Embedder
+from navit.files import replacing
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
 from navit.train.checkpoint import Checkpoints, is_workdir
@@ -131,14 +132,15 @@ def write(
     elif format == "big_vision":
         big_vision.write(weights, out)
     else:
-        checkpoints = Checkpoints(out, keep=1)
-        try:
-            config = dataclasses.replace(config or Config(), model=weights.model)
-            checkpoints.save_model(build(weights, weights.model), config)
-        finally:
-            checkpoints.close()
-        for file in weights.files:
-            shutil.copyfile(file, out / file.name)
+        with replacing(out) as temporary:
+            checkpoints = Checkpoints(temporary, keep=1)
+            try:
+                config = dataclasses.replace(config or Config(), model=weights.model)
+                checkpoints.save_model(build(weights, weights.model), config)
+            finally:
+                checkpoints.close()
+            for file in weights.files:
+                shutil.copyfile(file, temporary / file.name)
     return format
 
 

@@ -16,6 +16,7 @@ import navit
 from navit.batch import PackedImages
 from navit.cli import main
 from navit.convert import huggingface
+from navit.convert.weights import shapes_of
 from navit.input.text import encode
 from navit.weights import read, write
 
@@ -505,3 +506,88 @@ def test_the_pieces_come_before_the_tokenizer_json(tmp_path):
     assert Path(read(tmp_path / "a").model.text.tokenizer).name == "spiece.model"
     about = json.loads((tmp_path / "a/tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "SiglipTokenizer"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["new", "a.npz", "empty", "workdir"])
+def test_a_write_that_fails_leaves_nothing(name, error, tmp_path):
+    """Whatever it wrote until then; an empty directory stays, and stays empty."""
+    weights = read(GOLDEN / "siglip2_b")
+    (tmp_path / "empty").mkdir()
+    done = []
+
+    def fail(ours):
+        done.append(ours)
+        if len(done) > 20:
+            raise error
+        return weights.read(ours)
+
+    broken = dataclasses.replace(weights, read=fail)
+    format = "navit" if name == "workdir" else None
+    with pytest.raises(type(error)):
+        write(broken, tmp_path / name, format)
+    assert len(done) == 21
+    assert [x.name for x in tmp_path.rglob("*")] == ["empty"]
+    write(weights, tmp_path / name, format)
+    found = {x.name for x in tmp_path.iterdir()} - {"empty", "tokenizer.json"}
+    assert found <= {name} and not list(tmp_path.rglob(".*"))
+    read(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A compressed npz, its bytes, and its tensors by our names."""
+    file = tmp_path_factory.mktemp("compressed") / "a.npz"
+    write(read(GOLDEN / "siglip2_b"), file)
+    with np.load(file) as found:
+        np.savez_compressed(file, **found)
+    weights = read(file)
+    return (
+        file,
+        file.read_bytes(),
+        {x: weights.read(x) for x in shapes_of(weights.model)},
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_in_an_npz_is_seen_or_harmless(compressed, seed, tmp_path):
+    """Of ten bytes changed: a ValueError that names the file, or the same tensors."""
+    _, data, want = compressed
+    rng = np.random.default_rng(seed)
+    # Half of them where the headers are, at the end.
+    start = len(data) - 12_000 if seed % 2 else 0
+    changed = np.frombuffer(data, np.uint8).copy()
+    where = rng.integers(start, len(data), 10)
+    changed[where] = rng.integers(0, 256, 10)
+    file = tmp_path / "b.npz"
+    file.write_bytes(changed.tobytes())
+    try:
+        weights = read(file)
+        found = {x: weights.read(x) for x in shapes_of(weights.model)}
+    except ValueError as error:
+        assert "b.npz" in str(error)
+        return
+    for name, value in want.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+@pytest.mark.parametrize(
+    "offset, value, message",
+    [(6, 1, "encrypted"), (8, 99, "compression"), (30 + 40, 255, "")],
+)
+def test_npz_members_that_cannot_be_unpacked_are_clear_errors(
+    compressed, offset, value, message, tmp_path
+):
+    """zipfile's RuntimeError, NotImplementedError and zlib.error."""
+    _, data, _ = compressed
+    changed = bytearray(data)
+    central = data.index(b"PK\x01\x02")
+    changed[offset] = value
+    if message:  # stated in the directory too, two bytes further on
+        changed[central + offset + 2] = value
+    else:
+        changed[offset : offset + 30] = bytes([255]) * 30
+    file = tmp_path / "b.npz"
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match=rf"b.npz is damaged .*{message}"):
+        read(file)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import lzma
 import math
-import os
 import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
 from navit.convert import tensors, tokenizers
 from navit.convert.huggingface import check_shapes, square_side
 from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
-from navit.files import write_atomic
+from navit.files import replacing, write_atomic
 
 log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
+
+# What zipfile raises for a file that is damaged, encrypted or packed by unknown means.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(RuntimeError, UnicodeDecodeError),
+)
 
 
 def is_big_vision(path: Path) -> bool:
@@ -93,9 +100,11 @@ def write(weights: Weights, out: Path) -> None:
         )
     shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+    beside = tokenizers.contents(weights.files)
+    with (
+        replacing(out) as temporary,
+        zipfile.ZipFile(temporary, "w", allowZip64=True) as archive,
+    ):
         for t in table:
             value = weights.read(t.ours)
             for layer, name, shape in _stored(model, t, shapes[t.ours]):
@@ -104,16 +113,14 @@ def write(weights: Weights, out: Path) -> None:
                     np.lib.format.write_array(
                         file, np.ascontiguousarray(one.reshape(shape))
                     )
-    os.replace(temporary, out)
-    for name, data in tokenizers.contents(weights.files).items():
-        beside = out.with_name(name)
-        if not beside.exists():
-            write_atomic(beside, data)
-        elif beside.read_bytes() != data:
+    for name, data in beside.items():
+        tokenizer = out.with_name(name)
+        if not tokenizer.exists():
+            write_atomic(tokenizer, data)
+        elif tokenizer.read_bytes() != data:
             log.warning(
                 "%s is another tokenizer than this model's, %s, and stays as it is",
-                beside,
-                weights.files[0],
+                *(tokenizer, weights.files[0]),
             )
 
 
@@ -224,7 +231,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                         "or bfloat16"
                     )
                 found[name] = shape
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path} is damaged or no .npz file: {error}") from None
     return found
 
@@ -248,7 +255,7 @@ def _load(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             value = archive[name]
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (*_DAMAGED, ValueError) as error:
         raise ValueError(f"{path}: {name} cannot be read: {error}") from None
     if value.dtype.kind == "V":  # numpy has no bfloat16: the upper half of a float32
         wide = value.view(np.uint16).astype(np.uint32) << 16

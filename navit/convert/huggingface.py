@@ -25,7 +25,7 @@ from navit.convert.weights import (
     to_ours,
     to_theirs,
 )
-from navit.files import write_atomic
+from navit.files import replacing, write_atomic
 
 log = logging.getLogger("navit")
 
@@ -100,44 +100,47 @@ def write(weights: Weights, out: Path) -> None:
     """
     model = weights.model
     _check_expressible(model)
-    out.mkdir(parents=True, exist_ok=True)
-    table = tensors.huggingface(conv=model.vision.fixed_grid)
-    shapes = shapes_of(model)
-    index: dict[str, str] = {}
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        _write_tokenizer(weights, temporary)
+        _write_json(temporary / "config.json", _config(model))
+        _write_json(temporary / "preprocessor_config.json", _preprocessor(model))
+        _write_tensors(weights, temporary)
+
+
+def _write_tensors(weights: Weights, out: Path) -> None:
+    table = tensors.huggingface(conv=weights.model.vision.fixed_grid)
     shard: dict[str, np.ndarray] = {}
-    shards: list[dict[str, list]] = []
+    shards: list[list[str]] = []
     size = total = 0
 
     def flush() -> None:
         nonlocal shard, size
-        name = f"shard-{len(shards):05}.safetensors"
-        save = {k: np.ascontiguousarray(v) for k, v in shard.items()}
-        temporary = out / (name + ".tmp")
-        safetensors.numpy.save_file(save, temporary, metadata={"format": "pt"})
-        os.replace(temporary, out / name)
-        shards.append({"name": [name], "tensors": list(shard)})
+        file = out / f"shard-{len(shards)}"
+        try:
+            safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from None
+        shards.append(list(shard))
         shard, size = {}, 0
 
-    for name, value in _tensors(weights, table, shapes):
+    for name, value in _tensors(weights, table, shapes_of(weights.model)):
         if shard and size + value.nbytes > _SHARD_BYTES:
             flush()
-        shard[name] = value
+        shard[name] = np.ascontiguousarray(value)
         size, total = size + value.nbytes, total + value.nbytes
     flush()
-    if len(shards) == 1:
-        os.replace(out / shards[0]["name"][0], out / "model.safetensors")
-    else:
-        for i, found in enumerate(shards):
-            name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            os.replace(out / found["name"][0], out / name)
-            index |= dict.fromkeys(found["tensors"], name)
+    index: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        os.replace(out / f"shard-{i}", out / file)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
         _write_json(
             out / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": index},
         )
-    _write_json(out / "config.json", _config(model))
-    _write_json(out / "preprocessor_config.json", _preprocessor(model))
-    _write_tokenizer(weights, out)
 
 
 def _tensors(
