@@ -16,8 +16,14 @@ import numpy as np
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
 from navit.convert import tensors, tokenizers
-from navit.convert.huggingface import check_shapes, square_side
-from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
+from navit.convert.weights import (
+    Tensor,
+    Weights,
+    check_shapes,
+    layers_of,
+    shapes_of,
+    square_side,
+)
 from navit.files import replacing, write_atomic
 
 log = logging.getLogger("navit")
