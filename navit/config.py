@@ -92,6 +92,9 @@ class VisionConfig:
     `fixed_grid`: every image is resized to the whole `position.size` x `position.size`
     grid, its aspect lost, as checkpoints of a fixed resolution were trained. For
     evaluation and embedding; training keeps the aspect.
+    `image_size`: with `fixed_grid`, the pixels a side that images are resized to before
+    the rest beyond the last whole patch is cut off (so400m-patch14-384: 384, of which
+    27 x 27 patches of 14 see 378). None: as many as the patches have.
     """
 
     patch_size: int = 16
@@ -106,12 +109,26 @@ class VisionConfig:
     embed_dim: int | None = None
     num_classes: int = 0
     fixed_grid: bool = False
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads")
         _divisible(self)
         if self.embed_dim is not None:
             _positive(self, "embed_dim")
+        if self.image_size is not None:
+            if not self.fixed_grid:
+                raise ValueError(
+                    f"image_size={self.image_size} is for fixed_grid=true: set it to "
+                    "none, or both"
+                )
+            if self.image_size // self.patch_size != self.position.size:
+                raise ValueError(
+                    f"image_size={self.image_size} has "
+                    f"{self.image_size // self.patch_size} patches of patch_size="
+                    f"{self.patch_size} a side, and position.size is "
+                    f"{self.position.size}"
+                )
         if self.pool == "none" and (self.embed_dim or self.num_classes):
             raise ValueError(
                 'pool="none" returns tokens only, so it takes no embed_dim and no '
@@ -124,7 +141,7 @@ class TextConfig:
     """The text tower: `length` token ids in, the last position projected out.
 
     `tokenizer`: "bytes", which needs no file, or the path of a SentencePiece `.model`
-    or a `tokenizer.json`, such as Gemma's. Empty: not known.
+    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. Empty: not known.
     """
 
     tokenizer: str = "bytes"

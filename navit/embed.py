@@ -123,6 +123,7 @@ class Embedder:
             patch_size=patch_size,
             row_tokens=max_tokens,
             slots=slots,
+            image_size=self.vision.config.image_size,
             dct=data.dct,
             on_error=on_error,
         )
@@ -149,11 +150,17 @@ class Embedder:
         return out
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeds captions: float32 `[len, e]`, unit norm, in order."""
+        """Embeds captions: float32 `[len, e]`, unit norm, in order.
+
+        Raises:
+          FileNotFoundError, ValueError: if there is no tokenizer, or one with more ids
+            than the model knows.
+        """
         if isinstance(texts, str):
             raise ValueError("embed_texts takes a list of texts, not one text")
         out = np.zeros((len(texts), self._embed_dim), np.float32)
         c = self.text.config
+        text.check_vocabulary(c.tokenizer, c.vocab_size)
         cut = text.share_cut(texts, c.length, c.tokenizer)
         if cut:
             log.warning(

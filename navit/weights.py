@@ -25,6 +25,7 @@ from navit.config import (
 from navit.convert import big_vision, huggingface
 from navit.convert.weights import Weights, build, name_of
 from navit.embed import Embedder
+from navit.files import replacing
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
 from navit.train.checkpoint import Checkpoints, is_workdir
@@ -131,14 +132,15 @@ def write(
     elif format == "big_vision":
         big_vision.write(weights, out)
     else:
-        checkpoints = Checkpoints(out, keep=1)
-        try:
-            config = dataclasses.replace(config or Config(), model=weights.model)
-            checkpoints.save_model(build(weights, weights.model), config)
-        finally:
-            checkpoints.close()
-        for file in weights.files:
-            shutil.copyfile(file, out / file.name)
+        with replacing(out) as temporary:
+            checkpoints = Checkpoints(temporary, keep=1)
+            try:
+                config = dataclasses.replace(config or Config(), model=weights.model)
+                checkpoints.save_model(build(weights, weights.model), config)
+            finally:
+                checkpoints.close()
+            for file in weights.files:
+                shutil.copyfile(file, temporary / file.name)
     return format
 
 
@@ -178,7 +180,7 @@ def starting_from(config: Config, weights: Weights) -> Config:
             "aspect",
             *(weights.where, *[vision.position.size] * 2),
         )
-    vision = dataclasses.replace(vision, fixed_grid=False)
+    vision = dataclasses.replace(vision, fixed_grid=False, image_size=None)
     model = dataclasses.replace(config.model, vision=vision, text=text)
     check_sizes(weights, model)
     return dataclasses.replace(config, model=model)
@@ -187,7 +189,8 @@ def starting_from(config: Config, weights: Weights) -> Config:
 # Settings of a model that its weights do not depend on.
 FREE = (
     *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
-    *("model.init_", "model.text.tokenizer", "model.vision.fixed_grid"),
+    *("model.init_", "model.text.tokenizer"),
+    *("model.vision.fixed_grid", "model.vision.image_size"),
 )
 
 

@@ -115,7 +115,7 @@ def test_metrics_are_those_of_the_uninterrupted_run(uninterrupted):
     assert lines[-1]["eta_seconds"] == 0
     for name in ("config.json", "budgets.json", "budgets.png"):
         assert (uninterrupted / name).stat().st_size > 0
-    assert not list(uninterrupted.glob("*.tmp"))
+    assert not list(uninterrupted.glob(".*"))
 
 
 def test_finished_run_only_evaluates_again(uninterrupted, caplog):

@@ -1,4 +1,4 @@
-"""navit.input.text: captions into byte tokens."""
+"""navit.input.text: captions into token ids."""
 
 from pathlib import Path
 
@@ -57,24 +57,49 @@ def test_other_scripts_are_their_utf8_bytes():
     assert decode(ids) == "ö猫".encode()
 
 
-def test_half_a_surrogate_pair_does_not_stop_a_run():
+FILES = ["siglip2_a/tokenizer.json", "siglip_fixed/tokenizer.json"]
+FILES += ["siglip_fixed/spiece.model"]
+
+
+@pytest.mark.parametrize("name", ["bytes", *(str(GOLDEN / x) for x in FILES)])
+def test_half_a_surrogate_pair_does_not_stop_a_run(name):
     # JSON can hold one ("\ud83d", a cut emoji), and scraped captions do.
-    (ids,) = encode(["cat \ud83d"], 16)
-    assert decode(ids).startswith(b"cat ")
+    np.testing.assert_array_equal(
+        encode(["cat \ud83d"], 16, name), encode(["cat ?"], 16, name)
+    )
 
 
 def test_the_text_tower_has_an_embedding_for_every_token():
     assert TextConfig().vocab_size >= VOCAB_SIZE
 
 
-@pytest.mark.parametrize("name", ["siglip2_a", "siglip2_b"])
-def test_a_tokenizer_json_gives_the_ids_of_transformers(name):
+@pytest.mark.parametrize(
+    "file",
+    ["siglip2_a/tokenizer.json", "siglip2_b/tokenizer.json", "gemma/gemma.model"],
+)
+def test_gemmas_tokenizer_gives_the_ids_of_transformers(file):
     """Upper case, an empty text, one too long, accents, unknown characters."""
-    with np.load(GOLDEN / name / "tokens.npz") as found:
+    file = GOLDEN / file
+    with np.load(file.with_name("tokens.npz")) as found:
         texts, ids = found["texts"].tolist(), found["ids"]
-    got = encode(texts, ids.shape[1], str(GOLDEN / name / "tokenizer.json"))
+    got = encode(texts, ids.shape[1], str(file))
     np.testing.assert_array_equal(got, ids)
     assert (ids == 1).sum(1).tolist() == [1] * len(texts)  # each ends
+
+
+@pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
+def test_siglip_1_gives_the_ids_of_transformers(file):
+    """Upper case, punctuation, spaces of all kinds, nothing, too much, unknown."""
+    with np.load(GOLDEN / "siglip_fixed/tokens.npz") as found:
+        texts, want = found["texts"].tolist(), found["ids"]
+    name, length = str(GOLDEN / "siglip_fixed" / file), want.shape[1]
+    np.testing.assert_array_equal(encode(texts, length, name), want)
+    assert (want[:, -1] == 1).all()  # the end token closes and pads
+    assert (want[[texts.index(""), texts.index("?!")]] == 1).all()
+    np.testing.assert_array_equal(
+        *(encode([x], 20, name) for x in ("  It's A \t cat... ", "its a cat"))
+    )
+    assert share_cut(["cat"], length, name) == 0 < share_cut(texts, length, name)
 
 
 @pytest.fixture(scope="module")

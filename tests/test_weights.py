@@ -1,5 +1,6 @@
 """Training on from released weights: sizes, freezing, tokenizers."""
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
@@ -7,12 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import tiny_config
 
 import navit
 from navit.cli import main
 from navit.config import Config, ModelConfig, override
+from navit.embed import Embedder
 from navit.input import text
+from navit.input.synthetic import SyntheticSource
+from navit.model.two_tower import TwoTower
+from navit.train.checks import check_before
 from navit.weights import read, starting_from
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,9 +88,24 @@ def test_a_work_directory_keeps_its_tokenizer(tmp_path):
     shutil.rmtree(folder)
     np.testing.assert_array_equal(navit.load(workdir).embed_texts(["a cat"]), before)
     (workdir / "tokenizer.json").unlink()
-    text._tokenizer.cache_clear()
+    text.open_tokenizer.cache_clear()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer .*model.text.tokenizer"):
         navit.load(workdir).embed_texts(["a cat"])
+
+
+def test_a_tokenizer_with_more_ids_than_the_table_is_refused():
+    """Where it would read another token's vector, or none."""
+    named = f"model.text.tokenizer={GOLDEN / 'gemma/gemma.model'}"
+    for vocab_size, refused in ((40, False), (39, True)):
+        config = override(tiny_config(), [named, f"model.text.vocab_size={vocab_size}"])
+        model = TwoTower(config.model, rngs=nnx.Rngs(0))
+        message = r"gemma.model has 40 ids, .* model.text.vocab_size=39"
+        error = pytest.raises(ValueError, match=message)
+        with error if refused else contextlib.nullcontext():
+            check_before(config, SyntheticSource(5))
+        with error if refused else contextlib.nullcontext():
+            found = Embedder(model, config, step=0).embed_texts(["a cat"])
+            assert found.shape == (1, 16)
 
 
 def test_a_frozen_tower_needs_weights_to_start_from(monkeypatch, tmp_path, capsys):

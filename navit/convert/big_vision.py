@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import io
 import logging
+import lzma
 import math
-import os
-import shutil
 import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert import tensors
-from navit.convert.huggingface import check_shapes, square_side
-from navit.convert.weights import Tensor, Weights, layers_of, shapes_of
+from navit.convert import tensors, tokenizers
+from navit.convert.weights import (
+    Tensor,
+    Weights,
+    check_shapes,
+    layers_of,
+    shapes_of,
+    square_side,
+)
+from navit.files import replacing, write_atomic
 
 log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "gemma.model")
+
+# What zipfile raises for a file that is damaged, encrypted or packed by unknown means.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(RuntimeError, UnicodeDecodeError),
+)
 
 
 def is_big_vision(path: Path) -> bool:
@@ -31,6 +43,9 @@ def is_big_vision(path: Path) -> bool:
 
 def read(path: Path) -> Weights:
     """Opens a file; every size comes from its tensors.
+
+    They do not say how large images were, where that is no whole number of patches:
+    load so400m-patch14-384 with `model.vision.image_size=384`.
 
     Raises:
       ValueError: names the tensor that is missing, surplus, of another shape or type,
@@ -60,8 +75,7 @@ def read(path: Path) -> Weights:
                 out[layer] = value.reshape(out.shape[1:])
         return out
 
-    files = tuple(path.with_name(x) for x in _TOKENIZERS)
-    return Weights(model, get, str(path), tuple(f for f in files if f.is_file()))
+    return Weights(model, get, str(path), tokenizers.found_in(path.parent))
 
 
 def write(weights: Weights, out: Path) -> None:
@@ -84,11 +98,19 @@ def write(weights: Weights, out: Path) -> None:
             f"model has use_bias={v.use_bias}, qk_norm={v.qk_norm} and "
             f"num_classes={v.num_classes}"
         )
+    if v.image_size:
+        log.warning(
+            "an .npz does not say that images have %d pixels a side: load %s with "
+            "model.vision.image_size=%d",
+            *(v.image_size, out, v.image_size),
+        )
     shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+    beside = tokenizers.contents(weights.files)
+    with (
+        replacing(out) as temporary,
+        zipfile.ZipFile(temporary, "w", allowZip64=True) as archive,
+    ):
         for t in table:
             value = weights.read(t.ours)
             for layer, name, shape in _stored(model, t, shapes[t.ours]):
@@ -97,16 +119,14 @@ def write(weights: Weights, out: Path) -> None:
                     np.lib.format.write_array(
                         file, np.ascontiguousarray(one.reshape(shape))
                     )
-    os.replace(temporary, out)
-    for tokenizer in weights.files:
-        beside = out.with_name(tokenizer.name)
-        if not beside.exists():
-            shutil.copyfile(tokenizer, beside)
-        elif beside.read_bytes() != tokenizer.read_bytes():
+    for name, data in beside.items():
+        tokenizer = out.with_name(name)
+        if not tokenizer.exists():
+            write_atomic(tokenizer, data)
+        elif tokenizer.read_bytes() != data:
             log.warning(
                 "%s is another tokenizer than this model's, %s, and stays as it is",
-                beside,
-                tokenizer,
+                *(tokenizer, weights.files[0]),
             )
 
 
@@ -217,7 +237,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                         "or bfloat16"
                     )
                 found[name] = shape
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{path} is damaged or no .npz file: {error}") from None
     return found
 
@@ -241,7 +261,7 @@ def _load(path: Path, name: str) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as archive:
             value = archive[name]
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+    except (*_DAMAGED, ValueError) as error:
         raise ValueError(f"{path}: {name} cannot be read: {error}") from None
     if value.dtype.kind == "V":  # numpy has no bfloat16: the upper half of a float32
         wide = value.view(np.uint16).astype(np.uint32) << 16

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,35 +13,31 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert import tensors
+from navit.config import ModelConfig
+from navit.convert import tensors, tokenizers
+from navit.convert.huggingface_config import (
+    check_expressible,
+    check_preprocessor,
+    config_of,
+    model_of,
+    preprocessor_of,
+    read_json,
+    write_json,
+)
 from navit.convert.weights import (
     Tensor,
     Weights,
+    check_shapes,
     layers_of,
     shapes_of,
     to_ours,
     to_theirs,
 )
-from navit.files import write_atomic
+from navit.files import replacing, write_atomic
 
 # What a checkpoint may be stored in; all of them are read to float32 exactly.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": None}
-# What config.json states and the tensors decide.
-_SIZES = {
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("patch_size", "num_patches", "image_size"),
-    *("vocab_size", "max_position_embeddings"),
-}
 _SHARD_BYTES = 2 * 2**30
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model")
-# Only these are understood, so a config.json that states another is refused.
-_FIXED = {
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-    "vision_use_head": True,
-    "num_channels": 3,
-}
 
 
 def is_huggingface(path: Path) -> bool:
@@ -58,14 +52,15 @@ def read(path: Path) -> Weights:
         shape or type, or not known here.
     """
     where = _locate(path)
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config.get("model_type") not in ("siglip", "siglip2"):
         raise ValueError(
             f"{path / 'config.json'} is of a {config.get('model_type')!r}; navit reads "
             "'siglip2' and 'siglip'"
         )
     stored = {name: _shape(file, name) for name, file in where.items()}
-    model = _model(path, config, stored)
+    model = model_of(path, config, stored)
+    check_preprocessor(path, model)
     table = tensors.huggingface(conv=model.vision.fixed_grid)
     shapes = shapes_of(model)
     _check(path, table, model, shapes, stored)
@@ -82,8 +77,7 @@ def read(path: Path) -> Weights:
             out[i] = _part(_load(where, t.theirs.format(i)), t, shape[1:])
         return out
 
-    files = tuple(path / x for x in _TOKENIZERS if (path / x).is_file())
-    return Weights(model, get, str(path), files)
+    return Weights(model, get, str(path), tokenizers.found_in(path))
 
 
 def write(weights: Weights, out: Path) -> None:
@@ -93,45 +87,48 @@ def write(weights: Weights, out: Path) -> None:
       ValueError: names the setting that transformers' class does not have.
     """
     model = weights.model
-    _check_expressible(model)
-    out.mkdir(parents=True, exist_ok=True)
-    table = tensors.huggingface(conv=model.vision.fixed_grid)
-    shapes = shapes_of(model)
-    index: dict[str, str] = {}
+    check_expressible(model)
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        _write_tokenizer(weights, temporary)
+        write_json(temporary / "config.json", config_of(model))
+        write_json(temporary / "preprocessor_config.json", preprocessor_of(model))
+        _write_tensors(weights, temporary)
+
+
+def _write_tensors(weights: Weights, out: Path) -> None:
+    table = tensors.huggingface(conv=weights.model.vision.fixed_grid)
     shard: dict[str, np.ndarray] = {}
-    shards: list[dict[str, list]] = []
+    shards: list[list[str]] = []
     size = total = 0
 
     def flush() -> None:
         nonlocal shard, size
-        name = f"shard-{len(shards):05}.safetensors"
-        save = {k: np.ascontiguousarray(v) for k, v in shard.items()}
-        temporary = out / (name + ".tmp")
-        safetensors.numpy.save_file(save, temporary, metadata={"format": "pt"})
-        os.replace(temporary, out / name)
-        shards.append({"name": [name], "tensors": list(shard)})
+        file = out / f"shard-{len(shards)}"
+        try:
+            safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {file}: {error}") from None
+        shards.append(list(shard))
         shard, size = {}, 0
 
-    for name, value in _tensors(weights, table, shapes):
+    for name, value in _tensors(weights, table, shapes_of(weights.model)):
         if shard and size + value.nbytes > _SHARD_BYTES:
             flush()
-        shard[name] = value
+        shard[name] = np.ascontiguousarray(value)
         size, total = size + value.nbytes, total + value.nbytes
     flush()
-    if len(shards) == 1:
-        os.replace(out / shards[0]["name"][0], out / "model.safetensors")
-    else:
-        for i, found in enumerate(shards):
-            name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            os.replace(out / found["name"][0], out / name)
-            index |= dict.fromkeys(found["tensors"], name)
-        _write_json(
+    index: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        os.replace(out / f"shard-{i}", out / file)
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(
             out / "model.safetensors.index.json",
             {"metadata": {"total_size": total}, "weight_map": index},
         )
-    _write_json(out / "config.json", _config(model))
-    _write_json(out / "preprocessor_config.json", _preprocessor(model))
-    _write_tokenizer(weights, out)
 
 
 def _tensors(
@@ -198,217 +195,13 @@ def _check(
     check_shapes(path, expected, stored)
 
 
-def check_shapes(
-    path: Path,
-    expected: dict[str, tuple[int, ...]],
-    stored: dict[str, tuple[int, ...]],
-) -> None:
-    """Raises ValueError for the first tensor that is missing, surplus or misshapen."""
-    for name, shape in expected.items():
-        if name not in stored:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if stored[name] != shape:
-            raise ValueError(
-                f"{path}: {name} is {stored[name]}, and the other tensors make it "
-                f"{shape}"
-            )
-    # Buffers that transformers once saved; they hold no weights.
-    surplus = [n for n in stored if n not in expected and "position_ids" not in n]
-    if surplus:
-        raise ValueError(
-            f"{path} has {len(surplus)} tensors that navit does not know, first "
-            f"{surplus[0]}"
-        )
-
-
-def _model(
-    path: Path, config: dict[str, Any], stored: dict[str, tuple[int, ...]]
-) -> ModelConfig:
-    vision, text = config.get("vision_config", {}), config.get("text_config", {})
-    for part in (vision, text):
-        for key, value in _FIXED.items():
-            if part.get(key, value) != value:
-                raise ValueError(
-                    f"{path / 'config.json'}: {key}={part[key]!r} is not supported; "
-                    f"SigLIP has {value!r}"
-                )
-
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in stored:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if len(stored[name]) != ndim:
-            raise ValueError(
-                f"{path}: {name} is {stored[name]}, and should have {ndim} axes"
-            )
-        return stored[name]
-
-    fixed = config["model_type"] == "siglip"
-    patch = shape("vision_model.embeddings.patch_embedding.weight", 4 if fixed else 2)
-    patch_size = patch[-1] if fixed else math.isqrt(patch[1] // 3)
-    positions, width = shape("vision_model.embeddings.position_embedding.weight", 2)
-    side = square_side(path, "vision_model.embeddings.position_embedding", positions)
-    fc1 = "{}_model.encoder.layers.0.mlp.fc1.weight"
-    vocab, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
-    length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
-    model = ModelConfig(
-        vision=VisionConfig(
-            patch_size=patch_size,
-            width=width,
-            depth=_depth(stored, "vision_model.encoder.layers."),
-            mlp_dim=shape(fc1.format("vision"), 2)[0],
-            num_heads=vision.get("num_attention_heads", 12),
-            position=PositionConfig(size=side),
-            fixed_grid=fixed,
-        ),
-        text=TextConfig(
-            tokenizer="",
-            vocab_size=vocab,
-            length=length,
-            width=text_width,
-            depth=_depth(stored, "text_model.encoder.layers."),
-            mlp_dim=shape(fc1.format("text"), 2)[0],
-            num_heads=text.get("num_attention_heads", 12),
-        ),
-    )
-    _agree(path, config, _config(model))
-    return model
-
-
-def _agree(path: Path, stated: dict[str, Any], found: dict[str, Any]) -> None:
-    """A size that config.json states must be the tensors'."""
-    for part in ("vision_config", "text_config"):
-        for key in _SIZES & found[part].keys():
-            value = found[part][key]
-            said = stated.get(part, {}).get(key, value)
-            if key == "image_size" and said != value:
-                raise ValueError(
-                    f"{path}: images of {said} pixels are no whole number of patches; "
-                    "such checkpoints (so400m-patch14-384) are not read yet"
-                )
-            if said != value:
-                raise ValueError(
-                    f"{path}: config.json says {part}.{key}={said!r}, and the tensors "
-                    f"make it {value!r}"
-                )
-
-
-def square_side(path: Path, name: str, positions: int) -> int:
-    side = math.isqrt(positions)
-    if side * side != positions:
-        raise ValueError(
-            f"{path}: {name} has {positions} positions, which is not a square"
-        )
-    return side
-
-
-def _depth(stored: dict[str, tuple[int, ...]], prefix: str) -> int:
-    numbers = {int(n[len(prefix) :].split(".")[0]) for n in stored if prefix in n}
-    return max(numbers, default=0) + 1
-
-
-def _config(model: ModelConfig) -> dict[str, Any]:
-    v, t = model.vision, model.text
-    assert t is not None
-    shared = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-    shared |= {"attention_dropout": 0.0}
-    kind = "siglip" if v.fixed_grid else "siglip2"
-    side = v.position.size
-    vision = {
-        "model_type": f"{kind}_vision_model",
-        "hidden_size": v.width,
-        "intermediate_size": v.mlp_dim,
-        "num_hidden_layers": v.depth,
-        "num_attention_heads": v.num_heads,
-        "patch_size": v.patch_size,
-        "num_channels": 3,
-        **({"image_size": side * v.patch_size} if v.fixed_grid else {}),
-        **({} if v.fixed_grid else {"num_patches": side * side}),
-    }
-    text = {
-        "model_type": f"{kind}_text_model",
-        "vocab_size": t.vocab_size,
-        "max_position_embeddings": t.length,
-        "hidden_size": t.width,
-        "intermediate_size": t.mlp_dim,
-        "num_hidden_layers": t.depth,
-        "num_attention_heads": t.num_heads,
-        "projection_size": v.width,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    }
-    return {
-        "architectures": ["SiglipModel" if v.fixed_grid else "Siglip2Model"],
-        "model_type": kind,
-        "initializer_factor": 1.0,
-        "dtype": "float32",
-        "text_config": shared | text,
-        "vision_config": shared | vision,
-    }
-
-
-def _preprocessor(model: ModelConfig) -> dict[str, Any]:
-    v = model.vision
-    kind = "Siglip" if v.fixed_grid else "Siglip2"
-    side = v.position.size * v.patch_size
-    sizes: dict[str, Any] = (
-        {"size": {"height": side, "width": side}}
-        if v.fixed_grid
-        else {"patch_size": v.patch_size, "max_num_patches": 256}
-    )
-    return {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "processor_class": f"{kind}Processor",
-        "do_resize": True,
-        "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_convert_rgb": True,
-        **sizes,
-    }
-
-
 def _write_tokenizer(weights: Weights, out: Path) -> None:
-    for file in weights.files:
-        shutil.copyfile(file, out / file.name)
-        beside = file.with_name("tokenizer_config.json")
-        if beside.is_file():
-            shutil.copyfile(beside, out / beside.name)
-        elif file.name == "tokenizer.json":
-            assert weights.model.text is not None
-            about = {
-                "tokenizer_class": "Siglip2Tokenizer",
-                "model_max_length": weights.model.text.length,
-                "padding_side": "right",
-                "add_bos_token": False,
-                "add_eos_token": True,
-                **{f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")},
-            }
-            _write_json(out / "tokenizer_config.json", about)
-
-
-def _check_expressible(model: ModelConfig) -> None:
-    v = model.vision
-    wrong = {
-        "text": model.text is None,
-        "vision.position.kind": v.position.kind != "siglip2",
-        "vision.pool": v.pool != "map",
-        "vision.qk_norm": v.qk_norm,
-        "vision.use_bias": not v.use_bias,
-        "vision.embed_dim": v.embed_dim is not None,
-        "vision.num_classes": v.num_classes > 0,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            value: Any = model
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise ValueError(
-                f"model.{name}={value!r} has no place in transformers' Siglip2Model"
-            )
+    for name, data in tokenizers.contents(weights.files).items():
+        write_atomic(out / name, data)
+    if weights.files:
+        assert weights.model.text is not None
+        about = tokenizers.config(weights.files, weights.model.text.length)
+        write_atomic(out / "tokenizer_config.json", about)
 
 
 def _locate(path: Path) -> dict[str, Path]:
@@ -416,7 +209,7 @@ def _locate(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
-        listed = sorted(set(_read_json(index)["weight_map"].values()))
+        listed = sorted(set(read_json(index)["weight_map"].values()))
         for name in listed:
             if Path(name).name != name or not (path / name).is_file():
                 raise ValueError(f"{index} names {name!r}, which is not in {path}")
@@ -455,17 +248,3 @@ def _open(file: Path) -> Iterator[Any]:
 
 def _any_tensors(path: Path) -> bool:
     return any(path.glob("*.safetensors"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return found
-
-
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    write_atomic(file, (json.dumps(data, indent=2) + "\n").encode())

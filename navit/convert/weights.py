@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,38 @@ def layers_of(model: ModelConfig, ours: str) -> int | None:
         return model.vision.depth
     assert model.text is not None
     return model.text.depth
+
+
+def check_shapes(
+    path: Path,
+    expected: dict[str, tuple[int, ...]],
+    stored: dict[str, tuple[int, ...]],
+) -> None:
+    """Raises ValueError for the first tensor that is missing, surplus or misshapen."""
+    for name, shape in expected.items():
+        if name not in stored:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if stored[name] != shape:
+            raise ValueError(
+                f"{path}: {name} is {stored[name]}, and the other tensors make it "
+                f"{shape}"
+            )
+    # Buffers that transformers once saved; they hold no weights.
+    surplus = [n for n in stored if n not in expected and "position_ids" not in n]
+    if surplus:
+        raise ValueError(
+            f"{path} has {len(surplus)} tensors that navit does not know, first "
+            f"{surplus[0]}"
+        )
+
+
+def square_side(path: Path, name: str, positions: int) -> int:
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise ValueError(
+            f"{path}: {name} has {positions} positions, which is not a square"
+        )
+    return side
 
 
 def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:

@@ -57,6 +57,7 @@ def fill_rows(
     patch_size: int,
     row_tokens: int,
     slots: int,
+    image_size: int | None = None,
     dct: str = "fast",
     seed: int = 0,
     on_error: Callable[[int, ValueError], None],
@@ -68,6 +69,8 @@ def fill_rows(
       load: record index -> image.
       seed: which tokens stay of an image that keeps some alone is drawn from it, the
         epoch and the record.
+      image_size: resize to this many pixels a side, and cut to the grid from the top
+        left; None resizes to the grid.
       on_error: called with (record index, error) for an image that cannot be decoded;
         unless it raises, the slot stays empty and the shapes stay the same.
     """
@@ -86,7 +89,9 @@ def fill_rows(
             height, width = (grid * patch_size).tolist()
             box = None if rows.boxes is None else tuple(rows.boxes[i].tolist())
             try:
-                array = pixels.load(load(index), height, width, dct=dct, box=box)
+                size = (image_size, image_size) if image_size else (height, width)
+                array = pixels.load(load(index), *size, dct=dct, box=box)
+                array = array[:height, :width]
             except (ValueError, OSError) as error:
                 on_error(index, ValueError(str(error)))
                 continue

@@ -19,7 +19,8 @@ def check_before(config: Config, source: Source) -> None:
     """Says what is legal and rarely meant; refuses what never is.
 
     Raises:
-      ValueError: if random weights would stay as they are.
+      ValueError: if random weights would stay as they are, or the tokenizer has more
+        ids than the text tower.
     """
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
@@ -38,14 +39,14 @@ def check_before(config: Config, source: Source) -> None:
     if config.model.text is not None and config.train.loss != "classification":
         some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
         captions = [c for i in some for c in source.captions(int(i))]
-        cut = text.share_cut(
-            captions, config.model.text.length, config.model.text.tokenizer
-        )
+        tower = config.model.text
+        text.check_vocabulary(tower.tokenizer, tower.vocab_size)
+        cut = text.share_cut(captions, tower.length, tower.tokenizer)
         if cut:
             log.warning(
                 "%.1f %% of the captions are longer than model.text.length=%d and lose "
                 "their end",
-                *(100 * cut, config.model.text.length),
+                *(100 * cut, tower.length),
             )
 
 

@@ -3,6 +3,7 @@
   navit convert tests/golden/siglip2_a /tmp/a
   pip install torch transformers && python tests/golden/check.py /tmp/a siglip2_a
 
+A third argument names the folder with the golden tokens, where it is another (gemma).
 Fails on any warning of transformers, and on any output that is not the golden one.
 """
 
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    AutoTokenizer,
     Siglip2ImageProcessorPil,
     Siglip2Model,
     Siglip2Processor,
+    SiglipImageProcessorPil,
     SiglipModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -30,7 +33,7 @@ class Collect(logging.Handler):
         said.append(record.getMessage())
 
 
-def main(folder, name):
+def main(folder, name, tokens=None):
     warnings.simplefilter("error")
     transformers_logging.set_verbosity_warning()
     transformers_logging.get_logger("transformers").addHandler(Collect())
@@ -53,20 +56,27 @@ def main(folder, name):
                 spatial_shapes=torch.from_numpy(grid[None]).long(),
             ).pooler_output.numpy()
             assert np.array_equal(z[0], want["pooled_2"])
+        elif model.config.vision_config.image_size == want["pixels"].shape[1]:
+            pixels = want["pixels"].astype(np.float32) / 127.5 - 1
+            pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            z = model.vision_model(pixel_values=pixels).pooler_output.numpy()
+            assert np.array_equal(z, want["pooled"])
+    # AutoProcessor wants torchvision; these are its parts without it.
     if kind is Siglip2Model:
-        # AutoProcessor wants torchvision; this is the same processor without it.
-        processor = Siglip2Processor.from_pretrained(folder)
+        tokenizer = Siglip2Processor.from_pretrained(folder).tokenizer
         images = Siglip2ImageProcessorPil.from_pretrained(folder)
-        image = Image.fromarray(np.full((40, 70, 3), 90, np.uint8))
-        patches = images([image], return_tensors="pt")
-        with np.load(pathlib.Path(__file__).parent / name / "tokens.npz") as found:
-            texts, ids = found["texts"].tolist(), found["ids"]
-        length = ids.shape[1]
-        got = processor.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length
-        )["input_ids"]
-        assert np.array_equal(got, ids), (got, ids)
-        print({k: tuple(v.shape) for k, v in patches.items()})
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        images = SiglipImageProcessorPil.from_pretrained(folder)
+    image = Image.fromarray(np.full((40, 70, 3), 90, np.uint8))
+    patches = images([image], return_tensors="pt")
+    golden = pathlib.Path(__file__).parent / (tokens or name)
+    with np.load(golden / "tokens.npz") as found:
+        texts, ids = found["texts"].tolist(), found["ids"]
+    options = dict(padding="max_length", truncation=True, max_length=ids.shape[1])
+    got = tokenizer(texts, **options)["input_ids"]
+    assert np.array_equal(got, ids), (got, ids)
+    print(type(tokenizer).__name__, {k: tuple(v.shape) for k, v in patches.items()})
     # transformers says this of the defaults of its own SiglipTextConfig, too.
     ours = [x for x in said if "between 0 and 31999" not in x]
     assert not ours, ours

@@ -8,17 +8,30 @@ folder holds what `from_pretrained` opens, and `expected.npz`: inputs and output
 
 import json
 import pathlib
+import re
 import shutil
+import string
 
 import numpy as np
+import sentencepiece
 import torch
-from tokenizers import Tokenizer, models, normalizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipModel,
+    SiglipTokenizer,
 )
 
 HERE = pathlib.Path(__file__).parent
@@ -44,6 +57,12 @@ FIXED = {
         | dict(num_attention_heads=3, patch_size=4, image_size=20),
         dict(hidden_size=24, intermediate_size=30, num_hidden_layers=2)
         | dict(num_attention_heads=2, vocab_size=50, max_position_embeddings=8),
+    ),
+    "siglip_cut": (  # the convolution leaves 3 pixels of 23 out
+        dict(hidden_size=27, intermediate_size=35, num_hidden_layers=1)
+        | dict(num_attention_heads=3, patch_size=5, image_size=23),
+        dict(hidden_size=15, intermediate_size=21, num_hidden_layers=1)
+        | dict(num_attention_heads=3, vocab_size=41, max_position_embeddings=7),
     ),
 }
 
@@ -185,6 +204,99 @@ def tokenizer(name, length, vocab_size):
     )
 
 
+TEXTS_1 = [
+    "A photo of a CAT.",
+    "",
+    "  Zwei  Hunde,\tim Regen? ",
+    "it's 'cold', isn't it\u2026 (no-one knows)",
+    "cat " * 40,
+    "?!",
+    "\u2581two\u2581dogs <pad>",
+    "\u00c4\u00d6 cafe\u0301 \u732b",
+]
+
+
+def pieces(name, length, vocab_size):
+    """A small spiece.model like SigLIP 1's, and the ids that transformers gives."""
+    # Of the default normalization, 240 kB, the rules for spaces and an ellipsis.
+    rules = HERE / name / "rules.tsv"
+    rules.write_text("2581\t20\nA0\t20\n9\t20\n2026\t2E 2E 2E\n")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a photo of a cat", "it is cold", "zwei hunde"] * 20),
+        model_prefix=str(HERE / name / "spiece"),
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        normalization_rule_tsv=str(rules),
+        **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+    )
+    rules.unlink()
+    (HERE / name / "spiece.vocab").unlink()
+    file = str(HERE / name / "spiece.model")
+    theirs = SiglipTokenizer(file)
+    options = dict(padding="max_length", truncation=True, max_length=length)
+    ids = np.array(theirs(TEXTS_1, **options)["input_ids"])
+    np.savez_compressed(HERE / name / "tokens.npz", texts=TEXTS_1, ids=ids)
+    as_json(sentencepiece.SentencePieceProcessor(model_file=file), name)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_file=str(HERE / name / "tokenizer.json"), pad_token="</s>"
+    )
+    assert np.array_equal(fast(TEXTS_1, **options)["input_ids"], ids)
+
+
+def gemma():
+    """A small gemma.model, and the ids that transformers gives."""
+    shutil.rmtree(HERE / "gemma", ignore_errors=True)
+    (HERE / "gemma").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a photo of a cat", "it is cold", "zwei hunde"] * 20),
+        model_prefix=str(HERE / "gemma/gemma"),
+        model_type="bpe",
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        **dict(pad_id=0, eos_id=1, bos_id=2, unk_id=3),
+        **dict(eos_piece="<eos>", bos_piece="<bos>"),
+    )
+    (HERE / "gemma/gemma.vocab").unlink()
+    theirs = Siglip2Tokenizer.from_pretrained(
+        HERE / "gemma",
+        vocab_file=str(HERE / "gemma/gemma.model"),
+        padding_side="right",
+        add_bos_token=False,  # as released
+        add_eos_token=True,
+    )
+    found = theirs(TEXTS, padding="max_length", truncation=True, max_length=9)
+    ids = np.array(found["input_ids"])
+    np.savez_compressed(HERE / "gemma/tokens.npz", texts=TEXTS, ids=ids)
+
+
+def as_json(pieces, name):
+    """The same pieces as a tokenizer.json, as the released repositories have both."""
+    found = range(pieces.get_piece_size())
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in found]
+    made = Tokenizer(models.Unigram(vocab, unk_id=2))
+    made.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace("\u2581", " "),
+            normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Replace("\u2026", "..."),
+        ]
+    )
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    made.save(str(HERE / name / "tokenizer.json"))
+
+
 def save(model, name):
     shutil.rmtree(HERE / name, ignore_errors=True)
     model.save_pretrained(HERE / name)
@@ -201,3 +313,7 @@ if __name__ == "__main__":
         tokenizer(name, text["max_position_embeddings"], text["vocab_size"])
     for name, (vision, text) in FIXED.items():
         fixed(name, vision, text, rng)
+    for name in FIXED:
+        text = FIXED[name][1]
+        pieces(name, text["max_position_embeddings"], text["vocab_size"])
+    gemma()

@@ -1,0 +1,244 @@
+"""The JSON beside a Hugging Face directory's tensors: config and preprocessor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
+from navit.convert.weights import square_side
+from navit.files import write_atomic
+
+log = logging.getLogger("navit")
+
+# What config.json states and the tensors decide.
+_SIZES = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("patch_size", "num_patches", "image_size"),
+    *("vocab_size", "max_position_embeddings"),
+}
+# Only these are understood, so a config.json that states another is refused.
+_FIXED = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "vision_use_head": True,
+    "num_channels": 3,
+}
+# What preprocessor_config.json must say, if it says it, as `preprocessor_of` does.
+_PIXELS = (
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("size", "patch_size"),
+)
+
+
+def model_of(
+    path: Path, config: dict[str, Any], stored: dict[str, tuple[int, ...]]
+) -> ModelConfig:
+    """A model's sizes from its tensors' shapes; only heads from config.json.
+
+    Raises:
+      ValueError: names what config.json states otherwise, or what is not known here.
+    """
+    vision, texts = config.get("vision_config", {}), config.get("text_config", {})
+    for part in (vision, texts):
+        for key, value in _FIXED.items():
+            if part.get(key, value) != value:
+                raise ValueError(
+                    f"{path / 'config.json'}: {key}={part[key]!r} is not supported; "
+                    f"SigLIP has {value!r}"
+                )
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        if name not in stored:
+            raise ValueError(f"{path} lacks the tensor {name}")
+        if len(stored[name]) != ndim:
+            raise ValueError(
+                f"{path}: {name} is {stored[name]}, and should have {ndim} axes"
+            )
+        return stored[name]
+
+    fixed = config["model_type"] == "siglip"
+    patch = shape("vision_model.embeddings.patch_embedding.weight", 4 if fixed else 2)
+    patch_size = patch[-1] if fixed else math.isqrt(patch[1] // 3)
+    positions, width = shape("vision_model.embeddings.position_embedding.weight", 2)
+    side = square_side(path, "vision_model.embeddings.position_embedding", positions)
+    fc1 = "{}_model.encoder.layers.0.mlp.fc1.weight"
+    vocab, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
+    length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
+    image_size = vision.get("image_size") if fixed else None
+    if not isinstance(image_size, int) or image_size // patch_size != side:
+        image_size = None  # and `_agree` says so, if it is stated
+    elif image_size == side * patch_size:
+        image_size = None
+    model = ModelConfig(
+        vision=VisionConfig(
+            patch_size=patch_size,
+            width=width,
+            depth=_depth(stored, "vision_model.encoder.layers."),
+            mlp_dim=shape(fc1.format("vision"), 2)[0],
+            num_heads=vision.get("num_attention_heads", 12),
+            position=PositionConfig(size=side),
+            fixed_grid=fixed,
+            image_size=image_size,
+        ),
+        text=TextConfig(
+            tokenizer="",
+            vocab_size=vocab,
+            length=length,
+            width=text_width,
+            depth=_depth(stored, "text_model.encoder.layers."),
+            mlp_dim=shape(fc1.format("text"), 2)[0],
+            num_heads=texts.get("num_attention_heads", 12),
+        ),
+    )
+    _agree(path, config, config_of(model))
+    return model
+
+
+def _agree(path: Path, stated: dict[str, Any], found: dict[str, Any]) -> None:
+    """A size that config.json states must be the tensors'."""
+    for part in ("vision_config", "text_config"):
+        for key in _SIZES & found[part].keys():
+            value = found[part][key]
+            said = stated.get(part, {}).get(key, value)
+            if said != value:
+                raise ValueError(
+                    f"{path}: config.json says {part}.{key}={said!r}, and the tensors "
+                    f"make it {value!r}"
+                )
+
+
+def _depth(stored: dict[str, tuple[int, ...]], prefix: str) -> int:
+    numbers = {int(n[len(prefix) :].split(".")[0]) for n in stored if prefix in n}
+    return max(numbers, default=0) + 1
+
+
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """config.json, as transformers writes it itself."""
+    v, t = model.vision, model.text
+    assert t is not None
+    shared = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    shared |= {"attention_dropout": 0.0}
+    kind = "siglip" if v.fixed_grid else "siglip2"
+    side = v.position.size
+    image_size = v.image_size or side * v.patch_size
+    vision = {
+        "model_type": f"{kind}_vision_model",
+        "hidden_size": v.width,
+        "intermediate_size": v.mlp_dim,
+        "num_hidden_layers": v.depth,
+        "num_attention_heads": v.num_heads,
+        "patch_size": v.patch_size,
+        "num_channels": 3,
+        **({"image_size": image_size} if v.fixed_grid else {}),
+        **({} if v.fixed_grid else {"num_patches": side * side}),
+    }
+    text = {
+        "model_type": f"{kind}_text_model",
+        "vocab_size": t.vocab_size,
+        "max_position_embeddings": t.length,
+        "hidden_size": t.width,
+        "intermediate_size": t.mlp_dim,
+        "num_hidden_layers": t.depth,
+        "num_attention_heads": t.num_heads,
+        "projection_size": v.width,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+    }
+    return {
+        "architectures": ["SiglipModel" if v.fixed_grid else "Siglip2Model"],
+        "model_type": kind,
+        "initializer_factor": 1.0,
+        "dtype": "float32",
+        "text_config": shared | text,
+        "vision_config": shared | vision,
+    }
+
+
+def preprocessor_of(model: ModelConfig) -> dict[str, Any]:
+    """preprocessor_config.json: the pixels that navit gives a model."""
+    v = model.vision
+    kind = "Siglip" if v.fixed_grid else "Siglip2"
+    side = v.image_size or v.position.size * v.patch_size
+    sizes: dict[str, Any] = (
+        {"size": {"height": side, "width": side}}
+        if v.fixed_grid
+        else {"patch_size": v.patch_size, "max_num_patches": 256}
+    )
+    return {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "processor_class": f"{kind}Processor",
+        "do_resize": True,
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+        **sizes,
+    }
+
+
+def check_preprocessor(path: Path, model: ModelConfig) -> None:
+    """Refuses other pixels than navit makes; another resize is only said."""
+    want = preprocessor_of(model)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        file = path / name
+        if not file.is_file():
+            continue
+        said = read_json(file)
+        said = said.get("image_processor", said)
+        for key in _PIXELS:
+            if key in want and said.get(key) not in (None, want[key]):
+                raise ValueError(
+                    f"{file} says {key}={said[key]!r}, and navit gives this model "
+                    f"images with {want[key]!r}: correct the file, if it is wrong, or "
+                    "fold the difference into the patch embedding's weights"
+                )
+        if said.get("resample") not in (None, want["resample"]):
+            log.warning(
+                "%s says resample=%s; navit resizes bilinearly (%s), as big_vision did "
+                "when it trained the model",
+                *(file, said["resample"], want["resample"]),
+            )
+
+
+def check_expressible(model: ModelConfig) -> None:
+    """Raises ValueError for a setting that transformers' classes do not have."""
+    v = model.vision
+    wrong = {
+        "text": model.text is None,
+        "vision.position.kind": v.position.kind != "siglip2",
+        "vision.pool": v.pool != "map",
+        "vision.qk_norm": v.qk_norm,
+        "vision.use_bias": not v.use_bias,
+        "vision.embed_dim": v.embed_dim is not None,
+        "vision.num_classes": v.num_classes > 0,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            value: Any = model
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ValueError(
+                f"model.{name}={value!r} has no place in transformers' Siglip2Model"
+            )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return found
+
+
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    write_atomic(file, (json.dumps(data, indent=2) + "\n").encode())
