@@ -28,7 +28,9 @@ class PackedImages(NamedTuple):
     grids: Any
 
     def check(self) -> None:
-        """Checks that the four arrays agree; for host arrays, never under jit.
+        """Checks that the four arrays agree, every image with all its tokens.
+
+        For host arrays, never under jit.
 
         Raises:
           ValueError: names the field, what it holds and what it should.

@@ -146,7 +146,48 @@ def _parser() -> argparse.ArgumentParser:
         help="of OUT (default: big_vision for an .npz, else huggingface)",
     )
     convert.set_defaults(run=_convert)
+
+    plan = commands.add_parser(
+        "plan",
+        help="show how images would pack into rows of several lengths",
+        description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
+        "several lengths, and prints padding, images a row, slots filled and steps an "
+        "epoch (* marks the config's own row length). No pixel is read.",
+    )
+    _add_config(plan)
+    plan.add_argument(
+        "--rows",
+        type=_integers,
+        default=(1024, 2048, 4096, 8192),
+        help="row lengths in tokens (default: 1024,2048,4096,8192)",
+    )
+    plan.add_argument("--out", type=Path, help="write the plot here (a .png)")
+    plan.set_defaults(run=_plan)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure the input pipeline of a config",
+        description="Measures the input pipeline of CONFIG alone, stage by stage. "
+        "Other measurements: python -m navit.bench.{plan,attention,embed,convert} "
+        "--help.",
+    )
+    bench.add_argument("what", choices=("input",))
+    _add_config(bench)
+    bench.add_argument(
+        "--batches", type=int, default=20, help="batches to measure (default: 20)"
+    )
+    bench.set_defaults(run=_bench)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="any field of the config, as data.budgets=64,256",
+    )
 
 
 # Heavy imports wait until a command runs, so that --help and mistakes answer at once.
@@ -222,6 +263,36 @@ def _convert(args: argparse.Namespace) -> int:
 
     format = write(read(args.path), args.out.expanduser(), args.format)
     print(f"wrote {args.out} ({format})")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+    from navit.input import pipeline, plan_report
+
+    config = config_lib.load(args.config, args.overrides)
+    source = pipeline.open_source(config.data.train)
+    patch_size = config.model.vision.patch_size
+    rows = [x for x in args.rows if x >= config.data.most_tokens(patch_size)]
+    found = plan_report.report(
+        source.sizes, config.data, patch_size=patch_size, row_lengths=rows
+    )
+    print(
+        f"{len(source)} images, global batch of {config.data.rows} rows of "
+        f"{config.data.row_tokens} tokens"
+    )
+    print(plan_report.table(found, config.data.row_tokens), end="")
+    if args.out:
+        plan_report.plot(found, args.out)
+        print(f"wrote {args.out}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+    from navit.bench import input as bench_input
+
+    bench_input.run(config_lib.load(args.config, args.overrides), args.batches)
     return 0
 
 

@@ -1,5 +1,6 @@
 """navit.input.pipeline: images -> rows, and plan -> training batches."""
 
+import contextlib
 import dataclasses
 import gc
 import io
@@ -15,12 +16,14 @@ import navit
 from navit.batch import Batch, PackedImages
 from navit.config import (
     Config,
+    Crop,
     DataConfig,
     Folder,
     ModelConfig,
     PositionConfig,
     Synthetic,
     TextConfig,
+    TokenDrop,
     TrainConfig,
     VisionConfig,
 )
@@ -234,6 +237,43 @@ def test_workers_give_the_same_batches_and_end_quietly(one_run, capfd):
     del iterator, close
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+RICH = dict(
+    budgets=(9, 16),
+    crop=Crop(),
+    flip=True,
+    drop=TokenDrop(kind="beta", rate=0.3, final_rate=0.3),
+    elastic=0.1,
+    rows=4,
+)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_every_draw_is_the_same_on_any_number_of_hosts_and_after_any_step(hosts):
+    whole = batches(config(**RICH))
+    for i in range(hosts):
+        mine = batches(
+            config(**RICH), start_step=2, process_index=i, process_count=hosts
+        )
+        rows = slice(4 // hosts * i, 4 // hosts * (i + 1))
+        expected = [
+            Batch(
+                PackedImages(*(x[rows] for x in batch.images)),
+                *(x[rows] for x in batch[1:]),
+            )
+            for batch in whole[2:]
+        ]
+        assert_same(mine, expected)
+    plain = batches(config(rows=4))
+    assert (whole[0].images.patches != plain[0].images.patches).any()
+
+
+def test_every_draw_is_the_same_in_a_worker():
+    iterator = train_batches(config(**RICH, workers=1), open_source(Synthetic(40, 2)))
+    with contextlib.closing(iterator):
+        found = [next(iterator) for _ in range(3)]
+    assert_same(found, batches(config(**RICH))[:3])
 
 
 def test_the_rows_of_two_hosts_are_the_batch_of_one(one_run):

@@ -15,7 +15,7 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
-from navit.input.plan import BatchPlans, Rows, grids_of, pack_rows
+from navit.input.plan import VERSION, BatchPlans, Rows, grids_of, pack_rows
 from navit.input.sources import FolderSource, Source
 from navit.input.synthetic import SyntheticSource
 
@@ -48,6 +48,11 @@ def open_eval_source(data: config.DataConfig) -> Source:
                 f"{source.holdout} differ, so images would be in both parts"
             )
     return open_source(source)
+
+
+def fingerprint(source: Source) -> str:
+    """Another one where the data, or how it is planned, is another."""
+    return f"{source.fingerprint()}, plan {VERSION}"
 
 
 def fill_rows(
@@ -291,6 +296,8 @@ def train_batches(
             sizes, data.most_tokens(vision.patch_size), data, vision.patch_size
         )
         vision.position.check(grids)
+    if process_index == 0:
+        log.info("%s", plans.summary())
     materialize = Materialize(
         source,
         data,

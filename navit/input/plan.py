@@ -254,18 +254,21 @@ class BatchPlans(Sequence):
         start = step * self._data.rows + self._first_row
         return self._plan(epoch, block).slice(start, start + self._host_rows)
 
-    def summary(self) -> str:
-        """What an epoch is like, from its first block."""
+    def first_block(self) -> tuple[Rows, float]:
+        """The rows of epoch 0's first block that are used, and the share of its images
+        that are left out; what the other blocks are like."""
         rows = self._plan(0, 0)
-        places = max(1, self._block_steps) * self._data.rows
-        used = rows.slice(0, places)
-        fill = used.lengths.sum() / (places * self._data.row_tokens)
+        used = rows.slice(0, max(1, self._block_steps) * self._data.rows)
+        return used, 1 - len(used.index) / max(1, len(rows.index))
+
+    def summary(self) -> str:
+        """What an epoch is like."""
+        used, left_out = self.first_block()
+        fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
         return (
-            f"{self.steps_per_epoch} steps an epoch, {len(used.index) / places:.1f} "
+            f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
             f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
-            f"{fill:.1%} of the tokens filled, "
-            f"{1 - len(used.index) / max(1, len(rows.index)):.1%} of the images left "
-            "out of an epoch"
+            f"fill {fill:.1%}, {left_out:.1%} of the images left out"
         )
 
     def __getstate__(self) -> dict:

@@ -62,7 +62,7 @@ def train(
       FloatingPointError: if the loss is not finite.
     """
     source = pipeline.open_source(config.data.train)
-    data = source.fingerprint()
+    data = pipeline.fingerprint(source)
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
     log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))

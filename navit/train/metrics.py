@@ -50,6 +50,8 @@ class Meter:
         found = np.asarray(batch.images.grids)[..., 0] > 0
         self._steps += 1
         self._images += int(found.sum())
+        self._rows += len(found)
+        self._slots += found.size
         lost = int((planned & ~found).sum())
         self._unreadable += lost
         self.unreadable += lost
@@ -62,6 +64,8 @@ class Meter:
         seconds = time.perf_counter() - self._start
         metrics: dict[str, float | int] = {
             "images_per_step": round(self._images / max(self._steps, 1), 2),
+            "images_per_row": round(self._images / max(self._rows, 1), 2),
+            "slots_filled": round(self._images / max(self._slots, 1), 4),
             "fill": round(self._fill / max(self._steps, 1), 4),
             "unreadable": self._unreadable,
         }
@@ -86,6 +90,7 @@ class Meter:
 
     def _restart(self) -> None:
         self._steps = self._images = self._unreadable = self._tokens = 0
+        self._rows = self._slots = 0
         self._fill = 0.0
         self.start_clock()
 
@@ -102,6 +107,8 @@ def line(metrics: dict[str, float | int], total_steps: int) -> str:
     if "eta_seconds" in metrics:
         minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
         text += f"  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    if metrics.get("input_wait", 0) >= 0.05:  # else the device is kept busy
+        text += f"  waiting for input {metrics['input_wait']:.0%}"
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
     return text

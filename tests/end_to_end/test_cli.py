@@ -277,3 +277,17 @@ def test_help_teaches():
     assert "key.path=value" in run("train", "--help").stdout
     done = run("train", "configs/quickstart.py", "optim.lr=0.5", "--print-config")
     assert json.loads(done.stdout)["optim"]["lr"] == 0.5
+
+
+def test_plan_and_bench_show_the_input_of_a_config(tmp_path):
+    out = tmp_path / "plan.png"
+    done = run("plan", "configs/photos.py", *SMALL, "--rows", "512", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"512 +\d+\.\d+% +\d+\.\d", done.stdout), done.stdout
+    assert out.stat().st_size > 5000
+    done = run("bench", "input", "configs/photos.py", *SMALL, "--batches", "2")
+    assert done.returncode == 0, done.stderr
+    stages = re.findall(r"^(\w+) +[\d.]+ images/s of CPU", done.stdout, re.MULTILINE)
+    assert stages == ["plan", "read", "pixels", "pipeline"]
+    assert re.search(r"pipeline / pixels: \d+\.\d%", done.stdout)
+    assert re.search(r"as trained +[\d.]+ images/s of wall time", done.stdout)

@@ -1,0 +1,234 @@
+"""The input pipeline alone, stage by stage: `navit bench input CONFIG`.
+
+CPU seconds of this process count, so that other work on the machine does not. "pixels"
+is the part that has to be: decode, resize and patchify of the same images at the same
+grids, from bytes in memory. The whole pipeline should be nearly as fast.
+
+  navit bench input configs/photos.py data.train.path=~/photos
+  python -m navit.bench.input                 # against transformers, where installed
+  python -m navit.bench.input --memory 2000   # a worker's memory over so many batches
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grain
+import numpy as np
+from PIL import Image
+
+from navit.config import Config, DataConfig, Synthetic, TrainConfig
+from navit.input import geometry, pipeline, pixels
+from navit.input.plan import BatchPlans, plan_block
+from navit.input.sources import Source
+
+SAMPLE = Path(__file__).parents[2] / "data/sample"
+
+
+def run(config: Config, batches: int, rounds: int = 3) -> None:
+    """Prints what each stage costs and what the whole pipeline gives."""
+    source = pipeline.open_source(config.data.train)
+    data, patch_size = config.data, config.model.vision.patch_size
+    with _timed() as seconds:
+        block = plan_block(source.sizes, data, patch_size=patch_size, epoch=0)
+    _line("plan", len(block.index), seconds[0])
+    plans = BatchPlans(source.sizes, data, patch_size=patch_size, steps=batches)
+    rows = [plans[i] for i in range(batches)]
+    index = np.concatenate([x.index for x in rows]).tolist()
+    with _timed() as seconds:
+        images = {i: source.image(i) for i in index}
+    _line("read", len(index), seconds[0])
+
+    materialize = pipeline.Materialize(
+        source,
+        data,
+        patch_size=patch_size,
+        slots=plans.slots,
+        text_tower=config.model.text,
+    )
+    dataset = grain.MapDataset.source(plans).map(materialize)
+    grids = np.concatenate([x.grids for x in rows])
+    times: dict[str, list[float]] = {"pixels": [], "pipeline": []}
+    for _ in range(rounds):  # taking turns
+        with _timed() as seconds:
+            _pixels(images, index, grids, patch_size, data.dct)
+        times["pixels"].append(seconds[0])
+        with _timed() as seconds:
+            for batch in dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)):
+                del batch
+        times["pipeline"].append(seconds[0])
+    medians = {name: statistics.median(x) for name, x in times.items()}
+    for name, found in medians.items():
+        _line(name, len(index), found)
+    print(f"pipeline / pixels: {medians['pixels'] / medians['pipeline']:.1%}")
+    _wall(config, source, batches)
+
+
+def _pixels(
+    images: dict[int, pixels.ImageLike],
+    index: list[int],
+    grids: np.ndarray,
+    patch_size: int,
+    dct: str,
+) -> None:
+    out = np.zeros((int(grids.prod(-1).max()), patch_size**2 * 3), np.uint8)
+    for i, grid in zip(index, grids, strict=True):
+        height, width = (grid * patch_size).tolist()
+        try:
+            array = pixels.load(images[i], height, width, dct=dct)
+        except ValueError:  # the pipeline leaves it empty
+            continue
+        pixels.to_patches(array, patch_size, out[: int(grid.prod())])
+
+
+def _wall(config: Config, source: Source, batches: int) -> None:
+    """Images a second as training gets them, with the config's workers."""
+    train = dataclasses.replace(config.train, steps=batches + 3)
+    config = dataclasses.replace(config, train=train)
+    with contextlib.closing(pipeline.train_batches(config, source)) as iterator:
+        for _ in range(3):  # workers start
+            next(iterator)
+        start = time.perf_counter()
+        count = sum(int((next(iterator).id >= 0).sum()) for _ in range(batches))
+        seconds = time.perf_counter() - start
+    workers = config.data.workers
+    kind = f"{workers} workers" if workers else "threads of one process"
+    print(f"as trained  {count / seconds:10.1f} images/s of wall time, {kind}")
+
+
+@contextlib.contextmanager
+def _timed():  # type: ignore[no-untyped-def]
+    """CPU seconds of this process, all threads, in a list of one."""
+    found = [time.process_time()]
+    yield found
+    found[0] = time.process_time() - found[0]
+
+
+def _line(name: str, count: int, seconds: float) -> None:
+    print(
+        f"{name:10}  {count / seconds:10.1f} images/s of CPU time  "
+        f"{1000 * seconds / count:8.3f} ms an image",
+        flush=True,
+    )
+
+
+def peers(rounds: int) -> None:
+    """Decode, resize and patchify against transformers' processor, one core each."""
+    try:
+        import torch
+        from transformers import Siglip2ImageProcessorPil
+    except ImportError:
+        print("torch and transformers are not installed: no comparison")
+        return
+    torch.set_num_threads(1)
+    processor = Siglip2ImageProcessorPil(patch_size=16)
+    for width, height in ((500, 375), (4000, 3000)):
+        files = _photographs(width, height)
+        for budget in (256, 1024):
+            grids = geometry.grids_for(np.array([[height, width]] * len(files)), budget)
+
+            def ours(files: list[bytes] = files, grids: np.ndarray = grids) -> None:
+                table: dict[int, pixels.ImageLike] = dict(enumerate(files))
+                _pixels(table, list(table), grids, 16, "fast")
+
+            def theirs(files: list[bytes] = files, budget: int = budget) -> None:
+                for file in files:
+                    image = Image.open(io.BytesIO(file)).convert("RGB")
+                    processor(image, max_num_patches=budget, return_tensors="pt")
+
+            a, b = _in_turns(ours, theirs, rounds)
+            print(
+                f"{width}x{height} at {budget:4} tokens: "
+                f"{1000 * a / len(files):7.2f} ms an image; "
+                f"transformers {1000 * b / len(files):7.2f}; "
+                f"{b / a:.2f} times as fast",
+                flush=True,
+            )
+
+
+def _in_turns(
+    a: Callable[[], None], b: Callable[[], None], rounds: int
+) -> tuple[float, float]:
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        for call, found in zip((a, b), times, strict=True):
+            with _timed() as seconds:
+                call()
+            found.append(seconds[0])
+    return statistics.median(times[0][1:]), statistics.median(times[1][1:])
+
+
+def _photographs(width: int, height: int) -> list[bytes]:
+    """The sample's photographs at one size, with the noise of a sensor."""
+    rng = np.random.default_rng(0)
+    files = []
+    for name in ("astronaut", "cat", "coffee_rotated", "rocket", "galaxies", "stairs"):
+        image = Image.open(SAMPLE / f"{name}.jpg").convert("RGB")
+        array = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        noise = rng.normal(0, 3, array.shape)
+        noisy = np.clip(array + noise, 0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy).save(buffer, "JPEG", quality=88)
+        files.append(buffer.getvalue())
+    return files
+
+
+def memory(batches: int) -> None:
+    """Resident memory of a worker process over many batches, and its slope."""
+    config = Config(
+        data=DataConfig(
+            train=Synthetic(size=2000), budgets=(64, 256), rows=2, workers=1
+        ),
+        train=TrainConfig(steps=batches),
+    )
+    source = pipeline.open_source(config.data.train)
+    found = []
+    with contextlib.closing(pipeline.train_batches(config, source)) as iterator:
+        for step in itertools.count(1):
+            if next(iterator, None) is None:
+                break
+            if step % 50 == 0:
+                found.append((step, _worker_kib()))
+                print(f"batch {step:6}: {found[-1][1] / 1024:8.1f} MiB", flush=True)
+    later = np.array(found[len(found) // 4 :])  # once everything is loaded
+    slope = np.polyfit(later[:, 0], later[:, 1], 1)[0]
+    print(f"slope after a quarter of them: {slope:+.3f} KiB a batch")
+
+
+def _worker_kib() -> int:
+    """Resident memory of the largest child process (Linux)."""
+    sizes = []
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{child}/status").read_text()
+                sizes.append(int(status.split("VmRSS:")[1].split()[0]))
+    if not sizes:
+        raise OSError(f"process {os.getpid()} has no worker to look at")
+    return max(sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Pixels against transformers' processor, or a worker's memory."
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, metavar="BATCHES")
+    args = parser.parse_args()
+    if args.memory:
+        memory(args.memory)
+    else:
+        peers(args.rounds)
+
+
+if __name__ == "__main__":
+    main()
