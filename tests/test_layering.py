@@ -23,7 +23,7 @@ ALLOWED = {
     "navit.model": MODEL,
     "navit.losses": MODEL,
     "navit.optim": MODEL,
-    "navit.input": (*BASE, "navit.input"),
+    "navit.input": (*BASE, "navit.files", "navit.input"),
 }
 # Parts that may import nearly all, and what they may not.
 FORBIDDEN = {
