@@ -16,17 +16,10 @@ from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
 from navit.input.plan import BatchPlans, Rows, pack_rows
-from navit.input.sources import FolderSource, Source
-from navit.input.synthetic import SyntheticSource
+from navit.input.sources import Source
+from navit.input.sources import open_source as open_source
 
 log = logging.getLogger("navit")
-
-
-def open_source(source: config.Synthetic | config.Folder) -> Source:
-    """Opens what a config names; sizes are known from here on."""
-    if isinstance(source, config.Synthetic):
-        return SyntheticSource(source.size, source.seed)
-    return FolderSource(source)
 
 
 def open_eval_source(data: config.DataConfig) -> Source:
