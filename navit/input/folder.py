@@ -31,8 +31,7 @@ class FolderSource:
     def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
         self._storage = storage.open_storage(folder.path)
         remote = storage.is_remote(folder.path)
-        # One listing tells what is behind a URL; asking file by file takes hours.
-        listing = self._storage.files(folder.path) if remote else None
+        listing = self._storage.listing(folder.path)
         self._root = folder.path.rstrip("/")
         if not remote:
             self._root = str(Path(folder.path).expanduser())
@@ -112,11 +111,7 @@ class FolderSource:
             return sizes.Record.of(opened)
 
     def _find_table(self, name: str, listing: dict[str, storage.Stat] | None) -> str:
-        names = (
-            [path[len(self._root) + 1 :] for path in listing]
-            if listing is not None
-            else [p.name for p in Path(self._root).iterdir()]
-        )
+        names = listing or [p.name for p in Path(self._root).iterdir()]
         if name:
             _check_inside(self._root, name, "data.train.table")
             if name not in names and not (Path(self._root) / name).is_file():
@@ -138,7 +133,7 @@ class FolderSource:
         _check_inside(self._root, file, table)
         path = self._path(file)
         try:
-            return self._storage.stat(path) if listing is None else listing[path]
+            return self._storage.stat(path) if listing is None else listing[file]
         except (OSError, KeyError):
             raise FileNotFoundError(
                 f"{table} names {file!r}, which is not in {self._root}: add the file "

@@ -151,7 +151,7 @@ def _fill(
     def one(record: int) -> Record | str:
         try:
             return inspect(record)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     chunk = max(SAVE_EVERY, count // 50)

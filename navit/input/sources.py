@@ -46,4 +46,9 @@ def open_source(source: config.AnySource, *, again: bool = False) -> Source:
         from navit.input.folder import FolderSource
 
         return FolderSource(source, again=again)
+    if isinstance(source, config.TarShards):
+        from navit.input.records import RecordSource
+        from navit.input.tar import TarReader
+
+        return RecordSource(TarReader(source, again=again), again=again)
     raise ValueError(f"{source!r} is no source of images")

@@ -31,7 +31,7 @@ class Storage(Protocol):
     def read(self, path: str) -> bytes: ...
     def read_range(self, path: str, start: int, size: int) -> bytes: ...
     def stat(self, path: str) -> Stat: ...
-    def files(self, folder: str) -> dict[str, Stat]: ...
+    def listing(self, folder: str) -> dict[str, Stat] | None: ...
     def glob(self, pattern: str) -> list[str]: ...
 
 
@@ -62,9 +62,10 @@ class Local:
         found = os.stat(path)
         return Stat(found.st_size, str(found.st_mtime_ns))
 
-    def files(self, folder: str) -> dict[str, Stat]:
-        paths = (p for p in Path(folder).iterdir() if p.is_file())
-        return {str(p): self.stat(str(p)) for p in sorted(paths)}
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """None: asking for one file is cheap here, and listing all need not be."""
+        del folder
+        return None
 
     def glob(self, pattern: str) -> list[str]:
         anchor = Path(pattern).anchor
@@ -89,10 +90,12 @@ class Remote:
     def stat(self, path: str) -> Stat:
         return _remote_stat(self._fs.info(path))
 
-    def files(self, folder: str) -> dict[str, Stat]:
-        found = self._fs.find(folder, detail=True)
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """Every file below, by its path from there: asking one by one takes hours."""
+        root = self._fs._strip_protocol(folder).rstrip("/")
+        found = self._fs.find(root, detail=True)
         return {
-            self._fs.unstrip_protocol(path): _remote_stat(info)
+            path[len(root) + 1 :]: _remote_stat(info)
             for path, info in sorted(found.items())
         }
 
