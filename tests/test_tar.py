@@ -15,7 +15,8 @@ import pytest
 from navit.config import Folder, TarShards
 from navit.input import sizes
 from navit.input.folder import FolderSource
-from navit.input.sources import Source, open_source
+from navit.input.kinds import open_source
+from navit.input.sources import Source
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 ROWS = list(csv.DictReader((SAMPLE / "captions.csv").read_text().splitlines()))

@@ -15,9 +15,9 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
+from navit.input.kinds import open_source as open_source
 from navit.input.plan import BatchPlans, Rows, pack_rows
 from navit.input.sources import Source
-from navit.input.sources import open_source as open_source
 
 log = logging.getLogger("navit")
 

@@ -144,20 +144,29 @@ def missing(name: str, found: Any, where: str) -> str:
     return f"{where} has no {name!r} (it has: {names})"
 
 
-def choose(config: Any, available: Iterable[str], where: str) -> tuple[str, str]:
+def choose(
+    config: Any, available: Iterable[str], where: str, *, deep: bool = False
+) -> tuple[str, str]:
     """(caption, label): the configured fields; "" for a default that is not there.
+
+    Args:
+      deep: a field may be `a.b`, of which `a` is to be available.
 
     Raises:
       ValueError: for a field that was asked for by name and is not there, for no image,
         and where neither a caption nor a label is left.
     """
     available = list(available)
-    if config.image not in available:
+
+    def there(name: str) -> bool:
+        return (name.partition(".")[0] if deep else name) in available
+
+    if not there(config.image):
         raise ValueError(missing(config.image, available, where))
     chosen = []
     for field in ("caption", "label"):
         name = getattr(config, field)
-        if name and name not in available:
+        if name and not there(name):
             if name != getattr(type(config)(), field):
                 raise ValueError(missing(name, available, where))
             name = ""

@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from navit import config
 from navit.input import pixels
 
 
@@ -29,26 +28,3 @@ class Source(Protocol):
     def captions(self, index: int) -> tuple[str, ...]: ...
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...  # another one where the data is another
-
-
-def open_source(source: config.AnySource, *, again: bool = False) -> Source:
-    """Opens what a config names; sizes are known from here on.
-
-    Args:
-      again: read all headers anew and keep the index, whatever is kept already.
-    """
-    # Each kind is imported when it is used: some need packages that others do not.
-    if isinstance(source, config.Synthetic):
-        from navit.input.synthetic import SyntheticSource
-
-        return SyntheticSource(source.size, source.seed)
-    if isinstance(source, config.Folder):
-        from navit.input.folder import FolderSource
-
-        return FolderSource(source, again=again)
-    if isinstance(source, config.TarShards):
-        from navit.input.records import RecordSource
-        from navit.input.tar import TarReader
-
-        return RecordSource(TarReader(source, again=again), again=again)
-    raise ValueError(f"{source!r} is no source of images")
