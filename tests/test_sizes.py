@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from navit.cli import main
 from navit.config import Folder
 from navit.input import kept, sizes, storage
 from navit.input.folder import FolderSource
@@ -233,3 +234,37 @@ def test_the_parts_of_a_split_share_one_index(photos):
     parts = [FolderSource(Folder(str(photos), split=s)) for s in ("train", "eval")]
     assert len(list((photos / ".navit").iterdir())) == 1
     assert sum(map(len, parts)) == 17
+
+
+def run(capsys, *arguments: str) -> str:
+    assert main(["index", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_navit_index_keeps_the_sizes_and_prints_them(photos, tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from navit.config import *\n"
+        "def get_config():\n"
+        f"    data = DataConfig(train=Folder({str(photos)!r}, split='train'),\n"
+        "                      eval=Folder(split='eval'))\n"
+        "    return Config(data=data)\n"
+    )
+    (photos / "cat.jpg").write_bytes(b"no image")
+    lines = run(capsys, str(config), "data.train.split=all").splitlines()
+    assert lines[0] == "data.train: 16 images, 1 unreadable"
+    heights = next(line for line in lines if line.startswith("  height  ")).split()
+    assert (heights[1], heights[-1]) == ("60", "1411")
+    assert lines[1] == "  task label: 7 classes, 16 images labelled"
+    parts = run(capsys, str(config)).splitlines()
+    counts = [int(line.split()[1]) for line in parts if line.startswith("data.")]
+    assert len(counts) == 2 and sum(counts) == 16
+    assert len(list((photos / ".navit").glob("sizes-*"))) == 1
+    # A file mended without a change of size or time is only seen when asked for.
+    before = (photos / "cat.jpg").stat()
+    data = (SAMPLE / "coin_small.jpg").read_bytes()
+    (photos / "cat.jpg").write_bytes(data)
+    os.utime(photos / "cat.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "17 images, 0 unreadable" in run(
+        capsys, str(config), "--again", "data.train.split=all"
+    )

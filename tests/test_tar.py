@@ -184,6 +184,7 @@ def test_of_a_truncated_shard_what_is_whole_is_used(shards, caplog, cut):
     assert set(keys(source)) >= set(images) - lost
     assert all(source.image(i) == images[key] for i, key in enumerate(keys(source)))
     assert "damaged" in caplog.text and "00001.tar" in caplog.text
+    assert source.damaged == 1
 
 
 def test_a_shard_that_is_no_tar_is_named_and_the_others_are_used(shards, caplog):
@@ -192,6 +193,7 @@ def test_a_shard_that_is_no_tar_is_named_and_the_others_are_used(shards, caplog)
     (shards / "00004.tar").write_bytes(b"")
     source = opened(shards)
     assert len(source) == sum(len(ROWS[i::3]) for i in (1, 2))
+    assert source.damaged == 3
     assert "00000.tar: compressed" in caplog.text
     assert "00003.tar" in caplog.text and "00004.tar" in caplog.text
     for shard in ("00001", "00002"):

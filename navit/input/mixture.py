@@ -47,6 +47,7 @@ class MixtureSource:
         self.parts = tuple(map(Part, offsets, counts, shares.tolist()))
         self.sizes = np.concatenate([source.sizes for source in sources])
         self.left_out = sum(getattr(source, "left_out", 0) for source in sources)
+        self.damaged = sum(getattr(source, "damaged", 0) for source in sources)
         self.tasks = {}
         for name in dict.fromkeys(name for s in sources for name in s.tasks):
             task = _shared(name, sources)

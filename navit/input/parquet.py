@@ -42,12 +42,14 @@ class ParquetReader:
         self._path = source.path
         files = storage.find(storage.Local(), source.path, (".parquet",))
         self._groups: list[tuple[str, int]] = []  # (file, row group)
+        self.damaged: list[str] = []
         counts, largest, first = [], 0, None
         for file in files:
             try:
                 metadata = self._parquet.read_metadata(file)
             except (ValueError, OSError) as error:
-                log.warning("left out, damaged: %s: %s", file, error)
+                self.damaged.append(f"{file}: {error}")
+                log.warning("left out, damaged: %s", self.damaged[-1])
                 continue
             first = first or metadata
             for group in range(metadata.num_row_groups):

@@ -22,11 +22,11 @@ from navit.input.sources import Source
 log = logging.getLogger("navit")
 
 
-def open_eval_source(data: config.DataConfig) -> Source:
+def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
     """Opens `data.eval`; the training images where it is not set."""
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
-        return open_source(data.train)
+        return open_source(data.train, again=again)
     source = data.eval
     if isinstance(source, config.Folder) and isinstance(data.train, config.Folder):
         train = data.train
@@ -40,7 +40,7 @@ def open_eval_source(data: config.DataConfig) -> Source:
                 f"data.train.holdout={train.holdout} and data.eval.holdout="
                 f"{source.holdout} differ, so images would be in both parts"
             )
-    return open_source(source)
+    return open_source(source, again=again)
 
 
 def fill_rows(

@@ -29,6 +29,7 @@ class Reader(Protocol):
 
     place: Place
     classes: tuple[str, ...]  # names of integer labels; empty: not known
+    damaged: list[str]  # the files that are not whole, each with what is wrong
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -56,7 +57,7 @@ class RecordSource:
         )
         self._kept = index.kept
         self._described = index.describe()
-        self.left_out = len(index.unreadable)
+        self.left_out, self.damaged = len(index.unreadable), len(reader.damaged)
         self.sizes = index.sizes[self._kept]
         labels = index.labels[self._kept]
         task = _task(labels, reader.classes, reader.place.identity)

@@ -44,6 +44,7 @@ class TfdsReader:
         if not isinstance(_feature(features, self._image, where), tfds.features.Image):
             raise ValueError(f"{where}: the feature {self._image!r} is no image")
         self.classes: tuple[str, ...] = ()
+        self.damaged: list[str] = []
         if self._label:
             label = _feature(features, self._label, where)
             if isinstance(label, tfds.features.ClassLabel):
