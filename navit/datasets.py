@@ -82,7 +82,8 @@ class Tfds:
     `name`: `coco_captions`, `imagenet2012:5.1.0`, `my_set/its_config`. `split`:
     `train`, `validation[:50%]`. `data_dir`: empty is TFDS's own. `image`, `caption` and
     `label` are features, `captions.text` where they are nested; an empty name means
-    that there is none. Class names are those of the dataset.
+    that there is none. Class names are those of the dataset, or the lines of the text
+    file `classes`.
     """
 
     name: str = ""
@@ -91,6 +92,7 @@ class Tfds:
     image: str = "image"
     caption: str = "caption"
     label: str = "label"
+    classes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

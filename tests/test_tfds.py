@@ -134,6 +134,19 @@ def test_a_class_is_the_caption_where_there_is_none(prepared):
     assert open_source(options(prepared, label="")).tasks == {}
 
 
+def test_names_of_classes_in_place_of_the_datasets_own(prepared, tmp_path):
+    """As of ImageNet, which TFDS names by the numbers of WordNet."""
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(name.upper() for name in CLASSES))
+    own = open_source(options(prepared)).tasks["label"]
+    task = open_source(options(prepared, classes=str(path))).tasks["label"]
+    assert task.class_names == tuple(name.upper() for name in own.class_names)
+    np.testing.assert_array_equal(task.labels, own.labels)
+    path.write_text("a\nb")
+    with pytest.raises(ValueError, match="names 2 classes, and .* has 7"):
+        open_source(options(prepared, classes=str(path)))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

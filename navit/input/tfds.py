@@ -43,12 +43,18 @@ class TfdsReader:
             _feature(features, path, where)
         if not isinstance(_feature(features, self._image, where), tfds.features.Image):
             raise ValueError(f"{where}: the feature {self._image!r} is no image")
-        self.classes: tuple[str, ...] = ()
+        self.classes = records.class_names(source.classes)
         self.damaged: list[str] = []
         if self._label:
             label = _feature(features, self._label, where)
             if isinstance(label, tfds.features.ClassLabel):
-                self.classes = tuple(label.names)
+                names = tuple(label.names)
+                if self.classes and len(self.classes) != len(names):
+                    raise ValueError(
+                        f"{source.classes} names {len(self.classes)} classes, and "
+                        f"{where} has {len(names)}"
+                    )
+                self.classes = self.classes or names
         decoders: Any = tfds.decode.SkipDecoding()
         for key in reversed(self._image.split(".")):
             decoders = {key: decoders}
@@ -123,6 +129,6 @@ def _feature(features: Any, path: str, where: str) -> Any:
             features = features.feature
         names = list(features.keys()) if hasattr(features, "keys") else []
         if key not in names:
-            raise ValueError(records.missing(key, names, where))
+            raise ValueError(records.missing(key, sorted(names), where))
         features = features[key]
     return features
