@@ -143,7 +143,7 @@ def test_names_of_classes_in_place_of_the_datasets_own(prepared, tmp_path):
     assert task.class_names == tuple(name.upper() for name in own.class_names)
     np.testing.assert_array_equal(task.labels, own.labels)
     path.write_text("a\nb")
-    with pytest.raises(ValueError, match="names 2 classes, and .* has 7"):
+    with pytest.raises(ValueError, match=r"names 2 classes, and .* has 7"):
         open_source(options(prepared, classes=str(path)))
 
 

@@ -116,9 +116,10 @@ def _builder(tfds: Any, source: config.Tfds) -> Any:
     except tfds.core.registered.DatasetNotFoundError:
         folder = where.get("data_dir") or tfds.core.constants.DATA_DIR
         raise ValueError(
-            f"{source.name} is not prepared in {folder}: tfds build {source.name} "
-            f"--file_format=array_record --data_dir={folder}, or set data.train."
-            "data_dir to where it is"
+            f"{source.name} is not prepared in {folder}: set data.train.data_dir to "
+            f"where it is, or prepare it: tfds build {source.name} "
+            f"--file_format=array_record --data_dir={folder} (this needs TensorFlow, "
+            "reading does not)"
         ) from None
 
 
