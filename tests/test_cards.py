@@ -5,6 +5,7 @@ import csv
 import functools
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,16 @@ def test_a_card_is_complete_and_its_line_is_a_source(path):
     if isinstance(source, Tfds) and "data/builders" in card["get"]:
         assert builder_of(source.name).name == source.name
         assert f"data/builders/{source.name}.py" in card["get"]
+
+
+def test_the_lines_of_the_docs_are_sources():
+    text = (ROOT / "docs" / "data.md").read_text()
+    lines = re.findall(r"\| `((?:\w+)\([^`]*\))` \|", text)
+    names = {line.partition("(")[0] for line in lines}
+    assert names == {*SOURCES, "Synthetic", "Mixture"}
+    for line in lines:
+        if line.partition("(")[0] in SOURCES:
+            assert source_of(line)
 
 
 def prepare(name: str, manual: Path, root: Path) -> None:
