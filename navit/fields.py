@@ -133,7 +133,11 @@ def _fit(value: Any, hint: Any) -> Any:
         return float(value)
     is_tuple = any(typing.get_origin(h) is tuple for h in hints)
     if is_tuple and value is not None and not isinstance(value, tuple):
-        return tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(value, tuple) and any(
+        typing.get_origin(h) is tuple and typing.get_args(h)[0] is float for h in hints
+    ):
+        return tuple(_fit(item, float) for item in value)
     return value
 
 

@@ -148,6 +148,14 @@ def test_array_records_equal_the_files_and_their_table(array_records, pattern):
     assert copy.image(12) == source.image(12)
 
 
+def test_files_as_tfds_names_them(tmp_path):
+    paths = [tmp_path / f"a-train.array_record-0000{i}-of-00002" for i in range(2)]
+    for i, path in enumerate(paths):
+        write_records(path, [example(row) for row in ROWS[i : i + 1]])
+    for path, count in ((tmp_path, 2), (tmp_path / "a-train*", 2), (paths[0], 1)):
+        assert len(open_source(ArrayRecords(str(path)))) == count
+
+
 def test_labels_in_words_and_none_at_all(tmp_path):
     rows = ROWS[:4]
     path = tmp_path / "a.array_record"
@@ -385,6 +393,14 @@ def test_classes_that_differ_are_no_task_of_the_mixture(array_records, caplog):
 def test_a_mixture_that_contradicts_itself_is_refused(sources, weights, words):
     with pytest.raises(ValueError, match=words):
         Mixture(sources, weights)
+
+
+def test_weights_are_set_by_whole_numbers_too():
+    train = Mixture((Synthetic(3), Synthetic(4)))
+    whole = config.Config(data=config.DataConfig(train=train))
+    changed = config.override(whole, ["data.train.weights=1,2.5"])
+    assert changed.data.train.weights == (1.0, 2.5)
+    assert type(changed.data.train.weights[0]) is float
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """navit.input.sizes: one pass over the headers, kept, resumed, made anew on change."""
 
+import errno
 import io
 import logging
 import os
@@ -105,6 +106,31 @@ def test_an_interrupted_index_resumed_equals_one_made_at_once(place, monkeypatch
     assert_same(measure(place, counted), whole)
     assert sorted(seen) == list(range(stop, len(IMAGES)))
     assert not list(place.folder.rglob("*.tmp"))
+
+
+def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
+    """Else all images would be listed as unreadable, for good."""
+
+    def offline(i):
+        if i < 20:
+            return inspect(i)
+        try:
+            raise OSError(errno.ETIMEDOUT, "timed out")
+        except OSError as error:  # as Pillow's reader passes it on
+            raise ValueError("timed out") from error
+
+    with pytest.raises(OSError, match="timed out"):
+        measure(place, offline)
+    assert not list(place.folder.rglob("unreadable*"))
+    index = measure(place)
+    assert len(index.kept) == 30 and not index.unreadable
+
+
+def test_what_is_left_out_is_said_again_on_every_opening(place, caplog):
+    for _ in range(2):
+        measure(place, bad_inspect)
+        assert "4 of 30 records are left out, listed in" in caplog.text
+        caplog.clear()
 
 
 def test_changed_data_is_indexed_anew_and_says_so(place, caplog):

@@ -90,6 +90,14 @@ def test_access_equals_the_files_and_their_table(shards, photos, pattern):
         assert label == other.class_names[other.labels[j]]
 
 
+def test_signs_of_a_pattern_in_a_real_name_mean_themselves(tmp_path):
+    for name in ("a[1]/b{1,2}.tar", "a[1]/*.tar"):
+        write_tar(tmp_path / name, sample_members(ROWS[:2]))
+    assert len(opened(tmp_path / "a[1]/b{1,2}.tar")) == 2
+    assert len(opened(tmp_path / "a[1]/*.tar")) == 2
+    assert len(opened(tmp_path / "a[1]")) == 4
+
+
 @pytest.mark.parametrize(
     "format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 )

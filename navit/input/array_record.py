@@ -77,12 +77,10 @@ class ArrayRecordReader:
 def _files(path: str) -> list[str]:
     if storage.is_remote(path):
         raise ValueError(f"ArrayRecord files are read from this machine, not {path!r}")
-    suffixes = (".array_record", ".arrayrecord")
-    local = storage.Local()
-    if Path(path).expanduser().is_file():  # tfds: x.array_record-00000-of-00008
-        return storage.find(local, path, ("",))
-    glob = any(char in path for char in "*?[{")
-    return storage.find(local, path, ("",) if glob else suffixes)
+    # TFDS writes a.array_record-00000-of-00008; in a pattern any name will do.
+    folder = Path(path).expanduser().is_dir()
+    suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)
+    return storage.find(storage.Local(), path, suffixes)
 
 
 def _open(files: list[str]) -> tuple[Any, list[str]]:

@@ -91,6 +91,12 @@ def write_beside(place: Place, kind: str, suffix: str, data: bytes) -> Path | No
     return None
 
 
+def find_beside(place: Place, kind: str, suffix: str) -> Path | None:
+    """Where `write_beside` wrote it."""
+    paths = (folder / _file_name(place, kind, suffix) for folder in _folders(place))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _folders(place: Place) -> list[Path]:
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     beside = [] if place.folder is None else [place.folder / ".navit"]

@@ -6,6 +6,7 @@ An index is two files: `sizes-ID.npz` and, where something could not be read,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -18,12 +19,18 @@ import numpy as np
 from tqdm import tqdm
 
 from navit.input import pixels
-from navit.input.kept import Place, read_arrays, write_arrays, write_beside
+from navit.input.kept import Place, find_beside, read_arrays, write_arrays, write_beside
 
 log = logging.getLogger("navit")
 
 # Reading fewer headers than this takes about a second: not worth a file.
 MIN_KEPT = 1000
+# Trouble of the machine or the network, not of a file: the pass stops, to go on later.
+_PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
+)
 # How many records, at least, are read between two savings of what is done.
 SAVE_EVERY = 20_000
 
@@ -87,24 +94,31 @@ def measure(
     """The index of `count` records: read from its file, or made and kept there.
 
     A record whose `inspect` raises ValueError or OSError is left out, listed and
-    counted. An interrupted pass goes on from what it saved.
+    counted. An interrupted pass goes on from what it saved; so does one that a passing
+    trouble of the network stopped.
 
     Args:
       again: read every record even if the index of a former pass is there.
 
     Raises:
       ValueError: if not one record can be used.
+      OSError: too many open files, no connection, and the like.
     """
     state = None if again else _load(place, count)
     if state is None:
         state = _State(count)
-    resumed = state.done
-    if resumed and resumed < count:
-        log.info("indexing goes on from image %d of %d", resumed, count)
-    if state.done < count:
-        _fill(state, inspect, count, place, keep=again or count >= MIN_KEPT)
+    keep, made = again or count >= MIN_KEPT, state.done < count
+    if state.done and made:
+        log.info("indexing goes on from image %d of %d", state.done, count)
+    if made:
+        _fill(state, inspect, count, place, keep=keep)
     index = state.index()
-    _report(index, name, place, kept=again or count >= MIN_KEPT)
+    if made:
+        _report(index, name, place, keep)
+    bad, listed = len(index.unreadable), find_beside(place, "unreadable", ".txt")
+    if bad > 10 or (bad and listed):  # fewer were named one by one
+        where = f", listed in {listed}" if listed else ""
+        log.warning("%d of %d records are left out%s", bad, count, where)
     if count and not len(index.kept):
         reason = next(iter(index.unreadable.values()))
         raise ValueError(
@@ -152,6 +166,9 @@ def _fill(
         try:
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and cause.errno in _PASSING:
+                raise cause from None
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     chunk = max(SAVE_EVERY, count // 50)
@@ -181,22 +198,13 @@ def _fill(
                 _save(state, place)
 
 
-def _report(
-    index: Index, name: Callable[[int], str], place: Place, *, kept: bool
-) -> None:
+def _report(index: Index, name: Callable[[int], str], place: Place, keep: bool) -> None:
     bad = index.unreadable
     lines = [f"{name(i)}: {reason}" for i, reason in bad.items()]
     for line in lines[:10]:
         log.warning("left out, unreadable: %s", line)
-    if kept and bad:
-        file = write_beside(place, "unreadable", ".txt", "\n".join(lines).encode())
-        log.warning(
-            "%d of %d records are left out; %s lists them, and navit index --again "
-            "reads them anew",
-            *(len(bad), len(index.sizes), file),
-        )
-    elif len(bad) > 10:
-        log.warning("left out, unreadable: %d more", len(bad) - 10)
+    if keep and bad:
+        write_beside(place, "unreadable", ".txt", "\n".join(lines).encode())
 
 
 def _save(state: _State, place: Place) -> None:

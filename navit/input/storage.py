@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import io
 import itertools
 import os
@@ -124,8 +125,13 @@ def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
     if not is_remote(path):
         path = str(Path(path).expanduser())
     found: list[str] = []
-    for plain in _braces(path):
-        if any(char in plain for char in "*?["):
+    for plain in [path] if os.path.isfile(path) else _braces(path):
+        if os.path.isfile(plain):  # whatever signs its name has
+            found.append(plain)
+        elif os.path.isdir(plain):
+            for suffix in suffixes:
+                found += storage.glob(f"{glob.escape(plain.rstrip('/'))}/*{suffix}")
+        elif any(char in plain for char in "*?["):
             found += storage.glob(plain)
         elif plain.endswith(suffixes):
             found.append(plain)
