@@ -132,6 +132,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.set_defaults(run=_embed)
 
+    index = commands.add_parser(
+        "index",
+        help="read the sizes of a config's images and keep them",
+        description="Reads the header of every image of data.train and data.eval, "
+        "keeps the sizes beside the data (or in ~/.cache/navit), and prints them. "
+        "Training does so too; an interrupted pass goes on where it was.",
+    )
+    index.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
+    index.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="any field of the config, as data.train.path=~/photos",
+    )
+    index.add_argument(
+        "--again", action="store_true", help="read every header, whatever is kept"
+    )
+    index.set_defaults(run=_index)
+
     convert = commands.add_parser(
         "convert",
         help="convert weights between Hugging Face, big_vision and navit",
@@ -258,6 +277,22 @@ def _embed(args: argparse.Namespace) -> int:
     return 0
 
 
+def _index(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+    from navit.input import pipeline, summary
+
+    data = config_lib.load(args.config, args.overrides).data
+    train = pipeline.open_source(data.train, again=args.again)
+    print(summary.describe("data.train", train))
+    if data.eval is not None:
+        # One index serves all parts of a folder: it is not read twice.
+        same = ("", getattr(data.train, "path", ""))
+        again = args.again and getattr(data.eval, "path", None) not in same
+        source = pipeline.open_eval_source(data, again=again)
+        print(summary.describe("data.eval", source))
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from navit.weights import read, write
 
@@ -275,7 +310,11 @@ def _plan(args: argparse.Namespace) -> int:
     patch_size = config.model.vision.patch_size
     rows = [x for x in args.rows if x >= config.data.most_tokens(patch_size)]
     found = plan_report.report(
-        source.sizes, config.data, patch_size=patch_size, row_lengths=rows
+        source.sizes,
+        config.data,
+        patch_size=patch_size,
+        row_lengths=rows,
+        parts=pipeline.parts_of(source),
     )
     print(
         f"{len(source)} images, global batch of {config.data.rows} rows of "

@@ -17,6 +17,14 @@ from typing import Any, Literal
 import numpy as np
 
 from navit import fields
+from navit.datasets import AnySource as AnySource
+from navit.datasets import ArrayRecords as ArrayRecords
+from navit.datasets import Folder as Folder
+from navit.datasets import Mixture as Mixture
+from navit.datasets import ParquetImages as ParquetImages
+from navit.datasets import Synthetic as Synthetic
+from navit.datasets import TarShards as TarShards
+from navit.datasets import Tfds as Tfds
 from navit.fields import differences as differences
 from navit.fields import override as override
 from navit.fields import to_json as to_json
@@ -185,38 +193,6 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthetic:
-    """The built-in offline dataset (`navit/input/synthetic.py`)."""
-
-    size: int = 20_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _positive(self, "size")
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """Photographs in `path` with a CSV or JSONL table of `file,caption[,label]`.
-
-    `table` is relative to `path`; empty means the only .csv or .jsonl file there.
-    `split` keeps every image ("all"), or sets a share `holdout` of them aside by a hash
-    of the file name: "train" is the rest and "eval" the part set aside. As `data.eval`,
-    an empty `path` means the folder of `data.train`, and its table too if `table` is
-    empty.
-    """
-
-    path: str = ""
-    table: str = ""
-    split: Literal["all", "train", "eval"] = "all"
-    holdout: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout is a share between 0 and 1, not {self.holdout}")
-
-
-@dataclasses.dataclass(frozen=True)
 class Sides:
     """NaViT's resolution sampling: every image gets the area of a drawn square.
 
@@ -309,8 +285,8 @@ class DataConfig:
     process.
     """
 
-    train: Synthetic | Folder = Synthetic()
-    eval: Synthetic | Folder | None = None
+    train: AnySource = Synthetic()
+    eval: AnySource | None = None
     budgets: tuple[int, ...] = (256,)
     budget_weights: tuple[float, ...] = ()
     budget_per: Literal["image", "batch"] = "image"

@@ -46,7 +46,7 @@ def to_json(config: Any) -> Any:
             f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)
         }
         return {"type": type(config).__name__} | fields
-    return list(config) if isinstance(config, tuple) else config
+    return [to_json(item) for item in config] if isinstance(config, tuple) else config
 
 
 def from_json(data: Any, hint: Any) -> Any:
@@ -66,7 +66,14 @@ def from_json(data: Any, hint: Any) -> Any:
             if key not in hints:
                 raise ValueError(f"{cls.__name__} has no field {key!r} in this version")
         return cls(**{k: from_json(v, hints[k]) for k, v in fields.items()})
-    return tuple(data) if isinstance(data, list) else data
+    if isinstance(data, list):
+        options = [hint, *typing.get_args(hint)]
+        item = next(
+            (typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple),
+            None,
+        )
+        return tuple(from_json(value, item) for value in data)
+    return data
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -129,11 +136,13 @@ def _fit(value: Any, hint: Any) -> Any:
     hints = typing.get_args(hint) if _is_union(hint) else (hint,)
     if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, tuple | list) and tuple[float, ...] in hints:
-        value = tuple(float(v) if type(v) is int else v for v in value)
     is_tuple = any(typing.get_origin(h) is tuple for h in hints)
     if is_tuple and value is not None and not isinstance(value, tuple):
-        return tuple(value) if isinstance(value, list) else (value,)
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(value, tuple) and any(
+        typing.get_origin(h) is tuple and typing.get_args(h)[0] is float for h in hints
+    ):
+        return tuple(_fit(item, float) for item in value)
     return value
 
 

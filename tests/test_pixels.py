@@ -107,7 +107,7 @@ STORED = {
 
 
 @pytest.mark.parametrize("times", [1, 16])  # 16: large enough for the scaled decode
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED)
 def test_every_exif_orientation_comes_out_upright(orientation, format, times):
     exif = Image.Exif()

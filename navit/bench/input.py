@@ -38,10 +38,15 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
     """Prints what each stage costs and what the whole pipeline gives."""
     source = pipeline.open_source(config.data.train)
     data, patch_size = config.data, config.model.vision.patch_size
+    parts = pipeline.parts_of(source)
     with _timed() as seconds:
-        block = plan_block(source.sizes, data, patch_size=patch_size, epoch=0)
+        block = plan_block(
+            source.sizes, data, patch_size=patch_size, epoch=0, parts=parts
+        )
     _line("plan", len(block.index), seconds[0])
-    plans = BatchPlans(source.sizes, data, patch_size=patch_size, steps=batches)
+    plans = BatchPlans(
+        source.sizes, data, patch_size=patch_size, steps=batches, parts=parts
+    )
     rows = [plans[i] for i in range(batches)]
     index = np.concatenate([x.index for x in rows]).tolist()
     with _timed() as seconds:

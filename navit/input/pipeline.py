@@ -15,25 +15,19 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
-from navit.input.plan import VERSION, BatchPlans, Rows, grids_of, pack_rows
-from navit.input.sources import FolderSource, Source
-from navit.input.synthetic import SyntheticSource
+from navit.input.kinds import open_source as open_source
+from navit.input.mixture import MixtureSource
+from navit.input.plan import VERSION, BatchPlans, Part, Rows, grids_of, pack_rows
+from navit.input.sources import Source
 
 log = logging.getLogger("navit")
 
 
-def open_source(source: config.Synthetic | config.Folder) -> Source:
-    """Opens what a config names; sizes are known from here on."""
-    if isinstance(source, config.Synthetic):
-        return SyntheticSource(source.size, source.seed)
-    return FolderSource(source)
-
-
-def open_eval_source(data: config.DataConfig) -> Source:
+def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
     """Opens `data.eval`; the training images where it is not set."""
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
-        return open_source(data.train)
+        return open_source(data.train, again=again)
     source = data.eval
     if isinstance(source, config.Folder) and isinstance(data.train, config.Folder):
         train = data.train
@@ -47,7 +41,12 @@ def open_eval_source(data: config.DataConfig) -> Source:
                 f"data.train.holdout={train.holdout} and data.eval.holdout="
                 f"{source.holdout} differ, so images would be in both parts"
             )
-    return open_source(source)
+    return open_source(source, again=again)
+
+
+def parts_of(source: Source) -> tuple[Part, ...]:
+    """What a mixture draws from by weight; nothing of any other source."""
+    return source.parts if isinstance(source, MixtureSource) else ()
 
 
 def fingerprint(source: Source) -> str:
@@ -286,6 +285,7 @@ def train_batches(
         data,
         patch_size=vision.patch_size,
         steps=cfg.train.steps,
+        parts=parts_of(source),
         process_index=process_index,
         process_count=process_count,
     )

@@ -190,6 +190,8 @@ def _open(data: bytes | BinaryIO) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself, when it opens and loads
+        return 1
     try:
         # Not PngImageFile.getexif, which decodes the image to look behind its pixels.
         exif = Image.Image.getexif(image)

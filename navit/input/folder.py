@@ -1,0 +1,157 @@
+"""A folder of photographs, here or behind a URL, with a table."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path, PurePath
+from typing import BinaryIO
+
+import numpy as np
+
+from navit import config
+from navit.input import sizes, storage
+from navit.input.kept import Place, digest
+from navit.input.sources import Task
+from navit.input.table import SUFFIXES, read_table
+
+
+class FolderSource:
+    """Photographs in a folder, with a table of `file,caption[,label]`.
+
+    A file may stand in several rows, one caption each. Sizes come from the sizes index.
+    A file that cannot be read is left out, with a warning that names it.
+
+    Raises:
+      FileNotFoundError, ValueError: a folder, table or image that is not there, a table
+        without the columns, a path that leaves the folder, or nothing left to read.
+    """
+
+    def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
+        self._storage = storage.open_storage(folder.path)
+        remote = storage.is_remote(folder.path)
+        listing = self._storage.listing(folder.path)
+        self._root = folder.path.rstrip("/")
+        if not remote:
+            self._root = str(Path(folder.path).expanduser())
+        if not folder.path or not (listing or Path(self._root).is_dir()):
+            raise FileNotFoundError(
+                f"there is no folder {folder.path!r}: set data.train.path (or "
+                "data.eval.path) to the folder with your images"
+            )
+        table = self._find_table(folder.table, listing)
+        with self._opened(table, self._storage.stat(table).size) as file:
+            entries = read_table(file, table)
+        # Classes are those of the whole table, so that every split numbers them alike.
+        names = sorted({entry.label for entry in entries if entry.label})
+        stats = [self._stat(entry.file, table, listing) for entry in entries]
+        index = sizes.measure(
+            lambda i: self._inspect(entries[i].file, stats[i].size),
+            lambda i: self._path(entries[i].file),
+            len(entries),
+            Place(
+                None if remote else Path(self._root),
+                table,
+                digest([[e.file for e in entries], [tuple(s) for s in stats]]),
+            ),
+            again=again,
+        )
+        part = {i for i, e in enumerate(entries) if _is_in(folder, e.file)}
+        kept = [i for i in index.kept.tolist() if i in part]
+        if not kept:
+            what = f"{len(part)} images, none of them readable" if part else "no image"
+            raise ValueError(
+                f"split={folder.split!r} with holdout={folder.holdout} holds {what} of "
+                f"{table}: change the holdout or use split='all'"
+            )
+        self.left_out = len(part) - len(kept)
+        self._entries = [entries[i] for i in kept]
+        self.sizes = index.sizes[kept]
+        self.tasks = {}
+        if names:
+            number = {name: i for i, name in enumerate(names)} | {None: -1, "": -1}
+            ids = np.array([number[e.label] for e in self._entries], np.int32)
+            self.tasks["label"] = Task(tuple(names), ids)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def image(self, index: int) -> bytes:
+        return self._storage.read(self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._entries[index].captions
+
+    def name(self, index: int) -> str:
+        return self._path(self._entries[index].file)
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names, sizes, order, captions and labels."""
+        rows = [
+            [*entry, *map(int, size)]
+            for entry, size in zip(self._entries, self.sizes, strict=True)
+        ]
+        found = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return f"{len(rows)} images (table and sizes {found[:16]})"
+
+    def _path(self, file: str) -> str:
+        return f"{self._root}/{file}"
+
+    def _opened(self, path: str, size: int) -> BinaryIO:
+        read = functools.partial(self._storage.read_range, path)
+        return storage.opened(read, size, self._storage.block)
+
+    def _inspect(self, file: str, size: int) -> sizes.Record:
+        path = self._path(file)
+        if storage.is_remote(path):
+            with self._opened(path, size) as opened:
+                return sizes.Record.of(opened)
+        with open(path, "rb") as opened:  # not kept open, as a shard is
+            return sizes.Record.of(opened)
+
+    def _find_table(self, name: str, listing: dict[str, storage.Stat] | None) -> str:
+        names = listing or [p.name for p in Path(self._root).iterdir()]
+        if name:
+            _check_inside(self._root, name, "data.train.table")
+            if name not in names and not (Path(self._root) / name).is_file():
+                raise FileNotFoundError(f"there is no table {self._path(name)}")
+            return self._path(name)
+        found = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
+        if len(found) != 1:
+            what = f"{len(found)} tables" if found else "no .csv, .jsonl or .parquet"
+            raise FileNotFoundError(
+                f"{self._root} has {what}: write one with the columns file,caption"
+                "[,label], or name it with data.train.table"
+            )
+        return self._path(found[0])
+
+    def _stat(
+        self, file: str, table: str, listing: dict[str, storage.Stat] | None
+    ) -> storage.Stat:
+        """Raises what there is to say of a file that is not there."""
+        _check_inside(self._root, file, table)
+        path = self._path(file)
+        try:
+            return self._storage.stat(path) if listing is None else listing[file]
+        except (OSError, KeyError):
+            raise FileNotFoundError(
+                f"{table} names {file!r}, which is not in {self._root}: add the file "
+                "or delete the line"
+            ) from None
+
+
+def _is_in(folder: config.Folder, file: str) -> bool:
+    held = _hash(file) < folder.holdout
+    return folder.split == "all" or held == (folder.split == "eval")
+
+
+def _check_inside(root: str, file: str, table: str) -> None:
+    pure = PurePath(file)
+    if pure.is_absolute() or ".." in pure.parts or storage.is_remote(file):
+        raise ValueError(f"{table}: {file!r} leaves the folder {root}")
+
+
+def _hash(text: str) -> float:
+    """A stable number in [0, 1) for a string."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -1,0 +1,228 @@
+"""Bytes of files by name: local ones by `os.pread`, URLs through fsspec."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+# Open at most so many files: shards can be more than a process may hold.
+_OPEN_FILES = 256
+
+
+class Stat(NamedTuple):
+    """A file's bytes, and what changes when its content does (mtime, ETag)."""
+
+    size: int
+    version: str
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Files by path. Safe in threads; pickles without open files."""
+
+    block: int  # bytes worth fetching at a time
+
+    def read(self, path: str) -> bytes: ...
+    def read_range(self, path: str, start: int, size: int) -> bytes: ...
+    def stat(self, path: str) -> Stat: ...
+    def listing(self, folder: str) -> dict[str, Stat] | None: ...
+    def glob(self, pattern: str) -> list[str]: ...
+
+
+class Local:
+    """Files of this machine."""
+
+    block = 1 << 16
+
+    def __init__(self) -> None:
+        self._open = functools.lru_cache(_OPEN_FILES)(_Descriptor)
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        del state
+        self.__init__()  # type: ignore[misc]
+
+    def read(self, path: str) -> bytes:
+        return Path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        # The descriptor is held here, so that its eviction cannot close it meanwhile.
+        descriptor = self._open(path)
+        return os.pread(descriptor.number, size, start)
+
+    def stat(self, path: str) -> Stat:
+        found = os.stat(path)
+        return Stat(found.st_size, str(found.st_mtime_ns))
+
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """None: asking for one file is cheap here, and listing all need not be."""
+        del folder
+        return None
+
+    def glob(self, pattern: str) -> list[str]:
+        anchor = Path(pattern).anchor
+        parts = Path(anchor or ".").glob(str(Path(pattern).relative_to(anchor)))
+        return sorted(str(p) for p in parts)
+
+
+class Remote:
+    """Files behind a URL."""
+
+    block = 1 << 22
+
+    def __init__(self, url: str) -> None:
+        self._fs = _filesystem(url)
+
+    def read(self, path: str) -> bytes:
+        return self._fs.cat_file(path)
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        return self._fs.cat_file(path, start=start, end=start + size)
+
+    def stat(self, path: str) -> Stat:
+        return _remote_stat(self._fs.info(path))
+
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """Every file below, by its path from there: asking one by one takes hours."""
+        root = self._fs._strip_protocol(folder).rstrip("/")
+        found = self._fs.find(root, detail=True)
+        return {
+            path[len(root) + 1 :]: _remote_stat(info)
+            for path, info in sorted(found.items())
+        }
+
+    def glob(self, pattern: str) -> list[str]:
+        found = self._fs.glob(pattern)
+        return sorted(self._fs.unstrip_protocol(path) for path in found)
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_storage(path: str) -> Storage:
+    """The storage that `path` lies in."""
+    return Remote(path) if is_remote(path) else Local()
+
+
+def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that `a-{000..127}.tar`, `{a,b}.tar`, a glob or a folder stands for.
+
+    Raises:
+      FileNotFoundError: if there are none.
+    """
+    if not path:
+        raise FileNotFoundError("the source has no path: set data.train.path")
+    if not is_remote(path):
+        path = str(Path(path).expanduser())
+    found: list[str] = []
+    for plain in [path] if os.path.isfile(path) else _braces(path):
+        if os.path.isfile(plain):  # whatever signs its name has
+            found.append(plain)
+        elif os.path.isdir(plain):
+            for suffix in suffixes:
+                found += storage.glob(f"{glob.escape(plain.rstrip('/'))}/*{suffix}")
+        elif any(char in plain for char in "*?["):
+            found += storage.glob(plain)
+        elif plain.endswith(suffixes):
+            found.append(plain)
+        else:
+            pattern = [f"{plain.rstrip('/')}/*{suffix}" for suffix in suffixes]
+            found += [file for p in pattern for file in storage.glob(p)]
+    if not found:
+        raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
+    for file in found:
+        try:
+            storage.stat(file)
+        except OSError as error:
+            raise FileNotFoundError(f"there is no file {file} ({error})") from None
+    return found
+
+
+def opened(
+    read: Callable[[int, int], bytes], size: int, block: int = 1 << 16
+) -> BinaryIO:
+    """A file of which no more is read than is asked for, in blocks."""
+    return io.BufferedReader(_Range(read, size), block)
+
+
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class _Range(io.RawIOBase):
+    mode, name = "rb", "a range of bytes"  # what BinaryIO asks for
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}
+        self._at = max(0, base[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        data = self._read(self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _braces(path: str) -> Iterable[str]:
+    """`{00..12}` and `{a,b}` spelled out, as a shell does."""
+    parts = re.split(r"\{([^{}]*)\}", path)
+    choices = []
+    for i, part in enumerate(parts):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", part) if i % 2 else None
+        if span:
+            first, last = span.groups()
+            if int(last) < int(first):
+                raise ValueError(f"{path!r}: {{{part}}} counts down")
+            numbers = range(int(first), int(last) + 1)
+            choices.append([f"{n:0{len(first)}d}" for n in numbers])
+        else:
+            choices.append(part.split(",") if i % 2 else [part])
+    return map("".join, itertools.product(*choices))
+
+
+def _filesystem(url: str) -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ValueError(
+            f"{url!r} is read through fsspec, which is not installed: pip install "
+            "navit[remote], and what fsspec needs for this protocol (gcsfs, s3fs)"
+        ) from None
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except ImportError as error:  # the protocol's own package
+        raise ValueError(f"{url!r} cannot be opened: {error}") from None
+
+
+def _remote_stat(info: dict) -> Stat:
+    keys = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created")
+    version = next((str(info[key]) for key in keys if info.get(key)), "")
+    return Stat(int(info["size"] or 0), version)
