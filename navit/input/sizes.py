@@ -117,8 +117,8 @@ def measure(
         _report(index, name, place, keep)
     listed, bad = find_beside(place, "unreadable", ".txt"), len(index.unreadable)
     if bad > 10 or (bad and listed):  # fewer were named one by one
-        again = "navit index --again reads them anew"
-        where = f", listed in {listed} ({again})" if listed else ""
+        remedy = "navit index --again reads them anew"
+        where = f", listed in {listed} ({remedy})" if listed else ""
         log.warning("%d of %d records are left out%s", bad, count, where)
     if count and not len(index.kept):
         reason = next(iter(index.unreadable.values()))
