@@ -115,9 +115,10 @@ def measure(
     index = state.index()
     if made:
         _report(index, name, place, keep)
-    bad, listed = len(index.unreadable), find_beside(place, "unreadable", ".txt")
+    listed, bad = find_beside(place, "unreadable", ".txt"), len(index.unreadable)
     if bad > 10 or (bad and listed):  # fewer were named one by one
-        where = f", listed in {listed}" if listed else ""
+        remedy = "navit index --again reads them anew"
+        where = f", listed in {listed} ({remedy})" if listed else ""
         log.warning("%d of %d records are left out%s", bad, count, where)
     if count and not len(index.kept):
         reason = next(iter(index.unreadable.values()))
@@ -203,7 +204,7 @@ def _report(index: Index, name: Callable[[int], str], place: Place, keep: bool) 
     lines = [f"{name(i)}: {reason}" for i, reason in bad.items()]
     for line in lines[:10]:
         log.warning("left out, unreadable: %s", line)
-    if keep and bad:
+    if keep and (bad or find_beside(place, "unreadable", ".txt")):
         write_beside(place, "unreadable", ".txt", "\n".join(lines).encode())
 
 
