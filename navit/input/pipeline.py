@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
@@ -317,12 +320,21 @@ def train_batches(
     )
     return iter(
         dataset.to_iter_dataset(options).mp_prefetch(
-            workers, worker_init_fn=_leave_ctrl_c_to_the_parent
+            workers, worker_init_fn=_start_worker
         )
     )
 
 
-def _leave_ctrl_c_to_the_parent(worker: int, count: int) -> None:
-    """Ctrl-C reaches all processes; a worker that died of it would stop the save."""
+def _start_worker(worker: int, count: int) -> None:
+    """Ctrl-C reaches all processes; a worker that died of it would stop the save. One
+    whose parent was killed would live on and hold its pipes."""
     del worker, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -291,3 +292,37 @@ def test_plan_and_bench_show_the_input_of_a_config(tmp_path):
     assert stages == ["plan", "read", "pixels", "pipeline"]
     assert re.search(r"pipeline / pixels: \d+\.\d%", done.stdout)
     assert re.search(r"as trained +[\d.]+ images/s of wall time", done.stdout)
+
+
+def test_killed_with_workers_leaves_nothing_running_and_goes_on_the_same(tmp_path):
+    """Workers held the pipe of a killed run for minutes, and it never seemed to end."""
+    config = [
+        "train",
+        "configs/photos.py",
+        *SMALL,
+        "train.steps=6",
+        "train.log_every=1",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*config, "--workdir", whole).returncode == 0
+    process = subprocess.Popen(
+        [*NAVIT, *config, "data.workers=2", "--workdir", str(killed)],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    metrics = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=30)  # returns when the last holder of the pipe is gone
+    assert process.returncode == -signal.SIGKILL
+    # On with another number of workers.
+    assert run(*config, "data.workers=1", "--workdir", killed).returncode == 0
+    logs = [(path / "metrics.jsonl").read_text() for path in (whole, killed)]
+    losses = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
+    assert len(losses[0]) == 6
+    np.testing.assert_array_equal(*losses)
