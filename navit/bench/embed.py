@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from navit import weights
 from navit.config import Config, ModelConfig
@@ -40,9 +41,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8, help="of transformers")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--side",
+        type=int,
+        help="enlarge the photographs to this longer side in pixels, as 4000 of a camera",
+    )
     args = parser.parse_args()
     files = sorted(SAMPLE.glob("*.jpg"))
-    images = [files[i % len(files)].read_bytes() for i in range(args.images)]
+    photographs = [file.read_bytes() for file in files]
+    if args.side:
+        photographs = [_enlarged(data, args.side) for data in photographs]
+    images = [photographs[i % len(files)] for i in range(args.images)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         weights.write(_random(args.size), path, "huggingface", config=Config())
@@ -53,6 +62,17 @@ def main() -> None:
             if theirs:
                 sides["transformers"] = theirs(images, budget)
             _report(sides, budget, args.images, args.rounds)
+
+
+def _enlarged(data: bytes, side: int) -> bytes:
+    with Image.open(io.BytesIO(data)) as image:
+        size = [round(x * side / max(image.size)) for x in image.size]
+        exif = image.getexif()  # which way is up
+        buffer = io.BytesIO()
+        image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=88, exif=exif
+        )
+    return buffer.getvalue()
 
 
 # What runs: "whole" and "model", each a call without arguments.
@@ -77,7 +97,7 @@ def _navit(model: Any, images: list[bytes], budget: int) -> Side:
 def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
     try:
         import torch
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
         from transformers import Siglip2ImageProcessorPil, Siglip2Model
     except ImportError:
         print("torch and transformers are not installed: navit alone")

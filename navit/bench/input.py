@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from navit.config import Config, DataConfig, Synthetic, TrainConfig
+from navit.config import Config, DataConfig, Folder, TrainConfig
 from navit.input import geometry, pipeline, pixels
 from navit.input.plan import BatchPlans, plan_block
 from navit.input.sources import Source
@@ -191,7 +191,7 @@ def memory(batches: int) -> None:
     """Resident memory of a worker process over many batches, and its slope."""
     config = Config(
         data=DataConfig(
-            train=Synthetic(size=2000), budgets=(64, 256), rows=2, workers=1
+            train=Folder(path=str(SAMPLE)), budgets=(64, 256), rows=2, workers=1
         ),
         train=TrainConfig(steps=batches),
     )
