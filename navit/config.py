@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -71,19 +73,24 @@ class PositionConfig:
     def __post_init__(self) -> None:
         _positive(self, "size")
 
-    def check(self, grids: np.ndarray) -> None:
-        """Raises ValueError if any grid `[..., 2]` reaches beyond a learned table."""
-        grids = np.asarray(grids).reshape(-1, 2)
-        if self.kind == "learned_1d":
-            reach, unit = grids.prod(-1), "tokens"
-        elif self.kind == "learned_2d" or (
+    @property
+    def has_limit(self) -> bool:
+        """Whether there are grids beyond the table."""
+        return self.kind.startswith("learned") or (
             self.kind == "factorized"
             and self.encoding == "learned"
             and self.coordinates == "absolute"
-        ):
-            reach, unit = grids.max(-1, initial=0), "patches a side"
-        else:
+        )
+
+    def check(self, grids: np.ndarray) -> None:
+        """Raises ValueError if any grid `[..., 2]` reaches beyond a learned table."""
+        grids = np.asarray(grids).reshape(-1, 2)
+        if not self.has_limit:
             return
+        if self.kind == "learned_1d":
+            reach, unit = grids.prod(-1), "tokens"
+        else:
+            reach, unit = grids.max(-1, initial=0), "patches a side"
         if (reach > self.size).any():
             rows, columns = grids[int(reach.argmax())]
             raise ValueError(
@@ -212,8 +219,12 @@ class Sides:
         _positive(self, "low", "std")
         if self.high < self.low:
             raise ValueError(f"high={self.high} is less than low={self.low}")
-        if abs(self.mean) > 3:
-            raise ValueError(f"mean={self.mean} is far outside [-1, 1], the two ends")
+        normal = NormalDist(self.mean, self.std)
+        if not normal.cdf(1) - normal.cdf(-1) > 0.01:
+            raise ValueError(
+                f"of a normal of mean={self.mean} and std={self.std} hardly anything "
+                "lies in [-1, 1], which is stretched to low and high"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +273,16 @@ class TokenDrop:
                 raise ValueError(
                     f"{name} must be in [0, {top:g}), not {getattr(self, name)}"
                 )
+        low, high = sorted((self.rate, self.final_rate))
+        if (
+            self.kind == "resolution"
+            and not 0 <= low - abs(self.delta) <= (high + abs(self.delta)) < 1
+        ):
+            raise ValueError(
+                f"delta={self.delta} takes rates of {low} to {high} out of [0, 1)"
+            )
+        if not math.isfinite(self.midpoint):
+            raise ValueError(f"midpoint is a number of images, not {self.midpoint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,14 +331,16 @@ class DataConfig:
         for name in ("max_upscale", "slots"):
             if getattr(self, name) is not None:
                 _positive(self, name)
-        if self.workers < 0:
-            raise ValueError(f"data.workers must be 0 or more, not {self.workers}")
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.elastic < 1:
             raise ValueError(f"elastic is a share in [0, 1), not {self.elastic}")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
         weights = self.budget_weights
-        if weights and (len(weights) != len(self.budgets) or min(weights) <= 0):
+        good = all(0 < weight < math.inf for weight in weights)
+        if weights and (len(weights) != len(self.budgets) or not good):
             raise ValueError(
                 f"data.budget_weights={weights} needs one positive number for each of "
                 f"data.budgets={self.budgets}"

@@ -45,7 +45,7 @@ def plain_best_fit(lengths, row_tokens, open_rows, max_images):
 def test_rows_are_the_stated_rule_and_hold_what_they_may(
     lengths, row_tokens, open_rows, max_images
 ):
-    rows = pack(lengths, row_tokens, open_rows=open_rows, max_images=max_images)
+    rows, _ = pack(lengths, row_tokens, open_rows=open_rows, max_images=max_images)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     for row in rows:
         assert row == sorted(row)
@@ -61,11 +61,11 @@ def test_a_length_that_no_row_holds_is_refused_by_number_and_value(length):
 
 
 def test_nothing_packs_into_nothing():
-    assert pack([], 10) == []
+    assert pack([], 10) == ([], {})
 
 
 def padding(lengths: list[int], row_tokens: int, open_rows: int) -> float:
-    rows = pack(lengths, row_tokens, open_rows=open_rows)
+    rows, _ = pack(lengths, row_tokens, open_rows=open_rows)
     return 1 - sum(lengths) / (len(rows) * row_tokens)
 
 
@@ -100,7 +100,7 @@ def test_many_lengths_pack_better_than_by_best_fit():
 def test_many_lengths_are_all_packed_once_within_bounds(seed, row_tokens, max_images):
     rng = np.random.default_rng(seed)
     lengths = rng.choice(rng.integers(1, 60, 8), 1500).tolist()
-    rows = pack(lengths, row_tokens, open_rows=6, max_images=max_images)
+    rows, _ = pack(lengths, row_tokens, open_rows=6, max_images=max_images)
     assert sorted(i for row in rows for i in row) == list(range(1500))
     for row in rows:
         assert sum(lengths[i] for i in row) <= row_tokens

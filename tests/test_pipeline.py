@@ -322,6 +322,35 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
     assert all(name in record.getMessage() for record in caplog.records)
 
 
+class OneSilent(SyntheticSource):
+    """The synthetic images, but the record of one can no longer be read."""
+
+    def captions(self, index: int):
+        if index == OneBroken.broken:
+            raise OSError("the shard ends here")
+        return super().captions(index)
+
+
+def test_a_caption_that_cannot_be_read_leaves_its_slot_empty(one_run):
+    found = batches(config(), OneSilent(size=40, seed=2))
+    for batch, whole in zip(found, one_run, strict=True):
+        lost = whole.id == OneBroken.broken
+        assert (batch.images.grids[lost] == 0).all()
+        np.testing.assert_array_equal(
+            batch.images.grids[~lost], whole.images.grids[~lost]
+        )
+
+
+class AllGone(SyntheticSource):
+    def image(self, index: int):
+        raise OSError("input/output error")
+
+
+def test_storage_that_is_gone_stops_the_run():
+    with pytest.raises(OSError, match=r"not one of the \d+ images of a batch"):
+        batches(config(rows=8), AllGone(size=80, seed=2))
+
+
 @pytest.mark.parametrize(
     "position",
     [

@@ -125,3 +125,23 @@ def test_the_rate_follows_a_sigmoid_of_the_images_seen():
 def test_no_image_loses_all_its_tokens():
     drop = TokenDrop(kind="constant", rate=0.99, final_rate=0.99)
     assert kept_share(drop, lengths=3, count=5).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda: Sides(mean=2.0, std=0.2), "hardly anything"),
+        (lambda: Sides(low=300, high=200), "high=200 is less than low=300"),
+        (lambda: Crop(area=(0.5, 1.5)), "area is a range"),
+        (lambda: TokenDrop(rate=0.05, final_rate=0.5), "delta=0.1 takes rates"),
+        (lambda: TokenDrop(midpoint=float("nan")), "midpoint"),
+        (lambda: TokenDrop(kind="beta", rate=0.9), r"rate must be in \[0, 0.85\)"),
+        (lambda: DataConfig(budget_weights=(1.0, 2.0)), "one positive number for each"),
+        (lambda: DataConfig(budget_weights=(float("nan"),)), "one positive number"),
+        (lambda: DataConfig(seed=-1), "seed must be 0 or more, not -1"),
+        (lambda: DataConfig(elastic=1.0), "elastic is a share"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_value(options, words):
+    with pytest.raises(ValueError, match=words):
+        options()

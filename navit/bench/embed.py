@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--side",
         type=int,
-        help="enlarge the photographs to this longer side in pixels, as 4000 of a camera",
+        help="enlarge the photographs to this longer side, as 4000 of a camera",
     )
     args = parser.parse_args()
     files = sorted(SAMPLE.glob("*.jpg"))

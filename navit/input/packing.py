@@ -19,8 +19,8 @@ def pack(
     max_images: int | None = None,
     elastic: float = 0.0,
     shrink: Callable[[int, int, int], int] | None = None,
-) -> list[list[int]]:
-    """Packs `lengths` in order into rows; returns the indices in each row.
+) -> tuple[list[list[int]], dict[int, int]]:
+    """Packs `lengths` in order into rows.
 
     Each length goes to the open row where it adds least to the waste to expect of that
     row's room, as the distribution of all lengths has it: not always the tightest, as
@@ -32,16 +32,20 @@ def pack(
     the end come last.
 
     Args:
-      elastic: where no row has exactly the room, an image may give up this share of
-        its length to close one.
-      shrink: (index, most, least) -> the length between the two that the image then
-        has, or 0 if it can have none.
+      elastic: an image may give up this share of its length to go to a row where it
+        leaves less waste to expect than whole in any other.
+      shrink: (index, most, least) -> the length between the two that the image would
+        have, or 0 if it can have none.
+
+    Returns:
+      The indices in each row; and of each image that gave up some, the `most` that
+      `shrink` was asked for.
 
     Raises:
       ValueError: if a length is not between 1 and `row_tokens`.
     """
     if not len(lengths):
-        return []
+        return [], {}
     if not 0 < min(lengths) <= max(lengths) <= row_tokens:
         index, length = next(
             (i, x) for i, x in enumerate(lengths) if not 0 < x <= row_tokens
@@ -54,11 +58,8 @@ def pack(
     rooms: list[int] = []
     rows: list[list[int]] = []
     closed: list[list[int]] = []
+    shrunk: dict[int, int] = {}
     for index, length in enumerate(lengths):
-        if elastic and shrink and length not in rooms:
-            least = max(1, math.ceil((1 - elastic) * length))
-            most = max((room for room in rooms if room < length), default=0)
-            length = (most >= least and shrink(index, most, least)) or length
         best, added = 0, math.inf
         for room in rooms:
             if room >= length:
@@ -66,6 +67,13 @@ def pack(
                 if more < added:
                     best, added = room, more
         may_open = len(rooms) < open_rows
+        if elastic and shrink and best != length:
+            least = max(1, math.ceil((1 - elastic) * length))
+            most = max((room for room in rooms if room < length), default=0)
+            shorter = shrink(index, most, least) if most >= least else 0
+            if shorter and waste[most - shorter] - waste[most] < added:
+                shrunk[index] = most
+                length, best, may_open = shorter, most, False
         if not best or (may_open and added > waste[row_tokens - length] - of_new):
             if not may_open:
                 fullest = rooms.index(min(rooms))
@@ -84,7 +92,7 @@ def pack(
             del rooms[place], rows[place]
         else:
             rooms[place] = best - length
-    return closed + rows
+    return closed + rows, shrunk
 
 
 def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
@@ -108,7 +116,7 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
         rooms = np.arange(start, min(start + shortest, reach + 1))[:, None]
         fits = values <= rooms
         after = np.where(fits, waste[np.maximum(rooms - values, 0)], np.inf)
-        order = np.argsort(after, axis=1)
+        order = np.argsort(after, axis=1, kind="stable")
         after = np.take_along_axis(after, order, 1)
         fits = np.take_along_axis(fits, order, 1)
         # The chance that none of the next 12 is among the best so many.

@@ -25,6 +25,12 @@ from navit.input.sources import Source
 
 log = logging.getLogger("navit")
 
+# What a random key is for, so that no two draws share one.
+_WHICH_TOKENS, _WHICH_CAPTION = 0, 1
+
+# Where storage gives none of so many images, the trouble is not with the images.
+_NO_ACCIDENT = 8
+
 
 def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
     """Opens `data.eval`; the training images where it is not set."""
@@ -108,7 +114,7 @@ def fill_rows(
             if lengths[i] == len(coords):
                 pixels.to_patches(array, patch_size, packed.patches[row, tokens])
             else:
-                rng = np.random.default_rng([seed, rows.epoch, index])
+                rng = np.random.default_rng([seed, rows.epoch, index, _WHICH_TOKENS])
                 kept = np.sort(rng.choice(len(coords), lengths[i], replace=False))
                 patches = np.empty((len(coords), packed.patches.shape[-1]), np.uint8)
                 pixels.to_patches(array, patch_size, patches)
@@ -227,9 +233,21 @@ class Materialize(grain.transforms.Map):
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._slots, self._source
+        captions: dict[int, str] = {}
+        lost: list[int] = []
+
+        def load(index: int) -> pixels.ImageLike:
+            # Both are one record; without either the slot stays empty.
+            try:
+                captions[index] = self._caption(index, rows.epoch)
+                return source.image(index)
+            except OSError:
+                lost.append(index)
+                raise
+
         images = fill_rows(
             rows,
-            source.image,
+            load,
             patch_size=self._patch_size,
             row_tokens=self._data.row_tokens,
             slots=slots,
@@ -237,10 +255,16 @@ class Materialize(grain.transforms.Map):
             seed=self._data.seed,
             on_error=self._report,
         )
-        captions = [self._caption(int(i), rows.epoch) for i in rows.index]
-        token_ids = np.zeros((len(captions), 1), np.int32)
+        if len(rows.index) == len(lost) >= _NO_ACCIDENT:
+            raise OSError(
+                f"not one of the {len(rows.index)} images of a batch could be read "
+                f"(first {source.name(lost[0])}): is the storage still "
+                "there? The run goes on from its last checkpoint"
+            )
+        token_ids = np.zeros((len(rows.index), 1), np.int32)
         if self._text:
-            token_ids = text.encode(captions, self._text.length, self._text.tokenizer)
+            texts = [captions.get(int(i), "") for i in rows.index]
+            token_ids = text.encode(texts, self._text.length, self._text.tokenizer)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
             task = next(iter(source.tasks.values()))
@@ -258,7 +282,7 @@ class Materialize(grain.transforms.Map):
         captions = self._source.captions(index)
         if len(captions) == 1:
             return captions[0]
-        rng = np.random.default_rng([self._data.seed, epoch, index])
+        rng = np.random.default_rng([self._data.seed, epoch, index, _WHICH_CAPTION])
         return captions[rng.integers(len(captions))]
 
     def _report(self, index: int, error: ValueError) -> None:
@@ -292,13 +316,8 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    # A crop is at most so much wider or higher than its image.
-    for aspect in data.crop.aspect if data.crop else (1.0,):
-        sizes = np.maximum(1, source.sizes * [aspect**-0.5, aspect**0.5])
-        grids = grids_of(
-            sizes, data.most_tokens(vision.patch_size), data, vision.patch_size
-        )
-        vision.position.check(grids)
+    if vision.position.has_limit:
+        _check_positions(vision, source.sizes, data)
     if process_index == 0:
         log.info("%s", plans.summary())
     materialize = Materialize(
@@ -323,6 +342,19 @@ def train_batches(
             workers, worker_init_fn=_start_worker
         )
     )
+
+
+def _check_positions(
+    vision: config.VisionConfig, sizes: np.ndarray, data: config.DataConfig
+) -> None:
+    """Raises ValueError if an image may get a grid beyond the position table."""
+    most = data.most_tokens(vision.patch_size)
+    if data.crop is not None and vision.position.kind == "learned_1d":
+        vision.position.check(np.array([[1, most]]))
+    # A crop is at most so much wider or higher than its image.
+    for aspect in (1.0, *(data.crop.aspect if data.crop else ())):
+        stretched = np.maximum(1, sizes * [aspect**-0.5, aspect**0.5])
+        vision.position.check(grids_of(stretched, most, data, vision.patch_size))
 
 
 def _start_worker(worker: int, count: int) -> None:

@@ -20,6 +20,9 @@ from navit.input import geometry, packing, sampling
 # Raised when the same config would give other rows; a run does not resume across it.
 VERSION = 2
 
+# What a random key is for, so that no two draws share one.
+_ORDER, _DRAWS = 0, 1
+
 # A block holds this many images, and this many global batches at least.
 _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
 
@@ -89,7 +92,7 @@ class Part:
 
 def pack_rows(grids: np.ndarray, row_tokens: int, slots: int | None) -> Rows:
     """Packs images, given in order by their grids `[m, 2]`, into rows."""
-    rows = packing.pack(grids.prod(-1).tolist(), row_tokens, max_images=slots)
+    rows, _ = packing.pack(grids.prod(-1).tolist(), row_tokens, max_images=slots)
     return Rows(np.arange(1), np.arange(len(grids)), grids)._with(*_flat(rows))
 
 
@@ -115,11 +118,11 @@ def plan_block(
       slots: images that a row may hold; None for no cap.
     """
     shares = _shares(parts, len(sizes))
-    total, size = sum(shares), _block_images(data, patch_size)
+    total, size = sum(shares), _block_images(sizes, data, patch_size)
     first = block * size
     positions = np.arange(first, min(first + size, total))
-    index = _records(positions, parts, shares, [data.seed, epoch])
-    rng = np.random.default_rng([data.seed, epoch, block])
+    index = _records(positions, parts, shares, [data.seed, epoch, _ORDER])
+    rng = np.random.default_rng([data.seed, epoch, block, _DRAWS])
 
     budgets = sampling.token_budgets(rng, len(index), data, patch_size)
     seen, boxes, flips, kept = sizes[index], None, None, None
@@ -139,21 +142,20 @@ def plan_block(
             longest=data.most_tokens(patch_size),
         )
 
-    def shrink(image: int, most: int, least: int) -> int:
-        if kept is not None:
-            kept[image] = most
-            return most
-        rows, columns = geometry.grid_for(
+    def smaller(image: int, most: int) -> tuple[int, int]:
+        return geometry.grid_for(
             *seen[image].tolist(), patch_size=patch_size, max_tokens=most
         )
-        if rows * columns < least:
-            return 0
-        grids[image] = rows, columns
-        return rows * columns
+
+    def shrink(image: int, most: int, least: int) -> int:
+        if kept is not None:
+            return most
+        rows, columns = smaller(image, most)
+        return rows * columns if rows * columns >= max(least, data.min_tokens) else 0
 
     def pack(which: np.ndarray) -> list[list[int]]:
         numbers = which.tolist()
-        found = packing.pack(
+        found, shrunk = packing.pack(
             lengths[which].tolist(),
             data.row_tokens,
             open_rows=data.open_rows,
@@ -161,6 +163,11 @@ def plan_block(
             elastic=data.elastic,
             shrink=lambda i, most, least: shrink(numbers[i], most, least),
         )
+        for i, most in shrunk.items():
+            if kept is not None:
+                kept[numbers[i]] = most
+            else:
+                grids[numbers[i]] = smaller(numbers[i], most)
         return [[numbers[i] for i in row] for row in found]
 
     if data.budget_per == "image":
@@ -170,7 +177,9 @@ def plan_block(
         batches = [
             batch
             for budget in sorted(set(data.budgets))
-            for batch in _batches(rng, pack(np.flatnonzero(budgets == budget)), data)
+            for batch in _batches(
+                rng, pack(np.flatnonzero(budgets == budget)), data, fill=total <= size
+            )
         ]
         rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
     planned = Rows(np.arange(1), index, grids, kept, boxes, flips, epoch)
@@ -237,11 +246,14 @@ class BatchPlans(Sequence):
         self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
         self.slots = data.slots or self._slots()
         images = sum(_shares(parts, len(sizes)))
-        blocks = max(1, -(-images // _block_images(data, patch_size)))
-        # Blocks are alike but for the last, which is shorter.
-        self._block_steps = len(self._plan(0, 0)) // data.rows
-        last = len(self._plan(0, blocks - 1)) // data.rows
-        self.steps_per_epoch = max(1, (blocks - 1) * self._block_steps + last)
+        block_images = _block_images(sizes, data, patch_size)
+        self._blocks = max(1, -(-images // block_images))
+        # Blocks are alike but for the last, which may be shorter.
+        self._block_steps = max(1, len(self._plan(0, 0)) // data.rows)
+        last = len(self._plan(0, self._blocks - 1)) // data.rows
+        last = max(last, 1) if self._blocks == 1 else min(last, self._block_steps)
+        self.steps_per_epoch = (self._blocks - 1) * self._block_steps + last
+        self._first_block_images = min(images, block_images)
 
     def __len__(self) -> int:
         return self._steps
@@ -250,16 +262,15 @@ class BatchPlans(Sequence):
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
         epoch, step = divmod(step, self.steps_per_epoch)
-        block, step = divmod(step, max(1, self._block_steps))
+        block, step = divmod(step, self._block_steps)
         start = step * self._data.rows + self._first_row
         return self._plan(epoch, block).slice(start, start + self._host_rows)
 
     def first_block(self) -> tuple[Rows, float]:
         """The rows of epoch 0's first block that are used, and the share of its images
         that are left out; what the other blocks are like."""
-        rows = self._plan(0, 0)
-        used = rows.slice(0, max(1, self._block_steps) * self._data.rows)
-        return used, 1 - len(used.index) / max(1, len(rows.index))
+        used = self._plan(0, 0).slice(0, self._block_steps * self._data.rows)
+        return used, 1 - len(used.index) / max(1, self._first_block_images)
 
     def summary(self) -> str:
         """What an epoch is like."""
@@ -291,19 +302,34 @@ class BatchPlans(Sequence):
 
     def _slots(self) -> int:
         """Twice the images that a row holds on average, to the nearest power of two."""
-        budgets = sampling.token_budgets(
-            np.random.default_rng(0), len(self._sizes), self._data, self._patch_size
+        images = self._data.row_tokens / _mean_tokens(
+            self._sizes, self._data, self._patch_size
         )
-        lengths = grids_of(self._sizes, budgets, self._data, self._patch_size).prod(-1)
-        share = 1.0
-        if self._data.drop is not None:
-            share -= max(self._data.drop.rate, self._data.drop.final_rate)
-        mean = self._data.row_tokens / max(1.0, lengths.mean() * share)
-        return 2 ** max(0, round(np.log2(2 * mean)))
+        return 2 ** max(0, round(np.log2(2 * images)))
 
 
-def _block_images(data: DataConfig, patch_size: int) -> int:
-    batch = data.rows * data.row_tokens // data.most_tokens(patch_size)
+def sample_of(sizes: np.ndarray, count: int = 10_000) -> np.ndarray:
+    """So many of the sizes, evenly spaced: enough to know what they are like."""
+    return sizes[:: max(1, len(sizes) // count)]
+
+
+def _mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
+    """What an image takes on average, at the end of the schedule of dropped tokens."""
+    some = sample_of(sizes)
+    if data.crop is not None:
+        some = np.maximum(1, some * np.mean(data.crop.area) ** 0.5)
+    budgets = sampling.token_budgets(
+        np.random.default_rng(0), len(some), data, patch_size
+    )
+    mean = float(grids_of(some, budgets, data, patch_size).prod(-1).mean())
+    return max(1.0, mean * (1 - data.drop.final_rate if data.drop else 1))
+
+
+def _block_images(sizes: np.ndarray, data: DataConfig, patch_size: int) -> int:
+    if len(sizes) <= _BLOCK_IMAGES:
+        return _BLOCK_IMAGES
+    mean = _mean_tokens(sizes, data, patch_size)
+    batch = round(data.rows * data.row_tokens / mean)
     return max(_BLOCK_IMAGES, _BLOCK_BATCHES * batch)
 
 
@@ -313,7 +339,16 @@ def _shares(parts: Sequence[Part], count: int) -> list[int]:
         return [count]
     total = sum(part.weight for part in parts)
     least = min(part.count * total / part.weight for part in parts)
-    return [min(part.count, int(least * part.weight / total)) for part in parts]
+    shares = [
+        min(part.count, int(least * part.weight / total + 1e-6)) for part in parts
+    ]
+    if 0 in shares:
+        i = shares.index(0)
+        raise ValueError(
+            f"source {i} of the mixture has weight {parts[i].weight:g} of {total:g}, "
+            f"which is no image of an epoch of {sum(shares)}: raise its weight"
+        )
+    return shares
 
 
 def _records(
@@ -334,14 +369,14 @@ def _records(
 
 
 def _batches(
-    rng: np.random.Generator, rows: list[list[int]], data: DataConfig
+    rng: np.random.Generator, rows: list[list[int]], data: DataConfig, *, fill: bool
 ) -> list[list[list[int]]]:
     """Shuffled rows of one budget -> whole batches; what is left over is left out.
 
-    Where they do not fill one, they are one with empty rows.
+    With `fill`, rows that do not make one batch are one with empty rows.
     """
     rows = [rows[r] for r in rng.permutation(len(rows))]
-    if 0 < len(rows) < data.rows:
+    if fill and 0 < len(rows) < data.rows:
         rows += [[]] * (data.rows - len(rows))
     return [
         rows[i : i + data.rows] for i in range(0, len(rows) - data.rows + 1, data.rows)

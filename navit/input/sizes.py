@@ -30,6 +30,7 @@ _PASSING = (
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
+    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
 )
 # How many records, at least, are read between two savings of what is done.
 SAVE_EVERY = 20_000
@@ -168,7 +169,8 @@ def _fill(
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
             cause = error.__cause__ or error
-            if isinstance(cause, OSError) and cause.errno in _PASSING:
+            passing = isinstance(cause, TimeoutError | ConnectionError)
+            if passing or (isinstance(cause, OSError) and cause.errno in _PASSING):
                 raise cause from None
             return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -138,6 +138,7 @@ def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
         else:
             pattern = [f"{plain.rstrip('/')}/*{suffix}" for suffix in suffixes]
             found += [file for p in pattern for file in storage.glob(p)]
+    found = list(dict.fromkeys(found))  # patterns may overlap
     if not found:
         raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
     for file in found:
