@@ -109,7 +109,7 @@ def test_settings_that_the_weights_were_not_trained_with_are_refused():
             ValueError, match=r"siglip2_b was trained otherwise \(model"
         ):
             navit.load(GOLDEN / "siglip2_b", overrides=[f"model.vision.{setting}"])
-    for setting in ("model.text.depth=1", "model.text.length=8"):
+    for setting in ("model.text.depth=2", "model.text.length=8"):
         with pytest.raises(ValueError, match=setting.split("=")[0]):
             read(GOLDEN / "siglip2_b", overrides=[setting])
 
