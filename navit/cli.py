@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import logging
 import sys
@@ -87,10 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="evaluate a checkpoint at any token budgets",
-        description="Evaluates the latest checkpoint of WORKDIR with the config saved "
-        "in it; prints a table and writes budgets.json and budgets.png.",
+        description="Evaluates the latest checkpoint of a work directory with the "
+        "config saved in it, or released weights with data that you name; prints a "
+        "table and writes budgets.json and budgets.png.",
     )
-    evaluate.add_argument("workdir", type=Path, metavar="WORKDIR")
+    evaluate.add_argument(
+        "weights",
+        type=Path,
+        metavar="WORKDIR_OR_WEIGHTS",
+        help="a work directory, a Hugging Face directory or a big_vision .npz",
+    )
     evaluate.add_argument(
         "--budgets", type=_integers, help="token budgets, as 256,729,1024"
     )
@@ -101,12 +106,17 @@ def _parser() -> argparse.ArgumentParser:
         help="only this task of the data (repeatable): coarse, fine or finest of the "
         "drawn dataset, label of a table with that column",
     )
-    evaluate.add_argument("--out", type=Path, help="folder to write (default: WORKDIR)")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        help="folder to write (default: the work directory; released weights need one)",
+    )
     evaluate.add_argument(
         "overrides",
         nargs="*",
         metavar="key.path=value",
-        help="fields of the saved config to change, as data.eval.path=~/other",
+        help="fields of the saved config to change, as data.eval.path=~/other; with "
+        "released weights model.* too, as model.vision.image_size=384",
     )
     evaluate.set_defaults(run=_eval)
 
@@ -116,7 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Embeds image files of any sizes into OUT, an .npz with `names` "
         "and `embeddings` (float32, unit norm), in the order given.",
     )
-    embed.add_argument("workdir", type=Path, metavar="WORKDIR")
+    embed.add_argument(
+        "weights",
+        type=Path,
+        metavar="WEIGHTS",
+        help="a work directory, a Hugging Face directory or a big_vision .npz",
+    )
     embed.add_argument("images", nargs="+", metavar="IMAGE")
     embed.add_argument(
         "--max-tokens",
@@ -129,6 +144,13 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-unreadable",
         action="store_true",
         help="leave out files that cannot be read, naming them, instead of stopping",
+    )
+    embed.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key.path=value",
+        help="a field of the config (repeatable), as model.vision.image_size=384",
     )
     embed.set_defaults(run=_embed)
 
@@ -163,6 +185,13 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("huggingface", "big_vision", "navit"),
         help="of OUT (default: big_vision for an .npz, else huggingface)",
+    )
+    convert.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="what IN does not say, as model.vision.image_size=384 or "
+        "model.text.tokenizer=gemma.model",
     )
     convert.set_defaults(run=_convert)
 
@@ -224,12 +253,9 @@ def _train(args: argparse.Namespace) -> int:
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
     if config.init:
-        from navit.convert.weights import build
-        from navit.weights import read, starting_from
+        from navit.weights import start
 
-        weights = read(config.init)
-        config = starting_from(config, weights)
-        initial = functools.partial(build, weights, config.model)
+        config, initial = start(config, workdir)
     return 0 if train(config, workdir, initial) else 130
 
 
@@ -238,9 +264,18 @@ def _eval(args: argparse.Namespace) -> int:
     from navit.embed import Embedder
     from navit.evals import budgets
     from navit.input import pipeline
+    from navit.train.checkpoint import is_workdir
     from navit.weights import load
 
-    embedder = load(args.workdir)
+    weights, of_model = args.weights.expanduser(), []
+    if not is_workdir(weights):
+        if not args.out and weights.exists():  # before the model takes its time
+            raise ValueError(
+                f"{weights} is no work directory to write into: name a folder for "
+                "budgets.json and budgets.png with --out"
+            )
+        of_model = [x for x in args.overrides if x.startswith("model.")]
+    embedder = load(weights, overrides=of_model)
     config = config_lib.override(embedder.config, args.overrides)
     if args.budgets:
         evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
@@ -254,7 +289,7 @@ def _eval(args: argparse.Namespace) -> int:
     embedder = Embedder(embedder.model, config, step=embedder.step)
     source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, source)
-    out = args.out or args.workdir
+    out = args.out or weights
     budgets.run(embedder, config, source, out, tasks=tuple(args.task))
     return 0
 
@@ -266,8 +301,10 @@ def _embed(args: argparse.Namespace) -> int:
     missing = [name for name in args.images if not Path(name).exists()]
     if missing and not args.skip_unreadable:  # before the model takes its time
         raise FileNotFoundError(f"there is no file {missing[0]}")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
     count = embed_files(
-        load(args.workdir),
+        load(args.weights, overrides=args.set),
         args.images,
         args.out,
         max_tokens=args.max_tokens,
@@ -296,7 +333,8 @@ def _index(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from navit.weights import read, write
 
-    format = write(read(args.path), args.out.expanduser(), args.format)
+    weights = read(args.path, overrides=args.overrides)
+    format = write(weights, args.out.expanduser(), args.format)
     print(f"wrote {args.out} ({format})")
     return 0
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -57,22 +57,50 @@ def load(
     path = Path(path).expanduser()
     if is_workdir(path):
         return _load_workdir(path, overrides, rules)
-    weights = read(path)
-    config = Config(model=weights.model, data=DataConfig(train=Folder(), eval=Folder()))
-    config = config_lib.override(config, overrides)
-    check_sizes(weights, config.model)
+    weights, config = _read(path, overrides)
     return Embedder(build(weights, config.model, rules), config, step=0)
 
 
-def read(path: str | Path) -> Weights:
+def read(path: str | Path, *, overrides: Sequence[str] = ()) -> Weights:
     """What `load` takes, to be read tensor by tensor; raises as `load`."""
     path = Path(path).expanduser()
-    if huggingface.is_huggingface(path):
-        return _with_tokenizer(huggingface.read(path))
-    if big_vision.is_big_vision(path):
-        return _with_tokenizer(big_vision.read(path))
     if is_workdir(path):
-        return weights_of(_load_workdir(path))
+        return weights_of(_load_workdir(path, overrides))
+    return _read(path, overrides)[0]
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
+    """Released weights, and the config that they run with."""
+    weights = _with_tokenizer(_open(path))
+    config = Config(model=weights.model, data=DataConfig(train=Folder(), eval=Folder()))
+    config = config_lib.override(config, overrides)
+    check_sizes(weights, config.model)
+    v, text = config.model.vision, config.model.text
+    if v.fixed_grid and not v.image_size and path.is_file():
+        side = v.position.size * v.patch_size
+        log.info(
+            "%s: assuming images of %d pixels a side; model.vision.image_size=... if "
+            "not",
+            *(path, side),
+        )
+    if text != weights.model.text:  # another tokenizer: the sizes are the same
+        assert text is not None
+        weights = dataclasses.replace(weights, files=_files(text))
+    return dataclasses.replace(weights, model=config.model), config
+
+
+def _open(path: Path) -> Weights:
+    if huggingface.is_huggingface(path):
+        return huggingface.read(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise ValueError(
+            f"{path} is one file of a Hugging Face directory: name the directory, "
+            f"{path.parent}"
+        )
+    if big_vision.is_big_vision(path):
+        return big_vision.read(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     raise FileNotFoundError(
         f"{path} is not a navit work directory (it has no checkpoints/), no Hugging "
         "Face directory (config.json and *.safetensors), and no big_vision .npz"
@@ -83,14 +111,17 @@ def weights_of(model: Embedder) -> Weights:
     """A loaded model as any format's writer takes it."""
     leaves = jax.tree_util.tree_flatten_with_path(model.model)[0]
     found = {name_of(path): leaf for path, leaf in leaves}
-    text = model.config.model.text
-    tokenizer = Path(text.tokenizer if text else "").expanduser()
     return Weights(
         model.config.model,
         lambda name: np.asarray(found[name]),
         where="the model",
-        files=(tokenizer,) if tokenizer.is_file() else (),
+        files=_files(model.config.model.text),
     )
+
+
+def _files(text: TextConfig | None) -> tuple[Path, ...]:
+    tokenizer = Path(text.tokenizer if text else "").expanduser()
+    return (tokenizer,) if tokenizer.is_file() else ()
 
 
 def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
@@ -132,7 +163,7 @@ def write(
     elif format == "big_vision":
         big_vision.write(weights, out)
     else:
-        with replacing(out) as temporary:
+        with replacing(out, folder=True) as temporary:
             checkpoints = Checkpoints(temporary, keep=1)
             try:
                 config = dataclasses.replace(config or Config(), model=weights.model)
@@ -156,6 +187,28 @@ def check_sizes(weights: Weights, model: ModelConfig) -> None:
             f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): leave "
             "model.vision and model.text to the weights, or state theirs in full"
         )
+
+
+def start(
+    config: Config, workdir: Path
+) -> tuple[Config, Callable[[Rules], TwoTower] | None]:
+    """`config` as a run of it in `workdir` has it, and what makes its first model.
+
+    A run that has a checkpoint goes on without reading `config.init`.
+    """
+    if is_workdir(workdir):
+        checkpoints = Checkpoints(workdir)
+        try:
+            if checkpoints.latest_step() is not None:
+                none: dict[str, np.ndarray] = {}  # its sizes are what is asked for
+                model = checkpoints.config().model
+                kept = Weights(model, none.__getitem__, str(workdir))
+                return starting_from(config, kept), None
+        finally:
+            checkpoints.close()
+    weights = read(config.init)
+    config = starting_from(config, weights)
+    return config, functools.partial(build, weights, config.model)
 
 
 def starting_from(config: Config, weights: Weights) -> Config:
@@ -200,7 +253,6 @@ def _load_workdir(
     checkpoints = Checkpoints(path)
     try:
         config = config_lib.override(checkpoints.config(), overrides)
-        config = _tokenizer_beside(config, path)
         make = functools.partial(TwoTower, config.model, rules)
         like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         model, step = checkpoints.restore_model(like)
@@ -216,14 +268,3 @@ def _with_tokenizer(weights: Weights) -> Weights:
     text = dataclasses.replace(weights.model.text, tokenizer=str(weights.files[0]))
     model = dataclasses.replace(weights.model, text=text)
     return dataclasses.replace(weights, model=model)
-
-
-def _tokenizer_beside(config: Config, path: Path) -> Config:
-    """The copy that lies in the work directory, where its own path is gone."""
-    text = config.model.text
-    if text is None or text.tokenizer in ("", "bytes"):
-        return config
-    beside = path / Path(text.tokenizer).name
-    if Path(text.tokenizer).expanduser().is_file() or not beside.is_file():
-        return config
-    return config_lib.override(config, [f"model.text.tokenizer={beside}"])

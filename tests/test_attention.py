@@ -63,8 +63,13 @@ def test_gradients_equal_those_of_the_dense_mask(row, implementation):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+# The largest: their products with anything are infinite, or not numbers.
+POISONS = [lambda x: x * -7e3 + 11, lambda x: jnp.sign(x) * 3e38]
+
+
+@pytest.mark.parametrize("poisoned", POISONS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_leak_between_segments_in_value_or_gradient(row, implementation):
+def test_no_leak_between_segments_in_value_or_gradient(row, implementation, poisoned):
     """Any values in segment A and in padding leave segment B as it is, to the bit."""
     q, k, v, segments = row
 
@@ -73,7 +78,7 @@ def test_no_leak_between_segments_in_value_or_gradient(row, implementation):
 
     attend = jax.jit(attend)
     outside = (np.asarray(segments) != 3)[..., None, None]
-    poison = [jnp.where(outside, x * -7e3 + 11, x) for x in (q, k, v)]
+    poison = [jnp.where(outside, poisoned(x), x) for x in (q, k, v)]
     before, after = attend(q, k, v), attend(*poison)
     inside = np.asarray(segments[0]) == 3
     np.testing.assert_array_equal(before[0, inside], after[0, inside])
@@ -84,6 +89,29 @@ def test_no_leak_between_segments_in_value_or_gradient(row, implementation):
     for g in gradients:
         assert (np.asarray(g)[np.broadcast_to(outside, g.shape)] == 0).all()
         assert np.abs(g[0, inside]).max() > 0
+
+
+@pytest.mark.parametrize("poisoned", POISONS)
+@pytest.mark.parametrize("n", [100, 200])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_does_not_leak_into_the_one_segment(implementation, n, poisoned, rng):
+    """Nor where nothing is gathered, whatever way the length makes it take."""
+    q, k, v = jnp.asarray(rng.normal(size=(3, 2, n, 2, 8)), jnp.float32)
+    segments = jnp.arange(n) < jnp.array([[n - 13], [20]])
+    outside = ~segments[..., None, None]
+
+    @jax.jit
+    def attend(q, k, v):
+        return attention(
+            *(q, k, v, segments.astype(jnp.int32)),
+            implementation=implementation,
+            max_segments=1,
+            max_segment_tokens=n,
+        )
+
+    after = attend(*(jnp.where(outside, poisoned(x), x) for x in (q, k, v)))
+    before = attend(q, k, v)
+    np.testing.assert_array_equal(before[segments], after[segments])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

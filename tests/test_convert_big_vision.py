@@ -15,7 +15,7 @@ from test_convert import LAYOUTS, pack, restack
 
 import navit
 
-GRIDS = [(1, 40), (23, 7), (5, 5), (9, 31), (3, 85), (40, 2), (1, 1), (65, 2)]
+GRIDS = [(1, 40), (23, 7), (5, 5), (9, 31), (3, 85), (16, 16), (1, 1), (65, 2)]
 WIDTH, SIDE, PATCH, HEADS, MLP, LENGTH = 30, 5, 3, 3, 53, 9
 
 
@@ -75,6 +75,7 @@ class MAPHead(nn.Module):
 
 class Image(nn.Module):
     scan: bool
+    embed_dim: int | None = None
 
     @nn.compact
     def __call__(self, patches, grid):
@@ -92,11 +93,15 @@ class Image(nn.Module):
         )
         x = x + resized.reshape(-1, WIDTH)
         x = Encoder(3, MLP, HEADS, self.scan, name="Transformer")(x)
-        return MAPHead(MLP, HEADS)(x), x
+        pooled = MAPHead(MLP, HEADS)(x)
+        if self.embed_dim:
+            pooled = nn.Dense(self.embed_dim, name="head")(pooled)
+        return pooled, x
 
 
 class Text(nn.Module):
     scan: bool
+    embed_dim: int = WIDTH
 
     @nn.compact
     def __call__(self, ids):
@@ -104,14 +109,15 @@ class Text(nn.Module):
         init = nn.initializers.normal(0.2)
         x = x + self.param("pos_embedding", init, (1, LENGTH, 21))
         x = Encoder(2, 37, 3, self.scan)(x)  # linen names it Encoder_0
-        return nn.Dense(WIDTH, name="head")(x[:, -1])
+        return nn.Dense(self.embed_dim, name="head")(x[:, -1])
 
 
-@pytest.fixture(scope="module", params=[(False, True), (True, False)])
+@pytest.fixture(scope="module", params=[(False, True), (True, False, 22)])
 def case(request, tmp_path_factory):
-    """A file read by navit, and what linen makes of it."""
+    """A file read by navit, and what linen makes of it: with a head, and without."""
     rng = np.random.default_rng(1)
-    image, text = Image(request.param[0]), Text(request.param[1])
+    scan_image, scan_text, *embed_dim = request.param
+    image, text = Image(scan_image, *embed_dim), Text(scan_text, *embed_dim)
     patches = [
         rng.uniform(-1, 1, (1, h * w, PATCH**2 * 3)).astype(np.float32)
         for h, w in GRIDS

@@ -1,7 +1,10 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from helpers import tiny_config
 
@@ -49,3 +52,23 @@ def test_gradients_are_clipped_to_the_global_norm():
     _, large = optimizer.update({"kernel": jnp.full(4, 500.0)}, state, params)
     for a, b in zip(jax.tree.leaves(small), jax.tree.leaves(large), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["vision", "text"])
+def test_a_frozen_tower_has_no_moments_no_update_and_no_decay(frozen):
+    model = TwoTower(tiny_config().model, rngs=nnx.Rngs(0))
+    config = OptimConfig(lr=1.0, warmup_steps=0, weight_decay=0.1)
+    config = dataclasses.replace(config, **{f"{frozen}_lr": 0.0})
+    optimizer = make_optimizer(config, 9)
+    state = optimizer.init(model)
+
+    def size(tree):
+        return sum(x.size for x in jax.tree.leaves(tree) if x.ndim)
+
+    assert size(state) == 2 * (size(model) - size(getattr(model, frozen)))
+    gradients = jax.tree.map(jnp.ones_like, model)
+    updates, after = optimizer.update(gradients, state, model)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for tower in ("vision", "text"):
+        moved = [bool(x.any()) for x in jax.tree.leaves(getattr(updates, tower))]
+        assert all(moved) if tower != frozen else not any(moved)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,38 @@ def test_an_empty_text_is_only_its_end():
 def test_other_scripts_are_their_utf8_bytes():
     (ids,) = encode(["Ö猫"], 16)
     assert decode(ids) == "ö猫".encode()
+
+
+@pytest.fixture
+def greek(tmp_path) -> str:
+    """A tokenizer.json of single letters, with both of the small sigmas."""
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", *"<>eosdöоς\u0307iaσδο"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>"))
+    made.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "tokenizer.json")
+
+
+def spelled(text: str, file: str) -> list[str]:
+    made = tokenizers.Tokenizer.from_file(file)
+    (ids,) = encode([text], 12, file).tolist()
+    return [made.id_to_token(i) for i in ids[: ids.index(1)]]
+
+
+@pytest.mark.parametrize("text", ["ΟΔΟΣ", "ÖΣ", "İ", "οδος"])
+def test_letters_are_lowered_one_by_one(text, greek):
+    """As tokenizers' Lowercase, transformers' Siglip2Tokenizer: no final sigma."""
+    lowered = tokenizers.normalizers.Lowercase().normalize_str(text)
+    assert spelled(text, greek) == list(lowered)
+    assert ("ς" in lowered) == ("ς" in text)
+
+
+def test_a_special_token_in_a_caption_is_text(greek, pieces):
+    """Of either file: it does not end the caption."""
+    assert spelled("a<eos>a", greek) == list("a<eos>a")
+    (ids,) = encode(["a <eos> cat"], 32, str(pieces)).tolist()
+    assert ids.index(1) > 4 and set(ids[ids.index(1) + 1 :]) == {0}
 
 
 FILES = ["siglip2_a/tokenizer.json", "siglip_fixed/tokenizer.json"]

@@ -14,6 +14,7 @@ from helpers import tiny_config
 import navit
 from navit.cli import main
 from navit.config import Config, ModelConfig, override
+from navit.convert.weights import build
 from navit.embed import Embedder
 from navit.input import text
 from navit.input.synthetic import SyntheticSource
@@ -78,6 +79,113 @@ def test_training_on_moves_what_is_not_frozen(frozen, tmp_path, monkeypatch):
         same = [np.array_equal(a, b) for a, b in pairs]
         assert all(same) if tower == frozen else not any(same)
     assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(
+    tmp_path, monkeypatch, caplog
+):
+    """A frozen tower's state is restored, and the file is read no more."""
+    monkeypatch.chdir(ROOT)
+    caplog.set_level("INFO", "navit")
+    folder = shutil.copytree(GOLDEN / "siglip2_b", tmp_path / "hf")
+    command = [
+        *("train", "configs/siglip2_naflex_finetune.py", f"init={folder}"),
+        *("--workdir", str(tmp_path / "run"), "data.train.path=data/sample"),
+        *("data.rows=2", "mesh.data=1", "data.budgets=16,36", "data.row_tokens=64"),
+        *("eval.budgets=16", "train.steps=1", "optim.warmup_steps=0"),
+    ]
+    assert main(command) == 0
+    shutil.rmtree(folder)
+    text.open_tokenizer.cache_clear()
+    assert main(command) == 0
+    assert "is trained to step 1 already" in caplog.text
+    fresh = [*command, "--workdir", str(tmp_path / "other")]
+    assert main(fresh) == 1
+
+
+def test_settings_that_the_weights_were_not_trained_with_are_refused():
+    for setting in ("width=60", "pool=mean", "position.kind=learned_2d"):
+        with pytest.raises(
+            ValueError, match=r"siglip2_b was trained otherwise \(model"
+        ):
+            navit.load(GOLDEN / "siglip2_b", overrides=[f"model.vision.{setting}"])
+    for setting in ("model.text.depth=2", "model.text.length=8"):
+        with pytest.raises(ValueError, match=setting.split("=")[0]):
+            read(GOLDEN / "siglip2_b", overrides=[setting])
+
+
+def test_an_evaluation_of_released_weights_names_where_to_write(tmp_path, capsys):
+    """Before the model is read: the file is no model at all."""
+    file = tmp_path / "a.npz"
+    file.write_text("")
+    assert main(["eval", str(file)]) == 1
+    assert "a.npz is no work directory to write into" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "b")]) == 1
+    assert f"{tmp_path / 'b'} does not exist" in capsys.readouterr().err
+    assert file.read_text() == ""
+
+
+def test_settings_of_a_file_can_be_said_to_every_command(tmp_path, caplog):
+    """That images are 23 pixels a side, which an .npz cannot say."""
+    caplog.set_level("INFO", "navit")
+    golden, file = GOLDEN / "siglip_cut", tmp_path / "a.npz"
+    size = "model.vision.image_size=23"
+    assert main(["convert", str(golden), str(file)]) == 0
+    said = "a.npz: assuming images of 20 pixels a side; model.vision.image_size=..."
+    assert said not in caplog.text
+    assert main(["convert", str(file), str(tmp_path / "hf"), size]) == 0
+    assert said not in caplog.text
+    assert read(tmp_path / "hf").model.vision.image_size == 23
+    image = str(ROOT / "data/sample/cat.jpg")
+    found = []
+    for weights, options in (
+        (golden, []),
+        (file, ["--set", size]),
+        (file, []),
+    ):
+        out = tmp_path / "out" / "z.npz"
+        command = ["embed", str(weights), image, "--out", str(out), *options]
+        assert main(command) == 0
+        with np.load(out) as z:
+            found.append(z["embeddings"])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()
+    assert caplog.text.count(said) == 1
+    assert main(["embed", str(golden), image, "--out", str(tmp_path)]) == 1
+
+
+def test_a_tokenizer_that_is_named_is_written(tmp_path):
+    named = f"model.text.tokenizer={GOLDEN / 'siglip_cut/spiece.model'}"
+    command = ["convert", str(GOLDEN / "siglip2_b"), str(tmp_path / "a"), named]
+    assert main(command) == 0
+    assert (tmp_path / "a/spiece.model").is_file()
+
+
+def test_a_wrong_path_is_said_for_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist$"):
+        navit.load(tmp_path / "gone")
+    file = GOLDEN / "siglip2_b/model.safetensors"
+    with pytest.raises(ValueError, match=r"name the directory, .*siglip2_b$"):
+        navit.load(file)
+    np.savez(tmp_path / "z.npz", names=np.array(["a"]), embeddings=np.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"z.npz holds embeddings, .* no model"):
+        navit.load(tmp_path / "z.npz")
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused(value):
+    weights = read(GOLDEN / "siglip2_b")
+
+    def broken(name):
+        found = weights.read(name).copy()
+        if name == "text.position":
+            found[3, 2] = value
+        return found
+
+    with pytest.raises(
+        ValueError, match=r"siglip2_b: 1 of the 189 .*text.position are"
+    ):
+        build(dataclasses.replace(weights, read=broken), weights.model)
 
 
 def test_a_work_directory_keeps_its_tokenizer(tmp_path):

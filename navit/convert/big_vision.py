@@ -20,6 +20,7 @@ from navit.convert.weights import (
     Tensor,
     Weights,
     check_shapes,
+    depth_of,
     layers_of,
     shapes_of,
     square_side,
@@ -38,7 +39,8 @@ _DAMAGED = (
 
 
 def is_big_vision(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".npz"
+    """By content; a damaged file is known by its name."""
+    return path.is_file() and (path.suffix == ".npz" or zipfile.is_zipfile(path))
 
 
 def read(path: Path) -> Weights:
@@ -183,12 +185,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
         up = shape(f"{first}/MlpBlock_0/Dense_0/kernel", 2 + scanned)
         name = f"{first}/MultiHeadDotProductAttention_0/query/kernel"
         query = shape(name, 3 + scanned)
-        numbers = {
-            int(n[len(prefix) + 1 :].split("/")[0])
-            for n in stored
-            if n.startswith(f"{prefix}_")
-        }
-        depth = up[0] if scanned else max(numbers, default=0) + 1
+        depth = up[0] if scanned else depth_of(stored, rf"{prefix}_(\d+)/")
         sizes = dict(width=up[-2], depth=depth, mlp_dim=up[-1], num_heads=query[-2])
         return sizes
 
@@ -202,7 +199,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
         raise ValueError(f"{path}: {name} is {table}, which is not square")
     else:
         side = table[0]
-    head = stored.get("params/img/head/kernel")
+    head = "params/img/head/kernel"
     vocab, _ = shape("params/txt/Embed_0/embedding", 2)
     _, length, _ = shape("params/txt/pos_embedding", 3)
     return ModelConfig(
@@ -210,7 +207,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
             patch_size=kernel[0] if fixed else math.isqrt(kernel[0] // 3),
             position=PositionConfig(size=side),
             fixed_grid=fixed,
-            embed_dim=None if head is None else head[-1],
+            embed_dim=shape(head, 2)[-1] if head in stored else None,
             **tower(_IMG),
         ),
         text=TextConfig(tokenizer="", vocab_size=vocab, length=length, **tower(_TXT)),
@@ -222,6 +219,11 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     found = {}
     try:
         with zipfile.ZipFile(path) as archive:
+            if {"names.npy", "embeddings.npy"} == set(archive.namelist()):
+                raise ValueError(
+                    f"{path} holds embeddings, as navit embed writes them, and no "
+                    "model: name the weights that they were made with"
+                )
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
                 with archive.open(member) as file:

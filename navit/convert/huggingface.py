@@ -19,6 +19,7 @@ from navit.convert.huggingface_config import (
     check_expressible,
     check_preprocessor,
     config_of,
+    member,
     model_of,
     preprocessor_of,
     read_json,
@@ -28,6 +29,7 @@ from navit.convert.weights import (
     Tensor,
     Weights,
     check_shapes,
+    is_buffer,
     layers_of,
     shapes_of,
     to_ours,
@@ -58,7 +60,7 @@ def read(path: Path) -> Weights:
             f"{path / 'config.json'} is of a {config.get('model_type')!r}; navit reads "
             "'siglip2' and 'siglip'"
         )
-    stored = {name: _shape(file, name) for name, file in where.items()}
+    stored = {n: _shape(file, n) for n, file in where.items() if not is_buffer(n)}
     model = model_of(path, config, stored)
     check_preprocessor(path, model)
     table = tensors.huggingface(conv=model.vision.fixed_grid)
@@ -88,7 +90,7 @@ def write(weights: Weights, out: Path) -> None:
     """
     model = weights.model
     check_expressible(model)
-    with replacing(out) as temporary:
+    with replacing(out, folder=True) as temporary:
         temporary.mkdir()
         _write_tokenizer(weights, temporary)
         write_json(temporary / "config.json", config_of(model))
@@ -119,9 +121,11 @@ def _write_tensors(weights: Weights, out: Path) -> None:
         size, total = size + value.nbytes, total + value.nbytes
     flush()
     index: dict[str, str] = {}
+    mode = (out / "config.json").stat().st_mode  # safetensors makes them the owner's
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
+        (out / f"shard-{i}").chmod(mode)
         os.replace(out / f"shard-{i}", out / file)
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -209,7 +213,10 @@ def _locate(path: Path) -> dict[str, Path]:
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
-        listed = sorted(set(read_json(index)["weight_map"].values()))
+        found = member(index, read_json(index), "weight_map", dict, "an object")
+        listed = sorted({member(index, found, x, str, "a file's name") for x in found})
+        if not listed:
+            raise ValueError(f"{index}: weight_map is empty, and should name the files")
         for name in listed:
             if Path(name).name != name or not (path / name).is_file():
                 raise ValueError(f"{index} names {name!r}, which is not in {path}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert.weights import square_side
+from navit.convert.weights import depth_of, square_side
 from navit.files import write_atomic
 
 log = logging.getLogger("navit")
@@ -29,7 +29,14 @@ _FIXED = {
 }
 # What preprocessor_config.json must say, if it says it, as `preprocessor_of` does.
 _PIXELS = (
-    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *(
+        "do_resize",
+        "do_rescale",
+        "rescale_factor",
+        "do_normalize",
+        "image_mean",
+        "image_std",
+    ),
     *("size", "patch_size"),
 )
 
@@ -42,12 +49,16 @@ def model_of(
     Raises:
       ValueError: names what config.json states otherwise, or what is not known here.
     """
-    vision, texts = config.get("vision_config", {}), config.get("text_config", {})
+    file = path / "config.json"
+    vision, texts = (
+        member(file, config, f"{x}_config", dict, "an object", {})
+        for x in ("vision", "text")
+    )
     for part in (vision, texts):
         for key, value in _FIXED.items():
             if part.get(key, value) != value:
                 raise ValueError(
-                    f"{path / 'config.json'}: {key}={part[key]!r} is not supported; "
+                    f"{file}: {key}={part[key]!r} is not supported; "
                     f"SigLIP has {value!r}"
                 )
 
@@ -77,9 +88,9 @@ def model_of(
         vision=VisionConfig(
             patch_size=patch_size,
             width=width,
-            depth=_depth(stored, "vision_model.encoder.layers."),
+            depth=depth_of(stored, r"vision_model\.encoder\.layers\.(\d+)\."),
             mlp_dim=shape(fc1.format("vision"), 2)[0],
-            num_heads=vision.get("num_attention_heads", 12),
+            num_heads=_heads(file, vision, "vision_config"),
             position=PositionConfig(size=side),
             fixed_grid=fixed,
             image_size=image_size,
@@ -89,9 +100,9 @@ def model_of(
             vocab_size=vocab,
             length=length,
             width=text_width,
-            depth=_depth(stored, "text_model.encoder.layers."),
+            depth=depth_of(stored, r"text_model\.encoder\.layers\.(\d+)\."),
             mlp_dim=shape(fc1.format("text"), 2)[0],
-            num_heads=texts.get("num_attention_heads", 12),
+            num_heads=_heads(file, texts, "text_config"),
         ),
     )
     _agree(path, config, config_of(model))
@@ -111,9 +122,16 @@ def _agree(path: Path, stated: dict[str, Any], found: dict[str, Any]) -> None:
                 )
 
 
-def _depth(stored: dict[str, tuple[int, ...]], prefix: str) -> int:
-    numbers = {int(n[len(prefix) :].split(".")[0]) for n in stored if prefix in n}
-    return max(numbers, default=0) + 1
+def _heads(file: Path, part: dict[str, Any], name: str) -> int:
+    key = "num_attention_heads"
+    if key not in part:  # transformers leaves out what is its default
+        log.info("%s does not say %s.%s: 12 is assumed", file, name, key)
+    heads = member(file, part, key, int, "a number of at least 1", 12)
+    if isinstance(heads, bool) or heads < 1:
+        raise ValueError(
+            f"{file}: {key} is {heads!r}, and should be a number of at least 1"
+        )
+    return heads
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
@@ -192,7 +210,7 @@ def check_preprocessor(path: Path, model: ModelConfig) -> None:
         if not file.is_file():
             continue
         said = read_json(file)
-        said = said.get("image_processor", said)
+        said = member(file, said, "image_processor", dict, "an object", said)
         for key in _PIXELS:
             if key in want and said.get(key) not in (None, want[key]):
                 raise ValueError(
@@ -228,6 +246,22 @@ def check_expressible(model: ModelConfig) -> None:
             raise ValueError(
                 f"model.{name}={value!r} has no place in transformers' Siglip2Model"
             )
+
+
+def member(
+    file: Path, data: dict[str, Any], key: str, kind: type, what: str, *default: Any
+) -> Any:
+    """`data[key]` of a file, or the default if there is one.
+
+    Raises:
+      ValueError: if it is missing without a default, or of another type.
+    """
+    if key not in data and not default:
+        raise ValueError(f"{file} lacks {key}, which should be {what}")
+    value = data.get(key, *default)
+    if not isinstance(value, kind):
+        raise ValueError(f"{file}: {key} is {value!r}, and should be {what}")
+    return value
 
 
 def read_json(file: Path) -> dict[str, Any]:

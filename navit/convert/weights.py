@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,6 +98,11 @@ def layers_of(model: ModelConfig, ours: str) -> int | None:
     return model.text.depth
 
 
+def is_buffer(name: str) -> bool:
+    """Whether transformers once saved it with the weights, though it holds none."""
+    return name.endswith(".position_ids")
+
+
 def check_shapes(
     path: Path,
     expected: dict[str, tuple[int, ...]],
@@ -111,13 +117,21 @@ def check_shapes(
                 f"{path}: {name} is {stored[name]}, and the other tensors make it "
                 f"{shape}"
             )
-    # Buffers that transformers once saved; they hold no weights.
-    surplus = [n for n in stored if n not in expected and "position_ids" not in n]
+    surplus = [n for n in stored if n not in expected and not is_buffer(n)]
     if surplus:
         raise ValueError(
             f"{path} has {len(surplus)} tensors that navit does not know, first "
             f"{surplus[0]}"
         )
+
+
+def depth_of(stored: Iterable[str], pattern: str) -> int:
+    """How many layers the names count that start with `pattern`, `(\\d+)` the layer's.
+
+    If they leave one out, the tensors do not fit this depth.
+    """
+    found = (re.match(pattern, name) for name in stored)
+    return max(1, len({int(x[1]) for x in found if x}))
 
 
 def square_side(path: Path, name: str, positions: int) -> int:
@@ -130,9 +144,23 @@ def square_side(path: Path, name: str, positions: int) -> int:
 
 
 def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:
-    """Makes the module and puts every tensor in its place, one after the other."""
+    """Makes the module and puts every tensor in its place, one after the other.
+
+    Raises:
+      ValueError: names a tensor that is not finite.
+    """
     make = functools.partial(TwoTower, model, rules)
     like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.device_put(weights.read(name_of(path)), place_of(x)), like
-    )
+
+    def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+        value = weights.read(name_of(path))
+        wrong = value.size - np.count_nonzero(np.isfinite(value))
+        if wrong:
+            raise ValueError(
+                f"{weights.where}: {wrong} of the {value.size} values of "
+                f"{name_of(path)} are NaN or infinite: get the file again, or one from "
+                "before the training that made it diverged"
+            )
+        return jax.device_put(value, place_of(x))
+
+    return jax.tree_util.tree_map_with_path(place, like)

@@ -36,7 +36,9 @@ def encode(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> np.nd
 
     As SigLIP treats its text: lower-cased, no beginning-of-text token, cut to `length`,
     and closed by an end-of-text token that survives the cut; then padding (big_vision's
-    `lower|tok(length=64, model="gemma", bos="no", eos="sticky")`). A tokenizer that
+    `lower|tok(length=64, model="gemma", bos="no", eos="sticky")`). Letters of every
+    script are lower-cased, as transformers does; big_vision's `lower` knows ASCII's
+    only. A special token that is typed in a text is text. A tokenizer that
     ends its texts with `</s>` is SigLIP 1's: punctuation is removed too, whitespace
     collapsed, and `</s>` is the padding (transformers' SiglipTokenizer).
 
@@ -99,6 +101,7 @@ def _open_json(path: Path) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer.json: {error}") from None
     found.no_padding()
     found.no_truncation()
+    found.encode_special_tokens = True  # "<eos>" in a caption does not end it
 
     def split(texts: list[str]) -> list[list[int]]:
         return [x.ids for x in found.encode_batch(texts, add_special_tokens=False)]
@@ -106,7 +109,7 @@ def _open_json(path: Path) -> Tokenizer:
     size = max(found.get_vocab().values(), default=-1) + 1
     eos, pad = found.token_to_id("<eos>"), found.token_to_id("<pad>")
     if eos is not None and pad is not None:
-        return Tokenizer(lambda texts: split(_lower(texts)), size, eos, pad)
+        return Tokenizer(lambda texts: split(_lower_each(texts)), size, eos, pad)
     # Gemma's has a </s> as well, the tag of struck-out text.
     end = found.token_to_id("</s>")
     if eos is None and end is not None:
@@ -125,7 +128,7 @@ def _open_pieces(path: Path) -> Tokenizer:
     eos, pad = pieces.eos_id(), pieces.pad_id()
     end = pieces.id_to_piece(eos) if eos >= 0 else None
     if end == "<eos>" and pad >= 0:
-        return Tokenizer(lambda texts: split(_lower(texts)), size, eos, pad)
+        return Tokenizer(lambda texts: split(_lower_each(texts)), size, eos, pad)
     if end == "</s>":
         return Tokenizer(lambda texts: split(_canonical(texts)), size, eos, eos, True)
     raise ValueError(_UNKNOWN.format(path))
@@ -140,6 +143,11 @@ _UNKNOWN = (
 def _lower(texts: Sequence[str]) -> list[str]:
     # Half a surrogate pair, which scraped captions have, is no text to a tokenizer.
     return [text.lower().encode(errors="replace").decode() for text in texts]
+
+
+def _lower_each(texts: Sequence[str]) -> list[str]:
+    """Letter by letter, as transformers' Siglip2Tokenizer: no final sigma."""
+    return _lower(["".join(c.lower() for c in text) for text in texts])
 
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -97,11 +97,11 @@ def _row_by_row(
     visible |= ~visible.any(-1, keepdims=True)
     if n < 128:  # such small products are faster all at once
         return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None])
-    bias = jnp.where(visible, 0.0, -jnp.inf)
 
-    def head(q: Array, k: Array, v: Array, bias: Array) -> Array:
+    def head(q: Array, k: Array, v: Array, visible: Array) -> Array:
         logits = jnp.einsum("qk,mk->qm", q, k, preferred_element_type=jnp.float32)
-        logits = logits * width**-0.5 + bias
+        # Not a sum: what is hidden may have overflowed, and inf - inf is NaN.
+        logits = jnp.where(visible, logits * width**-0.5, -jnp.inf)
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         weights = jnp.exp(logits - top)
         out = jnp.einsum(
@@ -110,13 +110,13 @@ def _row_by_row(
         return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     def row(_: None, row: tuple[Array, ...]) -> tuple[None, Array]:
-        q, k, v, bias = row
+        q, k, v, visible = row
         of_head = [slice(i, i + width) for i in range(0, h * width, width)]
-        heads = [head(q[:, i], k[:, i], v[:, i], bias) for i in of_head]
+        heads = [head(q[:, i], k[:, i], v[:, i], visible) for i in of_head]
         return None, jnp.concatenate(heads, -1)
 
     flat = (x.reshape(b, n, h * width) for x in (q, k, v))
-    return jax.lax.scan(row, None, (*flat, bias))[1].reshape(q.shape)
+    return jax.lax.scan(row, None, (*flat, visible))[1].reshape(q.shape)
 
 
 def _unpack(

@@ -72,8 +72,18 @@ class Checkpoints:
         self._manager.save(0, args=items)
 
     def config(self) -> Config:
-        """The config that the latest checkpoint was trained with; raises as `data`."""
-        return config_lib.from_json(self._about()["config"])
+        """The config that the latest checkpoint was trained with; raises as `data`.
+
+        Its tokenizer is the copy in the work directory where its own path is gone.
+        """
+        config = config_lib.from_json(self._about()["config"])
+        text = config.model.text
+        if text is None or text.tokenizer in ("", "bytes"):
+            return config
+        beside = self._path / Path(text.tokenizer).name
+        if Path(text.tokenizer).expanduser().is_file() or not beside.is_file():
+            return config
+        return config_lib.override(config, [f"model.text.tokenizer={beside}"])
 
     def data(self) -> str:
         """The fingerprint of the data that it was trained on.
