@@ -5,7 +5,9 @@
 
 PATH holds the weights at 90 % of the run that trains captions and sigmoid at 256
 tokens; this is the rest of it, stretched 3.75 times: 40e9 examples / 32,768 * 10 % *
-3.75 steps. One budget for each image, where the paper has one for each batch.
+3.75 steps. One budget for each image, where the paper has one for each batch: rows
+are of one length here, so a batch at 128 tokens would hold 8 times the images of one at
+1024 (data.budget_per=batch does that).
 """
 
 import math
