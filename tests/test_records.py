@@ -298,6 +298,30 @@ def test_large_row_groups_are_warned_of(tmp_path, caplog, monkeypatch):
     assert "row groups" in caplog.text and "row_group_size" in caplog.text
 
 
+def test_parquet_files_of_other_columns_are_refused_by_name(tmp_path):
+    table = parquet_table()
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    names = ["words" if name == "caption" else name for name in table.column_names]
+    pa.parquet.write_table(table.rename_columns(names), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has the columns .*words"):
+        open_source(ParquetImages(str(tmp_path)))
+
+
+def test_an_image_with_its_caption_is_one_read(tmp_path, monkeypatch):
+    pa.parquet.write_table(parquet_table(), tmp_path / "a.parquet")
+    source = open_source(ParquetImages(str(tmp_path)))
+    images = [source.image(i) for i in range(len(source))]
+    reader = source._reader
+    asked = []
+    monkeypatch.setattr(
+        reader, "image", lambda i, get=reader.image: asked.append(i) or get(i)
+    )
+    for i, image in enumerate(images):
+        assert source.captions(i)
+        assert source.image(i) == image
+    assert asked == list(range(len(images)))
+
+
 # What they have in common
 
 
@@ -305,7 +329,7 @@ def test_labels_are_integers_or_words():
     assert [records.label_text(v) for v in (3, [3], b"3", "3", np.int64(3))] == [
         "3"
     ] * 5
-    assert [records.label_text(v) for v in (None, [], -1, "")] == [""] * 4
+    assert [records.label_text(v) for v in (None, [], -1, "", "-1")] == [""] * 5
     for wrong in (1.5, [1, 2], {"a": 1}, True):
         with pytest.raises(ValueError, match="label"):
             records.label_text(wrong)

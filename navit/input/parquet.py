@@ -52,6 +52,12 @@ class ParquetReader:
                 log.warning("left out, damaged: %s", self.damaged[-1])
                 continue
             first = first or metadata
+            if metadata.schema.names != first.schema.names:
+                raise ValueError(
+                    f"{file} has the columns {', '.join(metadata.schema.names)}, and "
+                    f"{files[0]} has {', '.join(first.schema.names)}: name files that "
+                    "are alike"
+                )
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, group))
                 counts.append(metadata.row_group(group).num_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
@@ -56,6 +57,7 @@ class RecordSource:
             again=again,
         )
         self._kept = index.kept
+        self._last = -1, b""
         self._described = index.describe()
         self.left_out, self.damaged = len(index.unreadable), len(reader.damaged)
         self.sizes = index.sizes[self._kept]
@@ -67,12 +69,15 @@ class RecordSource:
         return len(self._kept)
 
     def image(self, index: int) -> bytes:
-        return self._reader.image(int(self._kept[index]))
+        last, image = self._last
+        return image if last == index else self._reader.image(int(self._kept[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        captions = self._reader.record(int(self._kept[index])).captions
-        if captions:
-            return captions
+        record = self._reader.record(int(self._kept[index]))
+        if isinstance(record.image, bytes):
+            self._last = index, record.image  # it is asked for next
+        if record.captions:
+            return record.captions
         task = self.tasks["label"]
         return (task.class_names[task.labels[index]],)
 
@@ -104,7 +109,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def label_text(value: Any) -> str:
-    """A label as the index keeps it; "" for none.
+    """A label as the index keeps it; "" for none, as a negative number is.
 
     Raises:
       ValueError: if it is neither an integer nor text.
@@ -118,7 +123,7 @@ def label_text(value: Any) -> str:
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, str):
-        return value.strip()
+        return "" if re.fullmatch(r"\s*-\d+\s*", value) else value.strip()
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(int(value)) if value >= 0 else ""
     raise ValueError(f"a label is an integer or text, not {value!r:.60}")
