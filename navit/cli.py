@@ -65,13 +65,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
         "same command again to go on after an interruption.",
     )
-    train.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
-    train.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="any field of the config, as optim.lr=3e-4 or data.budgets=64,256 "
-        "(--print-config shows them all; navit/config.py explains them)",
+    _add_config(
+        train,
+        "optim.lr=3e-4 or data.budgets=64,256 (--print-config shows them all; "
+        "navit/config.py explains them)",
     )
     train.add_argument(
         "--print-config",
@@ -111,11 +108,9 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="folder to write (default: the work directory; released weights need one)",
     )
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="fields of the saved config to change, as data.eval.path=~/other; with "
+    _add_overrides(
+        evaluate,
+        "fields of the saved config to change, as data.eval.path=~/other; with "
         "released weights model.* too, as model.vision.image_size=384",
     )
     evaluate.set_defaults(run=_eval)
@@ -161,13 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         "keeps the sizes beside the data (or in ~/.cache/navit), and prints them. "
         "Training does so too; an interrupted pass goes on where it was.",
     )
-    index.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
-    index.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="any field of the config, as data.train.path=~/photos",
-    )
+    _add_config(index, "data.train.path=~/photos")
     index.add_argument(
         "--again", action="store_true", help="read every header, whatever is kept"
     )
@@ -186,11 +175,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("huggingface", "big_vision", "navit"),
         help="of OUT (default: big_vision for an .npz, else huggingface)",
     )
-    convert.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="what IN does not say, as model.vision.image_size=384 or "
+    _add_overrides(
+        convert,
+        "what IN does not say, as model.vision.image_size=384 or "
         "model.text.tokenizer=gemma.model",
     )
     convert.set_defaults(run=_convert)
@@ -202,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "several lengths, and prints padding, images a row, slots filled and steps an "
         "epoch (* marks the config's own row length). No pixel is read.",
     )
-    _add_config(plan)
+    _add_config(plan, "data.budgets=64,256")
     plan.add_argument(
         "--rows",
         type=_integers,
@@ -220,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "--help.",
     )
     bench.add_argument("what", choices=("input",))
-    _add_config(bench)
+    _add_config(bench, "data.budgets=64,256")
     bench.add_argument(
         "--batches", type=int, default=20, help="batches to measure (default: 20)"
     )
@@ -228,14 +215,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.path=value",
-        help="any field of the config, as data.budgets=64,256",
-    )
+    _add_overrides(parser, f"any field of the config, as {example}")
+
+
+def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=help)
 
 
 # Heavy imports wait until a command runs, so that --help and mistakes answer at once.

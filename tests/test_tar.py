@@ -103,7 +103,7 @@ def test_signs_of_a_pattern_in_a_real_name_mean_themselves(tmp_path):
 )
 def test_every_tar_format_and_long_or_odd_names(tmp_path, format):
     image = (SAMPLE / "coin_small.jpg").read_bytes()
-    names = ["a/b.c/x", "d" * 90, "é", "../../up", "/root/x"]
+    names = ["a/b.c/x", "d" * 90, "é", "../../up", "/outside/x"]
     if format != tarfile.USTAR_FORMAT:
         names.append("long/" * 40 + "x")
     members = {}

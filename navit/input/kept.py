@@ -6,18 +6,18 @@ where the data is remote or cannot be written to.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import logging
 import os
-import socket
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from navit.files import write_atomic
 
 log = logging.getLogger("navit")
 
@@ -76,17 +76,11 @@ def write_beside(place: Place, kind: str, suffix: str, data: bytes) -> Path | No
     """Writes a file beside the data, or in the cache folder, or says that it cannot."""
     for folder in _folders(place):
         path = folder / _file_name(place, kind, suffix)
-        # Several hosts may do this at once, on one file system.
-        temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            write_atomic(path, data)
             return path
         except OSError as error:
             reason = error
-            with contextlib.suppress(OSError):
-                temporary.unlink()
     log.warning("the index cannot be kept: %s", reason)
     return None
 

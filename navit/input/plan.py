@@ -247,12 +247,12 @@ class BatchPlans(Sequence):
         self.slots = data.slots or self._slots()
         images = sum(_shares(parts, len(sizes)))
         block_images = _block_images(sizes, data, patch_size)
-        self._blocks = max(1, -(-images // block_images))
+        blocks = max(1, -(-images // block_images))
         # Blocks are alike but for the last, which may be shorter.
         self._block_steps = max(1, len(self._plan(0, 0)) // data.rows)
-        last = len(self._plan(0, self._blocks - 1)) // data.rows
-        last = max(last, 1) if self._blocks == 1 else min(last, self._block_steps)
-        self.steps_per_epoch = (self._blocks - 1) * self._block_steps + last
+        last = len(self._plan(0, blocks - 1)) // data.rows
+        last = max(last, 1) if blocks == 1 else min(last, self._block_steps)
+        self.steps_per_epoch = (blocks - 1) * self._block_steps + last
         self._first_block_images = min(images, block_images)
 
     def __len__(self) -> int:
@@ -308,20 +308,29 @@ class BatchPlans(Sequence):
         return 2 ** max(0, round(np.log2(2 * images)))
 
 
-def sample_of(sizes: np.ndarray, count: int = 10_000) -> np.ndarray:
-    """So many of the sizes, evenly spaced: enough to know what they are like."""
-    return sizes[:: max(1, len(sizes) // count)]
+def typical_tokens(
+    sizes: np.ndarray,
+    data: DataConfig,
+    patch_size: int,
+    *,
+    count: int,
+    seen: float = 1.0,
+) -> float:
+    """What an image takes on average, by so many of them, evenly spaced.
+
+    Args:
+      seen: the share of each side that a crop leaves.
+    """
+    some = np.maximum(1, sizes[:: max(1, len(sizes) // count)] * seen)
+    rng = np.random.default_rng(0)
+    budgets = sampling.token_budgets(rng, len(some), data, patch_size)
+    return float(grids_of(some, budgets, data, patch_size).prod(-1).mean())
 
 
 def _mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
     """What an image takes on average, at the end of the schedule of dropped tokens."""
-    some = sample_of(sizes)
-    if data.crop is not None:
-        some = np.maximum(1, some * np.mean(data.crop.area) ** 0.5)
-    budgets = sampling.token_budgets(
-        np.random.default_rng(0), len(some), data, patch_size
-    )
-    mean = float(grids_of(some, budgets, data, patch_size).prod(-1).mean())
+    seen = float(np.mean(data.crop.area)) ** 0.5 if data.crop else 1.0
+    mean = typical_tokens(sizes, data, patch_size, count=10_000, seen=seen)
     return max(1.0, mean * (1 - data.drop.final_rate if data.drop else 1))
 
 

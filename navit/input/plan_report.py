@@ -12,8 +12,7 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.files import write_atomic
-from navit.input import sampling
-from navit.input.plan import BatchPlans, Part, grids_of, sample_of
+from navit.input.plan import BatchPlans, Part, typical_tokens
 
 # Below this share of padding one image a row is as good, and simpler.
 _LITTLE = 0.02
@@ -90,11 +89,7 @@ def report(
         )
         if own:
             lengths = used.lengths
-    some = sample_of(sizes, 100_000)
-    budgets = sampling.token_budgets(
-        np.random.default_rng(0), len(some), data, patch_size
-    )
-    alone = 1 - float(grids_of(some, budgets, data, patch_size).prod(-1).mean()) / most
+    alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
     return Report(lines, alone, lengths)
 
 
