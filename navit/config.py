@@ -441,12 +441,14 @@ class MeshConfig:
     `fsdp` shards the parameters and their moments too, `tensor` heads and MLPs; both
     belong on the fast network of one slice. `slices` TPU slices (pods) lie along
     `data`. Where all are given, the first devices of a single host are used.
+    `gradients`: the dtype in which devices sum theirs; bfloat16 halves the bytes.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     slices: int = 1
+    gradients: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _positive(self, "slices")

@@ -126,7 +126,7 @@ class Vision(nnx.Module):
 
         member = membership(segment_ids, slots)
         if self.head is not None:
-            pooled = gather(self.head)(x, member)
+            pooled = self.head(x, member)
         else:
             pool = mean_pool if self.config.pool == "mean" else max_pool
             pooled = pool(x, member)
