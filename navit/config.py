@@ -398,10 +398,15 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, which loss, and how often to log and save (in steps)."""
+    """How long, which loss, and how often to log and save (in steps).
+
+    `loss_implementation`: how the sigmoid loss meets all pairs (`navit.losses`); every
+    way has the same value.
+    """
 
     steps: int = 1000
     loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -409,6 +414,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "log_every", "checkpoint_every", "keep")
+        if self.loss != "sigmoid" and self.loss_implementation != "auto":
+            raise ValueError(
+                f"train.loss_implementation={self.loss_implementation} is a way to the "
+                f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

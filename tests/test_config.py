@@ -141,6 +141,7 @@ def test_what_is_no_assignment_is_refused(assignment):
         (["model.text.num_heads=0"], ["num_heads", "0"]),
         (["model.vision.num_heads=0"], ["num_heads", "0"]),
         (["model.text.vocab_size=100"], ["258", "100"]),
+        (["train.loss=softmax", "train.loss_implementation=ring"], ["ring", "softmax"]),
         (["model.vision.position.size=-1"], ["size", "-1"]),
         (["model.vision.pool=mean", "model.text=None"], ["sigmoid", "text"]),
         (["train.loss=classification"], ["classification", "num_classes"]),

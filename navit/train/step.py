@@ -43,7 +43,13 @@ def batch_loss(
     scale, bias = model.scale[...], model.bias[...]
     if config.train.loss == "softmax":
         return losses.softmax_loss(images, texts, real, scale=scale, rules=rules)
-    return losses.sigmoid_loss(images, texts, real, scale=scale, bias=bias, rules=rules)
+    return losses.sigmoid_loss(
+        *(images, texts, real),
+        scale=scale,
+        bias=bias,
+        rules=rules,
+        implementation=config.train.loss_implementation,
+    )
 
 
 def make_train_step(
