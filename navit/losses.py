@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from navit.sharding import Axes, Rules
 
-# Up to so many bytes of texts are gathered on every device, which with their gradient is
-# twice that (the least of TPUs has 16 GiB). A ring has as many hops as there are
-# devices, one after the other, each of little work.
+# Up to so many bytes of texts are gathered on every device, twice that with their
+# gradient; the least of TPUs has 16 GiB. A ring has as many hops as there are devices,
+# one after the other, each of little work.
 _GATHERED = 256 * 2**20
 
 # Pairs of which logits and gradients are held at a time: 16 MiB each.

@@ -141,6 +141,8 @@ def test_what_is_no_assignment_is_refused(assignment):
         (["model.text.num_heads=0"], ["num_heads", "0"]),
         (["model.vision.num_heads=0"], ["num_heads", "0"]),
         (["model.text.vocab_size=100"], ["258", "100"]),
+        (["data.caption_rows=3"], ["8", "3"]),
+        (["data.captions=3"], ["captions=3", "caption_rows"]),
         (["train.loss=softmax", "train.loss_implementation=ring"], ["ring", "softmax"]),
         (["model.vision.position.size=-1"], ["size", "-1"]),
         (["model.vision.pool=mean", "model.text=None"], ["sigmoid", "text"]),
