@@ -186,8 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="show how images would pack into rows of several lengths",
         description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
-        "several lengths, and prints padding, images a row, slots filled and steps an "
-        "epoch (* marks the config's own row length). No pixel is read.",
+        "several lengths, and prints padding, images a row, slots filled, the share of "
+        "the text tower's work that is captions, and steps an epoch (* marks the "
+        "config's own row length). No pixel is read.",
     )
     _add_config(plan, "data.budgets=64,256")
     plan.add_argument(

@@ -299,6 +299,12 @@ class DataConfig:
     allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), but to
     `min_tokens` it always is.
 
+    The text tower takes the captions of `caption_rows` rows at a time as one list of
+    `captions` places (None: a few per cent more than such rows hold on average), so
+    that it does not run on empty slots; the plan sees to it that they hold no more.
+    Every device takes whole groups, so `rows` must be a multiple of devices times
+    `caption_rows`; 4 to 8 is enough. None: every slot has a place.
+
     `crop`, `flip` and `drop` change what is seen of an image, in training alone.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
@@ -317,6 +323,8 @@ class DataConfig:
     row_tokens: int = 1024
     rows: int = 8
     slots: int | None = 8
+    caption_rows: int | None = None
+    captions: int | None = None
     open_rows: int = 16
     elastic: float = 0.0
     crop: Crop | None = None
@@ -328,9 +336,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
-        for name in ("max_upscale", "slots"):
+        for name in ("max_upscale", "slots", "caption_rows", "captions"):
             if getattr(self, name) is not None:
                 _positive(self, name)
+        if self.captions is not None and self.caption_rows is None:
+            raise ValueError(
+                f"data.captions={self.captions} are of data.caption_rows, which is not "
+                "set"
+            )
+        if self.rows % (self.caption_rows or 1):
+            raise ValueError(
+                f"data.rows={self.rows} is not divisible by data.caption_rows="
+                f"{self.caption_rows}"
+            )
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -398,10 +416,15 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, which loss, and how often to log and save (in steps)."""
+    """How long, which loss, and how often to log and save (in steps).
+
+    `loss_implementation`: how the sigmoid loss meets all pairs (`navit.losses`); every
+    way has the same value.
+    """
 
     steps: int = 1000
     loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -409,6 +432,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "log_every", "checkpoint_every", "keep")
+        if self.loss != "sigmoid" and self.loss_implementation != "auto":
+            raise ValueError(
+                f"train.loss_implementation={self.loss_implementation} is a way to the "
+                f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,6 +503,11 @@ class Config:
         if loss == "classification" and not vision.num_classes:
             raise ValueError(
                 'train.loss="classification" needs model.vision.num_classes'
+            )
+        if loss == "classification" and self.data.caption_rows is not None:
+            raise ValueError(
+                f"data.caption_rows={self.data.caption_rows} groups captions, and "
+                f"train.loss={loss} has none: leave it at none"
             )
         if loss != "classification":
             if self.model.text is None:

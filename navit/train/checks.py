@@ -50,6 +50,26 @@ def check_before(config: Config, source: Source) -> None:
             )
 
 
+def check_rows(config: Config, devices: int) -> None:
+    """Refuses rows, or groups of them, that the devices cannot share.
+
+    Raises:
+      ValueError: if each device would not have as many, and whole groups.
+    """
+    rows, group = config.data.rows, config.data.caption_rows
+    if rows % devices:
+        raise ValueError(
+            f"data.rows={rows} is not divisible by {devices} devices: "
+            "change it, or set mesh.data and mesh.fsdp to use fewer"
+        )
+    if rows // devices % (group or 1):
+        raise ValueError(
+            f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
+            f"which is no whole number of groups of data.caption_rows={group}: change "
+            "one of them, or use fewer devices (mesh.data, mesh.fsdp)"
+        )
+
+
 def check_finite(metrics: Metrics, step: int, saved: int | None) -> None:
     """Stops a run whose loss or gradient is not finite.
 

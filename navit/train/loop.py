@@ -24,7 +24,7 @@ from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import check_before, check_finite
+from navit.train.checks import check_before, check_finite, check_rows
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, MetricsWriter, line
 from navit.train.state import TrainState, init_state
@@ -68,12 +68,7 @@ def train(
     log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
     check_before(config, source)
     mesh, rules = make_mesh(config.mesh)
-    devices = mesh.size if mesh else 1
-    if config.data.rows % devices:
-        raise ValueError(
-            f"data.rows={config.data.rows} is not divisible by {devices} devices: "
-            "change it, or set mesh.data and mesh.fsdp to use fewer"
-        )
+    check_rows(config, mesh.size if mesh else 1)
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
