@@ -420,6 +420,9 @@ class TrainConfig:
 
     `loss_implementation`: how the sigmoid loss meets all pairs (`navit.losses`); every
     way has the same value.
+    `log_to`: where the training log goes besides metrics.jsonl and the terminal.
+    `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
+    WORKDIR/profile.
     """
 
     steps: int = 1000
@@ -429,6 +432,8 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    profile_steps: str = ""
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "log_every", "checkpoint_every", "keep")
@@ -437,6 +442,24 @@ class TrainConfig:
                 f"train.loss_implementation={self.loss_implementation} is a way to the "
                 f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
             )
+        window = self.profile_window
+        if window and not 1 <= window[0] < window[1] <= self.steps + 1:
+            raise ValueError(
+                f"profile_steps={self.profile_steps} is empty or not within steps 1 to "
+                f"{self.steps}: the first comes before the last, which is not traced"
+            )
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The first step to trace and the one before which to stop."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(
+                f'profile_steps is FIRST:LAST, as "100:103", not {self.profile_steps!r}'
+            )
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)

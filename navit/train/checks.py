@@ -11,6 +11,7 @@ from navit.config import Config
 from navit.input import text
 from navit.input.sources import Source
 from navit.train.step import Metrics
+from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
 
@@ -19,9 +20,10 @@ def check_before(config: Config, source: Source) -> None:
     """Says what is legal and rarely meant; refuses what never is.
 
     Raises:
-      ValueError: if random weights would stay as they are, or the tokenizer has more
-        ids than the text tower.
+      ValueError: if random weights would stay as they are, the tokenizer has more ids
+        than the text tower, or a package to log with is missing.
     """
+    check_installed(config)
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
             raise ValueError(
