@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from navit.input import pipeline
 from navit.input.sources import Source
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
-from navit.sharding import Rules, make_mesh, split_rows, use_mesh
+from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import check_before, check_finite
+from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, MetricsWriter, line
 from navit.train.state import TrainState, init_state
@@ -130,12 +130,11 @@ def _steps(
     meter = Meter(last_step)
     if first_step < last_step:
         log.info("compiling the training step; on a CPU this takes up to a minute")
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), Feed(batches, rules) as feed:
         for step in range(first_step + 1, last_step + 1):
-            before = time.perf_counter()
-            batch = next(batches)
-            meter.add(batch, time.perf_counter() - before)
-            state, metrics = train_step(state, split_rows(batch, rules))
+            batch, on_device = feed.take()
+            state, metrics = train_step(state, on_device)
+            meter.add(batch, feed.ahead(metrics))
 
             if step == first_step + 1:  # compiled: no part of any rate
                 jax.block_until_ready(metrics)
