@@ -113,6 +113,27 @@ class ParquetImages:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stream:
+    """Files that are read in order alone: compressed tars, TFRecord. For training.
+
+    `path`: as of `TarShards`, of `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
+    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as of
+    `TarShards`, or a feature; an empty one is the feature `caption`. The files of each
+    epoch are shuffled, and then the records among `window` at a time. Labels are not
+    read.
+    """
+
+    path: str = ""
+    image: str = "image"
+    caption: str = ""
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.window > 0:
+            raise ValueError(f"window must be positive, not {self.window}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Mixture:
     """Several sources as one, its images drawn from each by `weights`.
 
@@ -136,3 +157,4 @@ class Mixture:
 
 Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages
 AnySource = Single | Mixture
+TrainSource = AnySource | Stream

@@ -125,22 +125,16 @@ def plan_block(
     rng = np.random.default_rng([data.seed, epoch, block, _DRAWS])
 
     budgets = sampling.token_budgets(rng, len(index), data, patch_size)
-    seen, boxes, flips, kept = sizes[index], None, None, None
-    if data.crop is not None:
-        boxes = sampling.crop_boxes(rng, seen, data.crop)
-        seen = boxes[:, 2:]
-    if data.flip:
-        flips = rng.random(len(index)) < 0.5
-    grids = grids_of(seen, budgets, data, patch_size)
-    lengths = grids.prod(-1)
-    if data.drop is not None:
-        lengths = kept = sampling.kept_tokens(
-            rng,
-            lengths,
-            data.drop,
-            seen=epoch * total + positions,
-            longest=data.most_tokens(patch_size),
-        )
+    drawn = draw(
+        rng,
+        sizes[index],
+        budgets,
+        data,
+        patch_size=patch_size,
+        seen=epoch * total + positions,
+    )
+    grids, kept, lengths = drawn.grids, drawn.kept, drawn.lengths
+    seen = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
 
     def smaller(image: int, most: int) -> tuple[int, int]:
         return geometry.grid_for(
@@ -182,8 +176,41 @@ def plan_block(
             )
         ]
         rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
-    planned = Rows(np.arange(1), index, grids, kept, boxes, flips, epoch)
-    return planned._with(*_flat(rows))
+    drawn = dataclasses.replace(drawn, index=index, epoch=epoch)
+    return drawn._with(*_flat(rows))
+
+
+def draw(
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    budgets: np.ndarray,
+    data: DataConfig,
+    *,
+    patch_size: int,
+    seen: np.ndarray,
+) -> Rows:
+    """Crop, flip, grid and tokens to keep of images that are in no row yet.
+
+    Args:
+      sizes, budgets: `[m, 2]` and `[m]`, of each image.
+      seen: how many images were trained on before each.
+    """
+    boxes = flips = kept = None
+    if data.crop is not None:
+        boxes = sampling.crop_boxes(rng, sizes, data.crop)
+        sizes = boxes[:, 2:]
+    if data.flip:
+        flips = rng.random(len(sizes)) < 0.5
+    grids = grids_of(sizes, budgets, data, patch_size)
+    if data.drop is not None:
+        kept = sampling.kept_tokens(
+            rng,
+            grids.prod(-1),
+            data.drop,
+            seen=seen,
+            longest=data.most_tokens(patch_size),
+        )
+    return Rows(np.arange(1), np.arange(len(sizes)), grids, kept, boxes, flips)
 
 
 def grids_of(

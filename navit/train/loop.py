@@ -19,6 +19,7 @@ from navit.evals import budgets
 from navit.files import write_atomic
 from navit.input import pipeline
 from navit.input.sources import Source
+from navit.input.stream import StreamSource
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
@@ -61,11 +62,12 @@ def train(
       ValueError: if `workdir` holds a run of another config or of other data.
       FloatingPointError: if the loss is not finite.
     """
-    source = pipeline.open_source(config.data.train)
+    source = pipeline.open_train_source(config.data.train)
     data = pipeline.fingerprint(source)
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
-    log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
+    log.info("training on %s", source.fingerprint())
+    log.info("evaluating on %d images", len(eval_source))
     check_before(config, source)
     mesh, rules = make_mesh(config.mesh)
     devices = mesh.size if mesh else 1
@@ -106,7 +108,7 @@ def train(
 def _steps(
     state: TrainState,
     config: Config,
-    source: Source,
+    source: Source | StreamSource,
     data: str,
     rules: Rules,
     checkpoints: Checkpoints,
