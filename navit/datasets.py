@@ -99,7 +99,7 @@ class Tfds:
 class ParquetImages:
     """Parquet files whose rows hold the images, as Hugging Face's datasets do.
 
-    `path`: as of `TarShards`, local. `image`: a column of bytes, or of structs with
+    `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
     `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) may
     be empty: there is none. `classes`: a text file with a class name a line. A random
     image costs the reading of its whole row group: write small ones.
