@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def plan_block(
     block: int = 0,
     parts: Sequence[Part] = (),
     slots: int | None = None,
+    block_images: int | None = None,
 ) -> Rows:
     """Plans one block of an epoch: a pure function of its arguments.
 
@@ -116,9 +118,10 @@ def plan_block(
       sizes: `[m, 2]` (height, width) of every image in pixels.
       parts: of a mixture, which is drawn by weight; empty takes every image once.
       slots: images that a row may hold; None for no cap.
+      block_images: how many a block takes; None finds it from the sizes.
     """
     shares = _shares(parts, len(sizes))
-    total, size = sum(shares), _block_images(sizes, data, patch_size)
+    total, size = sum(shares), block_images or _block_images(sizes, data, patch_size)
     first = block * size
     positions = np.arange(first, min(first + size, total))
     index = _records(positions, parts, shares, [data.seed, epoch, _ORDER])
@@ -270,17 +273,17 @@ class BatchPlans(Sequence):
         self._steps, self._parts = steps, tuple(parts)
         self._host_rows = data.rows // process_count
         self._first_row = process_index * self._host_rows
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
         self.slots = data.slots or self._slots()
         images = sum(_shares(parts, len(sizes)))
-        block_images = _block_images(sizes, data, patch_size)
-        blocks = max(1, -(-images // block_images))
+        self._block_images = _block_images(sizes, data, patch_size)
+        blocks = max(1, -(-images // self._block_images))
+        self._start()
         # Blocks are alike but for the last, which may be shorter.
         self._block_steps = max(1, len(self._plan(0, 0)) // data.rows)
         last = len(self._plan(0, blocks - 1)) // data.rows
         last = max(last, 1) if blocks == 1 else min(last, self._block_steps)
         self.steps_per_epoch = (blocks - 1) * self._block_steps + last
-        self._first_block_images = min(images, block_images)
+        self._first_block_images = min(images, self._block_images)
 
     def __len__(self) -> int:
         return self._steps
@@ -288,10 +291,13 @@ class BatchPlans(Sequence):
     def __getitem__(self, step):  # type: ignore[no-untyped-def]
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        epoch, step = divmod(step, self.steps_per_epoch)
-        block, step = divmod(step, self._block_steps)
-        start = step * self._data.rows + self._first_row
-        return self._plan(epoch, block).slice(start, start + self._host_rows)
+        epoch, block, within = self._place(step)
+        start = within * self._data.rows + self._first_row
+        rows = self._plan(epoch, block).slice(start, start + self._host_rows)
+        soon = step + (self._block_steps + 1) // 2
+        if soon < self._steps:
+            self._planned(*self._place(soon)[:2])  # on its way, so that nobody waits
+        return rows
 
     def first_block(self) -> tuple[Rows, float]:
         """The rows of epoch 0's first block that are used, and the share of its images
@@ -310,14 +316,28 @@ class BatchPlans(Sequence):
         )
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_plan"}
+        left = ("_planned", "_planner")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
+        self._start()
 
-    def _plan_block(self, epoch: int, block: int) -> Rows:
-        return plan_block(
+    def _start(self) -> None:
+        self._planner = ThreadPoolExecutor(1)
+        self._planned = functools.lru_cache(maxsize=3)(self._plan_later)
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, block, step in the block)."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return epoch, *divmod(step, self._block_steps)
+
+    def _plan(self, epoch: int, block: int) -> Rows:
+        return self._planned(epoch, block).result()
+
+    def _plan_later(self, epoch: int, block: int) -> Future[Rows]:
+        return self._planner.submit(
+            plan_block,
             self._sizes,
             self._data,
             patch_size=self._patch_size,
@@ -325,6 +345,7 @@ class BatchPlans(Sequence):
             block=block,
             parts=self._parts,
             slots=self.slots,
+            block_images=self._block_images,
         )
 
     def _slots(self) -> int:
