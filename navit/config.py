@@ -457,13 +457,20 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis; -1 takes what is left. `fsdp` also shards the parameters.
+    """Devices by axis; -1 takes what is left.
 
-    Where both are given, the first `data * fsdp` devices of a single host are used.
+    `fsdp` shards the parameters and their moments too, `tensor` heads and MLPs; both
+    belong on the fast network of one slice. `slices` TPU slices (pods) lie along
+    `data`. Where all are given, the first devices of a single host are used.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "slices")
 
 
 @dataclasses.dataclass(frozen=True)

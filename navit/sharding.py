@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from navit.config import MeshConfig
 
@@ -22,10 +24,13 @@ class Rules:
       batch: rows of a batch, and images.
       embed: the width axis of every large parameter (FSDP). It is gathered, in the
         compute dtype, where the parameter is used; activations never move for it.
+      tensor: heads, and the hidden axis of an MLP (tensor parallelism). Activations
+        are summed over it after every attention and every MLP.
     """
 
     batch: Axes = None
     embed: Axes = None
+    tensor: Axes = None
 
     def __call__(self, *names: str | None) -> jax.P | None:
         """`rules("batch", None)` -> a PartitionSpec, or None where there is no mesh."""
@@ -34,14 +39,18 @@ class Rules:
         return jax.P(*(name and getattr(self, name) for name in names))
 
     def gather(self, params: Any, dtype: Any) -> Any:
-        """Undoes `embed` on a tree of parameters: every device gets them whole.
+        """Undoes `embed` on a tree of parameters; what `tensor` splits stays split.
 
         Matrices are cast to the compute dtype first, so that half the bytes travel.
         """
 
         def whole(p: jax.Array) -> jax.Array:
             p = p.astype(dtype) if p.ndim > 1 else p
-            return p if self.embed is None else jax.reshard(p, jax.P())
+            if self.embed is None:
+                return p
+            spec = jax.typeof(p).sharding.spec
+            kept = (None if axis == self.embed else axis for axis in spec)
+            return jax.reshard(p, jax.P(*kept))
 
         return jax.tree.map(whole, params)
 
@@ -50,30 +59,53 @@ class Rules:
         return x if self == Rules() else jax.reshard(x, jax.P())
 
 
-def make_mesh(config: MeshConfig) -> tuple[jax.sharding.Mesh | None, Rules]:
-    """The mesh and its rules; (None, no rules) for a single device.
+def make_mesh(
+    config: MeshConfig, devices: Sequence[Any] | None = None
+) -> tuple[jax.sharding.Mesh | None, Rules]:
+    """The mesh and its rules; (None, no rules) for a single device of this machine.
+
+    Several slices lie along `data`, so that what crosses the data-centre network is the
+    gradients alone.
+
+    Args:
+      devices: those to use; None takes all that there are.
 
     Raises:
       ValueError: if the axes do not fit the devices.
     """
-    count = jax.device_count()
-    sizes = {"data": config.data, "fsdp": config.fsdp}
+    single = devices is None
+    devices = jax.devices() if devices is None else devices
+    count, slices = len(devices), config.slices
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
         if size == -1 and known > 0:
             sizes[axis] = count // known
     used = math.prod(sizes.values())
     all_used = used == count or (jax.process_count() == 1 and used < count)
-    if min(sizes.values()) < 1 or not all_used:
+    if min(sizes.values()) < 1 or not all_used or sizes["data"] % slices:
+        given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in sizes)
         raise ValueError(
-            f"mesh.data={config.data} and mesh.fsdp={config.fsdp} do not fit {count} "
-            "devices: the two must multiply to that, and one of them may be -1"
+            f"{given} do not fit {count} devices: they must multiply to that, one of "
+            f"them may be -1, and data must be divisible by mesh.slices={slices}"
         )
-    if used == 1:
+    if used == 1 and single:
         return None, Rules()
-    devices = jax.devices()[:used]
-    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices)
-    return mesh, Rules(("data", "fsdp"), "fsdp" if sizes["fsdp"] > 1 else None)
+    shape = tuple(sizes.values())
+    if slices > 1:
+        inner = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices[:used], allow_split_physical_axes=True
+        )
+        explicit = (jax.sharding.AxisType.Explicit,) * 3
+        mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
+    else:
+        mesh = jax.make_mesh(shape, tuple(sizes), devices=devices[:used])
+    return mesh, Rules(
+        ("data", "fsdp"),
+        embed="fsdp" if sizes["fsdp"] > 1 else None,
+        tensor="tensor" if sizes["tensor"] > 1 else None,
+    )
 
 
 def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:

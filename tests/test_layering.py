@@ -20,6 +20,7 @@ ALLOWED = {
     "navit.config": ("navit.fields", "navit.datasets"),
     "navit.batch": (),
     "navit.files": (),
+    "navit.flops": BASE,
     "navit.sharding": BASE,
     "navit.model": MODEL,
     "navit.losses": MODEL,
@@ -31,7 +32,7 @@ FORBIDDEN = {
     "navit.evals": ("navit.train", "navit.optim", "navit.losses"),
     "navit.embed": ("navit.train", "navit.evals", "navit.losses", "navit.optim"),
 }
-NO_JAX = ("navit.fields", *BASE, "navit.input")
+NO_JAX = ("navit.fields", "navit.flops", *BASE, "navit.input")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 

@@ -1,0 +1,162 @@
+"""How long a Pallas TPU kernel takes, from the schedule that the compiler dumps.
+
+The TPU compiler's own cost figures leave custom kernels out (a backward pass counts 0).
+But told so by `LIBTPU_INIT_ARGS`, which libtpu reads once as it loads, it writes the
+final schedule of everything it compiles: one file for each instruction of the program,
+one line for each bundle of a kernel, and one bundle issues each cycle.
+
+    LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
+
+A compile writes 75 to 400 MB there: use a temporary folder, and delete it. What such a
+schedule leaves out is every stall: memory that is late, and other cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_FILE = re.compile(r"^\d+-(?!.*schedule-analysis).*-final_bundles\.txt$")
+_BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+(?:\w\w)?\s*:")
+_ENTRY = re.compile(r"entry bundle: %([\w.\-]+) = custom-call\(")
+_START = re.compile(r"Start(?:/End empty)? region (\d+)")
+_JUMP = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_EXIT = re.compile(r"(\d+) /\* loop exit test")
+_STAGE = re.compile(r"iteration index, stage = (\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The schedule of one kernel: bundles, each of them a cycle.
+
+    Attributes:
+      turn: one turn of the grid loop with all its branches taken.
+      steps: how many steps the grid has; None where only the run knows (a dynamic
+        grid).
+      fill: turns beyond those, in which the pipeline of copies fills and drains.
+      body: the part of a turn that those turns jump over.
+      branches: the parts of `body` that a step may jump over, in order: `pl.when`.
+      around: outside the loop, once.
+    """
+
+    turn: int
+    steps: int | None
+    fill: int
+    body: int
+    branches: tuple[int, ...]
+    around: int
+
+    def cycles(
+        self,
+        steps: float | int | None = None,
+        *,
+        taken: Sequence[float | int] | None = None,
+    ) -> float:
+        """Cycles of one call.
+
+        Args:
+          steps: of the grid; needed where the grid is dynamic.
+          taken: for each of `branches` the share of steps that run it; None for all.
+
+        Raises:
+          ValueError: if the grid is dynamic and `steps` is not given, or for a `taken`
+            of another length than `branches`.
+        """
+        steps = self.steps if steps is None else steps
+        if steps is None:
+            raise ValueError("the grid is dynamic: say how many steps it runs")
+        shares = [1.0] * len(self.branches) if taken is None else list(taken)
+        if len(shares) != len(self.branches):
+            raise ValueError(
+                f"taken has {len(shares)} shares for {len(self.branches)} branches"
+            )
+        jumped = sum(
+            (1 - share) * length
+            for share, length in zip(shares, self.branches, strict=True)
+        )
+        idle = self.fill * (self.turn - self.body)
+        return float(self.around + idle + steps * (self.turn - jumped))
+
+
+def kernel_cycles(dump_dir: Path) -> dict[str, Kernel]:
+    """The kernels in a dump of the compiler, by their instruction's name in the HLO.
+
+    XLA's own fusions are in the dump too and are left out here: their
+    `estimated_cycles` stand in the HLO text.
+    """
+    found: dict[str, Kernel] = {}
+    for path in sorted(dump_dir.iterdir()):
+        if not _FILE.match(path.name):
+            continue
+        with path.open() as lines:
+            name = next((m[1] for line in lines if (m := _ENTRY.search(line))), None)
+        if name is not None:
+            found[name] = _kernel(path)
+    return found
+
+
+def _bundles(path: Path) -> Iterator[tuple[int, str]]:
+    """(address, text) of every line; a bundle's text may run over several lines."""
+    address = None
+    with path.open() as lines:
+        for line in lines:
+            if match := _BUNDLE.match(line):
+                address = int(match[1], 16)
+            if address is not None:
+                yield address, line
+
+
+def _kernel(path: Path) -> Kernel:
+    starts: dict[int, int] = {}
+    jumps: list[tuple[int, int]] = []
+    exits: list[tuple[int, int]] = []
+    last = stages = 0
+    for last, text in _bundles(path):
+        for region in _START.findall(text):
+            starts.setdefault(int(region), last)
+        jumps += [(last, int(region)) for region in _JUMP.findall(text)]
+        exits += [(last, int(count)) for count in _EXIT.findall(text)]
+        stages = max([stages, *map(int, _STAGE.findall(text))])
+    # Where it jumps back to, and from where; then what is jumped over, ends excluded.
+    loops = [(starts[r], at) for at, r in jumps if starts.get(r, at) < at]
+    skips = [(at + 1, starts[r]) for at, r in jumps if starts.get(r, at) > at]
+    if not loops:
+        return Kernel(last + 1, 1, 0, last + 1, (), 0)
+
+    low, high = max(loops, key=lambda loop: loop[1] - loop[0])
+    turns = _turns(low, high, exits)
+    # A loop within a step counts as often as it runs; once where that is not known.
+    inner = [x for x in loops if x != (low, high) and low <= x[0] and x[1] <= high]
+    more = {x: ((_turns(*x, exits) or 1) - 1) * (x[1] - x[0] + 1) for x in inner}
+
+    def length(start: int, end: int) -> int:
+        within = (n for (a, b), n in more.items() if start <= a and b < end)
+        return end - start + sum(within)
+
+    inside = [x for x in skips if low <= x[0] and x[1] <= high]
+    body = [x for x in inside if x[1] - x[0] > (high - low) / 2 and stages]
+    whole = max(body, key=lambda x: x[1] - x[0]) if body else (low, high + 1)
+    inside = [x for x in inside if x != whole and whole[0] <= x[0] and x[1] <= whole[1]]
+    outermost = [
+        x
+        for x in inside
+        if not any(y != x and y[0] <= x[0] and x[1] <= y[1] for y in inside)
+    ]
+    fill = stages if body else 0
+    return Kernel(
+        turn=length(low, high + 1),
+        steps=None if turns is None else turns - fill,
+        fill=fill,
+        body=length(*whole),
+        branches=tuple(length(*x) for x in sorted(outermost)),
+        around=last - (high - low),
+    )
+
+
+def _turns(low: int, high: int, exits: list[tuple[int, int]]) -> int | None:
+    """The constant in a loop's exit test, which stands near its end."""
+    within = [count for at, count in exits if low <= at <= high]
+    at = max((at for at, _ in exits if low <= at <= high), default=0)
+    return within[-1] if within and high - at <= 16 else None

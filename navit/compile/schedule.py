@@ -1,0 +1,180 @@
+"""What the TPU compiler's optimized program says of itself: time and communication.
+
+The compiler writes the cycles that it expects of every operation into the text of the
+program. An operation in a loop runs once for each trip. The sum leaves out stalls,
+overlap and the time on the wire, so it ranks programs; it does not time them.
+`cost_analysis()` is of no use here: it counts a loop's body once, and prices at -1 s
+what it does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
+    *("collective-permute", "ragged-all-to-all", "collective-broadcast"),
+)
+
+_BYTES = {
+    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
+    **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
+    **dict.fromkeys(("f32", "s32", "u32"), 4),
+    **dict.fromkeys(("f64", "s64", "u64"), 8),
+}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?([%\w.\-, ]+)\}?")
+# The compiler's "I do not know".
+_UNPRICED = 2**60
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of the program.
+
+    Attributes:
+      scope: where it was written: the names of the functions and scopes around it.
+      cycles: expected of one run; 0 where the compiler says nothing.
+      runs: how many times it runs in a step.
+      collectives: what it sends, an operation of its own or fused into this one.
+    """
+
+    name: str
+    opcode: str
+    scope: str
+    shape: str
+    cycles: int
+    runs: int
+    kernel: str
+    collectives: tuple[Collective, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Communication: `bytes` of the whole array on one device, `runs` times a step."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    runs: int
+    scope: str
+
+
+def operations(hlo: str) -> list[Operation]:
+    """Every operation that runs, those of loops and branches with them.
+
+    Args:
+      hlo: `compiled.as_text()`.
+
+    Raises:
+      ValueError: if the text has no entry, or a loop says nothing of its trips.
+    """
+    computations: dict[str, list[str]] = {}
+    entry, current = "", ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = match[2]
+            computations[current] = []
+            entry = current if match[1] else entry
+        elif line.startswith("}"):
+            current = ""
+        elif current:
+            computations[current].append(line)
+    if not entry:
+        raise ValueError("this is no optimized HLO text: it has no ENTRY")
+    return list(_walk(computations, entry, 1))
+
+
+def _walk(
+    computations: dict[str, list[str]], name: str, runs: int
+) -> Iterator[Operation]:
+    for line in computations[name]:
+        match = _OPERATION.match(line)
+        if not match:
+            continue
+        name, shape, opcode = match.groups()
+        if opcode == "while":
+            found = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+            assert found is not None
+            trips = _trips(computations, line, found[1])
+            yield from _walk(computations, found[2], runs * trips)
+            continue
+        called = [
+            each.strip().lstrip("%")
+            for names in _CALLED.findall(line)
+            for each in names.split(",")
+        ]
+        if opcode in ("call", "conditional", "async-start"):
+            for each in called[:1] if opcode == "conditional" else called:
+                yield from _walk(computations, each, runs)
+            continue
+        cycles = _first(r'"estimated_cycles":"(\d+)"', line)
+        scope = _first(r'op_name="([^"]*)"', line)
+        kernel = ""
+        if 'custom_call_target="tpu_custom_call"' in line:
+            kernel = _first(r'kernel_name="?([\w.\-]+)', line) or name
+        sent = list(_sent(line, runs, scope))
+        if opcode == "fusion":
+            for each in called:
+                for inner in computations.get(each, []):
+                    sent += _sent(inner, runs, scope)
+        count = int(cycles or 0)
+        yield Operation(
+            name=name,
+            opcode=opcode,
+            scope=scope,
+            shape=shape,
+            cycles=count if count < _UNPRICED else 0,
+            runs=runs,
+            kernel=kernel,
+            collectives=tuple(sent),
+        )
+
+
+def _sent(line: str, runs: int, scope: str) -> Iterator[Collective]:
+    match = _OPERATION.match(line)
+    if not match:
+        return
+    kind = match[3].removesuffix("-start")
+    if kind not in COLLECTIVES:
+        return
+    arrays = [
+        (dtype, tuple(int(x) for x in sizes.split(",") if x))
+        for dtype, sizes in _ARRAY.findall(match[2])
+        if dtype in _BYTES
+    ]
+    if match[3].endswith("-start") and kind != "all-reduce":
+        arrays = arrays[1:2]  # (operand, result, ...)
+    for dtype, shape in arrays:
+        yield Collective(
+            kind=kind,
+            dtype=dtype,
+            shape=shape,
+            bytes=_BYTES[dtype] * math.prod(shape),
+            runs=runs,
+            scope=_first(r'op_name="([^"]*)"', line) or scope,
+        )
+
+
+def _trips(computations: dict[str, list[str]], line: str, condition: str) -> int:
+    known = _first(r'"known_trip_count":\{"n":"(\d+)"', line)
+    if known:
+        return int(known)
+    waiting = [condition]
+    while waiting:
+        for inner in computations.get(waiting.pop(0), []):
+            if match := re.search(r"= s32\[\][^ ]* constant\((\d+)\)", inner):
+                return int(match[1])
+            waiting += re.findall(r"calls=%([\w.\-]+)", inner)
+    raise ValueError(f"no trip count in the condition {condition} of a loop")
+
+
+def _first(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    return match[1] if match else ""

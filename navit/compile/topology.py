@@ -1,0 +1,81 @@
+"""TPU slices by name: devices to compile for, on a machine that has none."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+# Read when libtpu loads: no metadata server, no lock file, no log files, no warnings.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+_NAME = re.compile(r"(v5e|v5p|v6e|tpu7x):(\d+)x(\d+)(?:x(\d+))?")
+
+
+def prepare(dump: str | None = None) -> None:
+    """Sets what libtpu reads when it loads; call it before anything uses a device.
+
+    Args:
+      dump: a directory for the schedules of the kernels (`navit.compile.kernels`).
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if dump is not None:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            os.environ.get("LIBTPU_INIT_ARGS", "")
+            + f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        )
+
+
+def devices(name: str, slices: int = 1) -> list[Any]:
+    """The devices of a slice such as "v5e:16x16", "v5p:4x4x4" or "tpu7x:2x2x1".
+
+    Args:
+      slices: how many such slices (pods), joined by the data-centre network.
+
+    Raises:
+      ValueError: for a name that is none, or a slice that the compiler refuses.
+      ModuleNotFoundError: without libtpu.
+    """
+    match = _NAME.fullmatch(name)
+    if not match:
+        raise ValueError(
+            f"topology {name!r} is not one of v5e:ROWSxCOLUMNS, v6e:ROWSxCOLUMNS, "
+            "v5p:XxYxZ, tpu7x:XxYxZ, for example v6e:4x4"
+        )
+    flat, given = match[1] in ("v5e", "v6e"), match[4] is None
+    if flat != given:
+        example = "4x4" if flat else "4x4x4"
+        raise ValueError(f"a slice of {match[1]} is named like {match[1]}:{example}")
+    try:
+        import libtpu  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "compiling for a TPU needs its compiler: pip install 'navit[tpu]'"
+        ) from error
+    from jax.experimental import topologies
+
+    sizes = [int(x) for x in match.groups()[1:] if x]
+    more: dict[str, Any] = {}
+    if set(sizes) == {1}:
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        more["num_slices"] = slices
+    try:
+        topology = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, **more
+        )
+    except Exception as error:  # jaxlib raises its own kinds
+        raise ValueError(f"there is no slice {name!r}: {error}") from error
+    return list(topology.devices)
