@@ -206,9 +206,12 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="show how images would pack into rows of several lengths",
         description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
-        "several lengths, and prints padding, images a row, slots filled, the share of "
-        "the text tower's work that is captions, and steps an epoch (* marks the "
-        "config's own row length). No pixel is read.",
+        "several\nlengths, and prints padding, images a row, slots filled, the share "
+        "of the text\ntower's work that is captions, and steps an epoch (* marks the "
+        "config's own row\nlength). No pixel is read.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  navit plan configs/photos.py data.train.path=~/photos "
+        "--rows 1024,4096 --out plan.png",
     )
     _add_config(plan, "data.budgets=64,256")
     plan.add_argument(
@@ -223,9 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure the input pipeline of a config",
-        description="Measures the input pipeline of CONFIG alone, stage by stage. "
-        "Other measurements: python -m navit.bench.{plan,attention,embed,convert} "
-        "--help.",
+        description="Measures the input pipeline of CONFIG alone, stage by stage.\n"
+        "Other measurements: python -m "
+        "navit.bench.{plan,attention,embed,convert} --help.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  navit bench input configs/photos.py "
+        "data.train.path=~/photos data.workers=4",
     )
     bench.add_argument("what", choices=("input",))
     _add_config(bench, "data.budgets=64,256")

@@ -24,9 +24,11 @@ from navit.datasets import ArrayRecords as ArrayRecords
 from navit.datasets import Folder as Folder
 from navit.datasets import Mixture as Mixture
 from navit.datasets import ParquetImages as ParquetImages
+from navit.datasets import Stream as Stream
 from navit.datasets import Synthetic as Synthetic
 from navit.datasets import TarShards as TarShards
 from navit.datasets import Tfds as Tfds
+from navit.datasets import TrainSource as TrainSource
 from navit.fields import differences as differences
 from navit.fields import override as override
 from navit.fields import to_json as to_json
@@ -312,7 +314,7 @@ class DataConfig:
     process.
     """
 
-    train: AnySource = Synthetic()
+    train: TrainSource = Synthetic()
     eval: AnySource | None = None
     budgets: tuple[int, ...] = (256,)
     budget_weights: tuple[float, ...] = ()
@@ -370,6 +372,8 @@ class DataConfig:
                 f"data.budgets reach {max(self.budgets)} tokens, more than a row of "
                 f"data.row_tokens={self.row_tokens}: lower one or raise the other"
             )
+        if isinstance(self.train, Stream):
+            _check_stream(self)
         if self.min_tokens > min(self.budgets) and self.sides is None:
             raise ValueError(
                 f"data.min_tokens={self.min_tokens} is more than the least of "
@@ -381,6 +385,23 @@ class DataConfig:
         if self.sides is None:
             return max(self.budgets)
         return max(1, int((self.sides.high / patch_size) ** 2))
+
+
+def _check_stream(data: DataConfig) -> None:
+    """Raises ValueError for what needs all sizes before the first image."""
+    for name, needed in (("elastic", 0.0), ("budget_per", "image")):
+        if getattr(data, name) != needed:
+            raise ValueError(
+                f"data.{name}={getattr(data, name)} needs a source with random access, "
+                f"and a Stream has none: set it to {needed}"
+            )
+    if data.slots is None:
+        raise ValueError("the sizes of a Stream are not known before: set data.slots")
+    if data.eval is None:
+        raise ValueError(
+            "a Stream cannot be evaluated on: set data.eval to a source with random "
+            "access"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,6 +553,8 @@ class Config:
                 f"data.caption_rows={self.data.caption_rows} groups captions, and "
                 f"train.loss={loss} has none: leave it at none"
             )
+        if loss == "classification" and isinstance(self.data.train, Stream):
+            raise ValueError("a Stream has no labels, which classification needs")
         if loss != "classification":
             if self.model.text is None:
                 raise ValueError(f'train.loss="{loss}" needs a text tower, model.text')

@@ -99,7 +99,7 @@ class Tfds:
 class ParquetImages:
     """Parquet files whose rows hold the images, as Hugging Face's datasets do.
 
-    `path`: as of `TarShards`, local. `image`: a column of bytes, or of structs with
+    `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
     `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) may
     be empty: there is none. `classes`: a text file with a class name a line. A random
     image costs the reading of its whole row group: write small ones.
@@ -110,6 +110,27 @@ class ParquetImages:
     caption: str = "caption"
     label: str = "label"
     classes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Files that are read in order alone: compressed tars, TFRecord. For training.
+
+    `path`: as of `TarShards`, of `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
+    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as of
+    `TarShards`, or a feature; an empty one is the feature `caption`. The files of each
+    epoch are shuffled, and then the records among `window` at a time. Labels are not
+    read.
+    """
+
+    path: str = ""
+    image: str = "image"
+    caption: str = ""
+    window: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.window > 0:
+            raise ValueError(f"window must be positive, not {self.window}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,3 +157,4 @@ class Mixture:
 
 Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages
 AnySource = Single | Mixture
+TrainSource = AnySource | Stream

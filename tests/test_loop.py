@@ -39,14 +39,14 @@ def logged(workdir):
 
 
 def interrupt_at(monkeypatch, step, number=signal.SIGINT):
-    """Sends this process a signal while it reads the batch of `step`."""
+    """Sends this process a signal during `step`, while the next batch is read."""
     real = pipeline.train_batches
 
     def batches(config, source, *, start_step=0, **kwargs):
         for i, batch in enumerate(
             real(config, source, start_step=start_step, **kwargs), start_step + 1
         ):
-            if i == step:
+            if i == step + 1:
                 os.kill(os.getpid(), number)
             yield batch
 

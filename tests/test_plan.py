@@ -163,6 +163,29 @@ def test_plans_travel_to_a_worker_and_give_the_same_rows():
         assert got[::-1] == wanted
 
 
+def test_every_block_is_planned_once_and_before_it_is_needed(monkeypatch):
+    monkeypatch.setattr(plan, "_BLOCK_IMAGES", 100)
+    monkeypatch.setattr(plan, "_BLOCK_BATCHES", 2)
+    asked = []
+    real = plan.plan_block
+
+    def counted(*args, epoch, block, **options):
+        asked.append((epoch, block))
+        return real(*args, epoch=epoch, block=block, **options)
+
+    monkeypatch.setattr(plan, "plan_block", counted)
+    batches = plans(random_sizes(5, 250), data_config(), steps=10**6)
+    per_block = batches._block_steps
+    assert per_block > 2 and asked == [(0, 0), (0, 2)]
+    last = 2 * batches.steps_per_epoch
+    for step in range(last):
+        batches[step]
+        soon = batches._place(step + (per_block + 1) // 2)[:2]
+        batches._planner.submit(len, ()).result()  # what was asked for is there
+        assert soon in asked
+    assert sorted(set(asked)) == sorted(asked) and len(asked) in (6, 7)
+
+
 def test_a_step_beyond_the_last_is_an_index_error():
     # A Sequence without it is endless: `for rows in plans` would never stop.
     batches = plans(random_sizes(5, 60), data_config())

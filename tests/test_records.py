@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -15,7 +16,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from navit import config
-from navit.config import ArrayRecords, Folder, Mixture, ParquetImages, Synthetic
+from navit.config import ArrayRecords, Folder, Mixture, ParquetImages, Synthetic, Tfds
 from navit.input import examples, records, sizes
 from navit.input.kinds import open_source
 from navit.input.sources import Source
@@ -245,6 +246,33 @@ def test_rows_that_hold_images_equal_the_files(tmp_path, struct_, group):
     assert_is_the_sample(source)
     copy = pickle.loads(pickle.dumps(source))
     assert copy.image(12) == source.image(12)
+
+
+def test_parquet_behind_a_url_equals_local(tmp_path):
+    remote = fsspec.filesystem("memory")
+    for i, rows in enumerate((ROWS[:10], ROWS[10:])):
+        file = tmp_path / f"{i}.parquet"
+        pa.parquet.write_table(parquet_table(rows), file, row_group_size=4)
+        remote.pipe(f"/parquet/{i}.parquet", file.read_bytes())
+    local = open_source(ParquetImages(str(tmp_path)))
+    for path in ("memory://parquet", "memory://parquet/{0..1}.parquet"):
+        source = open_source(ParquetImages(path))
+        assert_is_the_sample(source)
+        assert source.fingerprint() == local.fingerprint()
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.image(12) == local.image(12)
+    remote.pipe("/broken/a.parquet", b"PAR1 no")
+    with pytest.raises(ValueError, match="not one of 1 files is readable Parquet"):
+        open_source(ParquetImages("memory://broken"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [ArrayRecords("gs://b/a.array_record"), Tfds("coco", data_dir="gs://b/tfds")],
+)
+def test_what_is_read_from_this_machine_alone_says_what_to_do(source):
+    with pytest.raises(ValueError, match=r"not 'gs://b/.*copy .*gcsfuse"):
+        open_source(source)
 
 
 def test_a_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers import tiny_config
 
-from navit.config import Folder, Mixture, TarShards, Tfds
+from navit.config import Folder, Mixture, Stream, TarShards, Tfds
 from navit.input import pipeline
 from navit.train import loop
 
@@ -69,16 +69,18 @@ def sources(tmp_path_factory) -> dict:
     tar = TarShards(f"{root}/{{00000..00001}}.tar")
     prepared = Tfds("pairs", data_dir=str(root / "tfds"))
     mixture = Mixture((tar, Folder(str(SAMPLE))), (1.0, 2.0))
-    return {"tar": tar, "tfds": prepared, "mixture": mixture}
+    stream = Stream(tar.path, window=60)
+    return {"tar": tar, "tfds": prepared, "mixture": mixture, "stream": stream}
 
 
 def configured(source, **data):
     config = tiny_config(steps=3, log_every=1, checkpoint_every=3)
-    data = dataclasses.replace(config.data, train=source, eval=None, **data)
+    held = Folder(str(SAMPLE)) if isinstance(source, Stream) else None
+    data = dataclasses.replace(config.data, train=source, eval=held, **data)
     return dataclasses.replace(config, data=data)
 
 
-@pytest.mark.parametrize("kind", ["tar", "tfds", "mixture"])
+@pytest.mark.parametrize("kind", ["tar", "tfds", "mixture", "stream"])
 def test_a_run_trains_evaluates_and_goes_on(sources, tmp_path, kind):
     config = configured(sources[kind])
     assert loop.train(config, tmp_path)

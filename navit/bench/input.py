@@ -63,10 +63,15 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
     )
     dataset = grain.MapDataset.source(plans).map(materialize)
     grids = np.concatenate([x.grids for x in rows])
+    boxes: list = [None] * len(index)
+    if data.crop is not None:
+        boxes = [
+            tuple(b) for x in rows if x.boxes is not None for b in x.boxes.tolist()
+        ]
     times: dict[str, list[float]] = {"pixels": [], "pipeline": []}
     for _ in range(rounds):  # taking turns
         with _timed() as seconds:
-            _pixels(images, index, grids, patch_size, data.dct)
+            _pixels(images, index, grids, boxes, patch_size, data.dct)
         times["pixels"].append(seconds[0])
         with _timed() as seconds:
             for batch in dataset.to_iter_dataset(grain.ReadOptions(num_threads=1)):
@@ -83,14 +88,15 @@ def _pixels(
     images: dict[int, pixels.ImageLike],
     index: list[int],
     grids: np.ndarray,
+    boxes: list,
     patch_size: int,
     dct: str,
 ) -> None:
     out = np.zeros((int(grids.prod(-1).max()), patch_size**2 * 3), np.uint8)
-    for i, grid in zip(index, grids, strict=True):
+    for i, grid, box in zip(index, grids, boxes, strict=True):
         height, width = (grid * patch_size).tolist()
         try:
-            array = pixels.load(images[i], height, width, dct=dct)
+            array = pixels.load(images[i], height, width, dct=dct, box=box)
         except ValueError:  # the pipeline leaves it empty
             continue
         pixels.to_patches(array, patch_size, out[: int(grid.prod())])
@@ -144,7 +150,7 @@ def peers(rounds: int) -> None:
 
             def ours(files: list[bytes] = files, grids: np.ndarray = grids) -> None:
                 table: dict[int, pixels.ImageLike] = dict(enumerate(files))
-                _pixels(table, list(table), grids, 16, "fast")
+                _pixels(table, list(table), grids, [None] * len(grids), 16, "fast")
 
             def theirs(files: list[bytes] = files, budget: int = budget) -> None:
                 for file in files:

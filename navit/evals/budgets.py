@@ -23,6 +23,7 @@ from navit.evals.zero_shot import ZeroShot
 from navit.files import write_atomic
 from navit.input import geometry
 from navit.input.sources import Source, Task
+from navit.input.stream import StreamSource
 
 log = logging.getLogger("navit")
 
@@ -124,7 +125,7 @@ def evaluate(
     }
 
 
-def check(config: Config, train: Source, evaluation: Source) -> None:
+def check(config: Config, train: Source | StreamSource, evaluation: Source) -> None:
     """Finds before training what would stop the evaluation after it.
 
     Raises:

@@ -76,7 +76,10 @@ class ArrayRecordReader:
 
 def _files(path: str) -> list[str]:
     if storage.is_remote(path):
-        raise ValueError(f"ArrayRecord files are read from this machine, not {path!r}")
+        raise ValueError(
+            f"ArrayRecord files are read from this machine, not {path!r}: copy them, "
+            "or mount the bucket (gcsfuse, mount-s3) and name its folder"
+        )
     # TFDS writes a.array_record-00000-of-00008; in a pattern any name will do.
     folder = Path(path).expanduser().is_dir()
     suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)

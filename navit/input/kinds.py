@@ -6,14 +6,31 @@ from navit import config
 from navit.input.mixture import MixtureSource
 from navit.input.records import Reader, RecordSource
 from navit.input.sources import Source
+from navit.input.stream import StreamSource
 
 
-def open_source(source: config.AnySource, *, again: bool = False) -> Source:
+def open_train_source(source: config.TrainSource) -> Source | StreamSource:
+    """Opens what training reads: without random access too."""
+    if isinstance(source, config.Stream):
+        return StreamSource(source)
+    return open_source(source)
+
+
+def open_source(source: config.TrainSource, *, again: bool = False) -> Source:
     """Opens what a config names; sizes are known from here on.
 
     Args:
       again: read all headers anew and keep the index, whatever is kept already.
+
+    Raises:
+      ValueError: for a stream, which has no random access.
     """
+    if isinstance(source, config.Stream):
+        raise ValueError(
+            f"the stream {source.path!r} has no random access, which this needs: a "
+            "stream is what `navit train` reads, as data.train; plain tar shards "
+            "(TarShards) or ArrayRecord files are read by all"
+        )
     # Each kind is imported when it is used: some need packages that others do not.
     if isinstance(source, config.Synthetic):
         from navit.input.synthetic import SyntheticSource
@@ -29,7 +46,7 @@ def open_source(source: config.AnySource, *, again: bool = False) -> Source:
     return RecordSource(_open_reader(source, again), again=again)
 
 
-def _open_reader(source: config.AnySource, again: bool) -> Reader:
+def _open_reader(source: config.TrainSource, again: bool) -> Reader:
     if isinstance(source, config.TarShards):
         from navit.input.tar import TarReader
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import logging
 import threading
@@ -34,19 +35,19 @@ class ParquetReader:
     """
 
     def __init__(self, source: config.ParquetImages) -> None:
-        if storage.is_remote(source.path):
-            raise ValueError(
-                f"images in Parquet are read from here, not {source.path!r}"
-            )
         self._parquet = import_parquet(source.path)
         self._path = source.path
-        files = storage.find(storage.Local(), source.path, (".parquet",))
+        self._storage = storage.open_storage(source.path)
+        files = storage.find(self._storage, source.path, (".parquet",))
+        stats = [self._storage.stat(file) for file in files]
+        self._lengths = {f: s.size for f, s in zip(files, stats, strict=True)}
         self._groups: list[tuple[str, int]] = []  # (file, row group)
         self.damaged: list[str] = []
         counts, largest, first = [], 0, None
         for file in files:
             try:
-                metadata = self._parquet.read_metadata(file)
+                with self._open(file) as opened:
+                    metadata = opened.metadata
             except (ValueError, OSError) as error:
                 self.damaged.append(f"{file}: {error}")
                 log.warning("left out, damaged: %s", self.damaged[-1])
@@ -78,10 +79,10 @@ class ParquetReader:
         named = records.class_names(source.classes)
         self.classes = named or _huggingface_names(schema, self._label)
         self.place = Place(
-            Path(files[0]).parent,
+            None if storage.is_remote(files[0]) else Path(files[0]).parent,
             f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
             f"label {self._label or 'none'})",
-            digest([files, [tuple(storage.Local().stat(file)) for file in files]]),
+            digest([files, [tuple(stat) for stat in stats]]),
         )
         self._start()
 
@@ -129,12 +130,18 @@ class ParquetReader:
         group, row = self._place(index)
         return self._group(group).column(column)[row].as_py()
 
+    def _open(self, file: str) -> Any:
+        if not storage.is_remote(file):
+            return self._parquet.ParquetFile(file)
+        read = functools.partial(self._storage.read_range, file)
+        return self._parquet.ParquetFile(storage.opened(read, self._lengths[file]))
+
     def _group(self, group: int) -> Any:
         with self._lock:
             if group not in self._cache:
                 file, number = self._groups[group]
                 columns = [c for c in (self._image, self._caption, self._label) if c]
-                with self._parquet.ParquetFile(file) as opened:
+                with self._open(file) as opened:
                     self._cache[group] = opened.read_row_group(number, columns)
                 while len(self._cache) > _KEPT_GROUPS:
                     self._cache.popitem(last=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import grain
 import numpy as np
@@ -19,9 +20,12 @@ from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
 from navit.input.kinds import open_source as open_source
+from navit.input.kinds import open_train_source as open_train_source
 from navit.input.mixture import MixtureSource
 from navit.input.plan import VERSION, BatchPlans, Part, Rows, grids_of, pack_rows
 from navit.input.sources import Source
+from navit.input.stream import Carried, StreamSource
+from navit.input.stream_plan import Planned, StreamPlans
 
 log = logging.getLogger("navit")
 
@@ -58,7 +62,7 @@ def parts_of(source: Source) -> tuple[Part, ...]:
     return source.parts if isinstance(source, MixtureSource) else ()
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Source | StreamSource) -> str:
     """Another one where the data, or how it is planned, is another."""
     return f"{source.fingerprint()}, plan {VERSION}"
 
@@ -299,9 +303,24 @@ class Materialize(grain.transforms.Map):
         log.warning("left empty: %s (%s)", self._source.name(index), error)
 
 
+class MaterializeStream(grain.transforms.Map):
+    """Planned rows and the records that they came with -> a `Batch`.
+
+    Its ids count the records read.
+    """
+
+    def __init__(self, materialize: Callable[[Source], Materialize]) -> None:
+        self._materialize = materialize
+
+    def map(self, planned: Planned) -> Batch:
+        batch = self._materialize(Carried(planned.records)).map(planned.rows)
+        numbers = (planned.numbers % 2**31).astype(np.int32)
+        return batch._replace(id=np.where(batch.id < 0, -1, numbers[batch.id]))
+
+
 def train_batches(
     cfg: config.Config,
-    source: Source,
+    source: Source | StreamSource,
     *,
     start_step: int = 0,
     process_index: int = 0,
@@ -317,41 +336,48 @@ def train_batches(
         cannot be shared by the processes.
     """
     data, vision = cfg.data, cfg.model.vision
-    plans = BatchPlans(
-        source.sizes,
-        data,
-        patch_size=vision.patch_size,
-        steps=cfg.train.steps,
-        parts=parts_of(source),
-        process_index=process_index,
-        process_count=process_count,
-    )
-    if vision.position.has_limit:
-        _check_positions(vision, source.sizes, data)
-    if process_index == 0:
-        log.info("%s", plans.summary())
-    materialize = Materialize(
-        source,
-        data,
+    options: dict[str, Any] = {
+        "patch_size": vision.patch_size,
+        "steps": cfg.train.steps,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    plans: BatchPlans | StreamPlans
+    if isinstance(source, StreamSource):
+        plans = StreamPlans(source, data, **options)
+    else:
+        plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)
+    make = functools.partial(
+        Materialize,
+        data=data,
         patch_size=vision.patch_size,
         slots=plans.slots,
         captions=plans.captions,
         text_tower=cfg.model.text,
     )
+    materialize: grain.transforms.Map
+    if isinstance(source, StreamSource):
+        most = data.most_tokens(vision.patch_size)
+        vision.position.check(np.array([[1, most], [most, 1]]))  # any may come
+        materialize = MaterializeStream(make)
+    else:
+        if vision.position.has_limit:
+            _check_positions(vision, source.sizes, data)
+        materialize = make(source)
+    if process_index == 0:
+        log.info("%s", plans.summary())
     dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]
     if not data.workers:
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        return iter(dataset.to_iter_dataset(options))
+        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        return iter(dataset.to_iter_dataset(read))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags when it starts workers
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=data.workers, per_worker_buffer_size=2
     )
     return iter(
-        dataset.to_iter_dataset(options).mp_prefetch(
-            workers, worker_init_fn=_start_worker
-        )
+        dataset.to_iter_dataset(read).mp_prefetch(workers, worker_init_fn=_start_worker)
     )
 
 

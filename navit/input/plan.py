@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ def plan_block(
     parts: Sequence[Part] = (),
     slots: int | None = None,
     captions: int | None = None,
+    block_images: int | None = None,
 ) -> Rows:
     """Plans one block of an epoch: a pure function of its arguments.
 
@@ -124,31 +126,26 @@ def plan_block(
       parts: of a mixture, which is drawn by weight; empty takes every image once.
       slots: images that a row may hold; None for no cap.
       captions: images that a group of rows may hold; what it has beyond is left out.
+      block_images: how many a block takes; None finds it from the sizes.
     """
     shares = _shares(parts, len(sizes))
-    total, size = sum(shares), _block_images(sizes, data, patch_size)
+    total, size = sum(shares), block_images or _block_images(sizes, data, patch_size)
     first = block * size
     positions = np.arange(first, min(first + size, total))
     index = _records(positions, parts, shares, [data.seed, epoch, _ORDER])
     rng = np.random.default_rng([data.seed, epoch, block, _DRAWS])
 
     budgets = sampling.token_budgets(rng, len(index), data, patch_size)
-    seen, boxes, flips, kept = sizes[index], None, None, None
-    if data.crop is not None:
-        boxes = sampling.crop_boxes(rng, seen, data.crop)
-        seen = boxes[:, 2:]
-    if data.flip:
-        flips = rng.random(len(index)) < 0.5
-    grids = grids_of(seen, budgets, data, patch_size)
-    lengths = grids.prod(-1)
-    if data.drop is not None:
-        lengths = kept = sampling.kept_tokens(
-            rng,
-            lengths,
-            data.drop,
-            seen=epoch * total + positions,
-            longest=data.most_tokens(patch_size),
-        )
+    drawn = draw(
+        rng,
+        sizes[index],
+        budgets,
+        data,
+        patch_size=patch_size,
+        seen=epoch * total + positions,
+    )
+    grids, kept, lengths = drawn.grids, drawn.kept, drawn.lengths
+    seen = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
 
     def smaller(image: int, most: int) -> tuple[int, int]:
         return geometry.grid_for(
@@ -190,10 +187,43 @@ def plan_block(
             )
         ]
         rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
+    drawn = dataclasses.replace(drawn, index=index, epoch=epoch)
     if captions is not None and data.caption_rows:
         rows = groups.cut(rows, data.caption_rows, captions)
-    planned = Rows(np.arange(1), index, grids, kept, boxes, flips, epoch)
-    return planned._with(*_flat(rows))
+    return drawn._with(*_flat(rows))
+
+
+def draw(
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    budgets: np.ndarray,
+    data: DataConfig,
+    *,
+    patch_size: int,
+    seen: np.ndarray,
+) -> Rows:
+    """Crop, flip, grid and tokens to keep of images that are in no row yet.
+
+    Args:
+      sizes, budgets: `[m, 2]` and `[m]`, of each image.
+      seen: how many images were trained on before each.
+    """
+    boxes = flips = kept = None
+    if data.crop is not None:
+        boxes = sampling.crop_boxes(rng, sizes, data.crop)
+        sizes = boxes[:, 2:]
+    if data.flip:
+        flips = rng.random(len(sizes)) < 0.5
+    grids = grids_of(sizes, budgets, data, patch_size)
+    if data.drop is not None:
+        kept = sampling.kept_tokens(
+            rng,
+            grids.prod(-1),
+            data.drop,
+            seen=seen,
+            longest=data.most_tokens(patch_size),
+        )
+    return Rows(np.arange(1), np.arange(len(sizes)), grids, kept, boxes, flips)
 
 
 def grids_of(
@@ -262,18 +292,18 @@ class BatchPlans(Sequence):
         self._steps, self._parts = steps, tuple(parts)
         self._host_rows = data.rows // process_count
         self._first_row = process_index * self._host_rows
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
         self.slots = data.slots or self._slots()
         self.captions = self._captions()
         images = sum(_shares(parts, len(sizes)))
-        block_images = _block_images(sizes, data, patch_size)
-        blocks = max(1, -(-images // block_images))
+        self._block_images = _block_images(sizes, data, patch_size)
+        blocks = max(1, -(-images // self._block_images))
+        self._start()
         # Blocks are alike but for the last, which may be shorter.
         self._block_steps = max(1, len(self._plan(0, 0)) // data.rows)
         last = len(self._plan(0, blocks - 1)) // data.rows
         last = max(last, 1) if blocks == 1 else min(last, self._block_steps)
         self.steps_per_epoch = (blocks - 1) * self._block_steps + last
-        self._first_block_images = min(images, block_images)
+        self._first_block_images = min(images, self._block_images)
 
     def __len__(self) -> int:
         return self._steps
@@ -281,10 +311,13 @@ class BatchPlans(Sequence):
     def __getitem__(self, step):  # type: ignore[no-untyped-def]
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
-        epoch, step = divmod(step, self.steps_per_epoch)
-        block, step = divmod(step, self._block_steps)
-        start = step * self._data.rows + self._first_row
-        return self._plan(epoch, block).slice(start, start + self._host_rows)
+        epoch, block, within = self._place(step)
+        start = within * self._data.rows + self._first_row
+        rows = self._plan(epoch, block).slice(start, start + self._host_rows)
+        soon = step + (self._block_steps + 1) // 2
+        if soon < self._steps:
+            self._planned(*self._place(soon)[:2])  # on its way, so that nobody waits
+        return rows
 
     def first_block(self) -> tuple[Rows, float]:
         """The rows of epoch 0's first block that are used, and the share of its images
@@ -309,14 +342,28 @@ class BatchPlans(Sequence):
         return len(rows.index) * self.caption_rows / (len(rows) * self.captions)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_plan"}
+        left = ("_planned", "_planner")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._plan = functools.lru_cache(maxsize=2)(self._plan_block)
+        self._start()
 
-    def _plan_block(self, epoch: int, block: int) -> Rows:
-        return plan_block(
+    def _start(self) -> None:
+        self._planner = ThreadPoolExecutor(1)
+        self._planned = functools.lru_cache(maxsize=3)(self._plan_later)
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """(epoch, block, step in the block)."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return epoch, *divmod(step, self._block_steps)
+
+    def _plan(self, epoch: int, block: int) -> Rows:
+        return self._planned(epoch, block).result()
+
+    def _plan_later(self, epoch: int, block: int) -> Future[Rows]:
+        return self._planner.submit(
+            plan_block,
             self._sizes,
             self._data,
             patch_size=self._patch_size,
@@ -325,6 +372,7 @@ class BatchPlans(Sequence):
             parts=self._parts,
             slots=self.slots,
             captions=self.captions,
+            block_images=self._block_images,
         )
 
     def _captions(self) -> int:

@@ -21,9 +21,10 @@ from navit.input.kept import Place, digest, read_arrays, write_arrays
 
 log = logging.getLogger("navit")
 
-_IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm")
+_CAPTIONS = ("txt", "json.caption")
 # webdataset's rule: the key ends at the first dot of the file name.
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 class _Scan(NamedTuple):
@@ -56,10 +57,7 @@ class TarReader:
             digest([self._shards, [tuple(stat) for stat in stats]]),
         )
         # (member, field of a .json): the first that is there is taken.
-        auto = ("txt", "json.caption")
-        self._caption = [
-            _spec(s) for s in ([shards.caption] if shards.caption else auto)
-        ]
+        self._caption = caption_fields(shards.caption)
         self._label = _spec(shards.label)
         self._must = bool(shards.caption)
         wanted = [name for name, _ in (*self._caption, self._label) if name]
@@ -105,12 +103,7 @@ class TarReader:
 
     def _field(self, index: int, name: str, field: str, must: bool) -> Any:
         data = self._read(index, name) if name else None
-        if data is None or not field:
-            return data
-        found = json.loads(data)
-        if not must and isinstance(found, dict) and field not in found:
-            return None
-        return records.nested(found, field, f"its .{name}")
+        return field_of(data, name, field, must)
 
     def _read(self, index: int, column: str) -> bytes | None:
         start, size = self._members[index, self._columns.index(column)].tolist()
@@ -183,11 +176,11 @@ class TarReader:
                     raise EOFError(
                         f"{member.name!r} would end at {stop} of {length} bytes"
                     )
-                name = _NAME.fullmatch(member.name)
+                name = NAME.fullmatch(member.name)
                 if not (name and member.isreg()) or member.issparse():
                     continue
                 key, suffix = name[1], name[2].lower()
-                column = "image" if suffix in _IMAGES else suffix
+                column = "image" if suffix in IMAGES else suffix
                 if column in self._columns:
                     absent = [(-1, -1)] * len(self._columns)
                     sample = samples.setdefault(key, absent)
@@ -195,6 +188,25 @@ class TarReader:
                     if sample[place][0] < 0:  # the first, where there are several
                         sample[place] = member.offset_data, member.size
             return tar.offset
+
+
+def caption_fields(caption: str) -> list[tuple[str, str]]:
+    """(member, field of a .json) of each place that a caption may have."""
+    return [_spec(name) for name in ([caption] if caption else _CAPTIONS)]
+
+
+def field_of(data: bytes | None, name: str, field: str, must: bool) -> Any:
+    """A member's field: all of it, or that of a .json; None where there is none.
+
+    Raises:
+      ValueError: if the .json has no such field and must have it.
+    """
+    if data is None or not field:
+        return data
+    found = json.loads(data)
+    if not must and isinstance(found, dict) and field not in found:
+        return None
+    return records.nested(found, field, f"its .{name}")
 
 
 def _spec(name: str) -> tuple[str, str]:

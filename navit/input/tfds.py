@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from navit import config
-from navit.input import records
+from navit.input import records, storage
 from navit.input.kept import Place, digest
 
 _FORMATS = ("array_record", "parquet")
@@ -109,6 +109,12 @@ def _builder(tfds: Any, source: config.Tfds) -> Any:
     if not source.name:
         raise ValueError("the source has no name: set data.train.name")
     where = {}
+    if storage.is_remote(source.data_dir):
+        raise ValueError(
+            f"TensorFlow datasets are read from this machine, not {source.data_dir!r}: "
+            "copy the dataset, or mount the bucket (gcsfuse, mount-s3) and name its "
+            "folder"
+        )
     if source.data_dir:
         where = {"data_dir": str(Path(source.data_dir).expanduser())}
     try:

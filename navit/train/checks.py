@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 
@@ -10,13 +11,17 @@ import numpy as np
 from navit.config import Config
 from navit.input import text
 from navit.input.sources import Source
+from navit.input.stream import StreamSource
 from navit.train.step import Metrics
 from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
 
+# So many runs of neighbours are looked at for captions that are too long.
+_RUNS, _RUN = 8, 32
 
-def check_before(config: Config, source: Source) -> None:
+
+def check_before(config: Config, source: Source | StreamSource) -> None:
     """Says what is legal and rarely meant; refuses what never is.
 
     Raises:
@@ -39,8 +44,7 @@ def check_before(config: Config, source: Source) -> None:
             config.train.steps - 1,
         )
     if config.model.text is not None and config.train.loss != "classification":
-        some = np.linspace(0, len(source) - 1, min(len(source), 1000)).astype(int)
-        captions = [c for i in some for c in source.captions(int(i))]
+        captions = _some_captions(source)
         tower = config.model.text
         text.check_vocabulary(tower.tokenizer, tower.vocab_size)
         cut = text.share_cut(captions, tower.length, tower.tokenizer)
@@ -50,6 +54,16 @@ def check_before(config: Config, source: Source) -> None:
                 "their end",
                 *(100 * cut, tower.length),
             )
+
+
+def _some_captions(source: Source | StreamSource) -> list[str]:
+    """Of a few hundred records: neighbours, since these may be read as one."""
+    if isinstance(source, StreamSource):
+        first = itertools.islice(source.read([0]), _RUN)
+        return [caption for record in first for caption in record.captions]
+    starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
+    some = np.unique(np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1))
+    return [caption for i in some.tolist() for caption in source.captions(i)]
 
 
 def check_rows(config: Config, devices: int) -> None:

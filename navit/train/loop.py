@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +19,14 @@ from navit.evals import budgets
 from navit.files import write_atomic
 from navit.input import pipeline
 from navit.input.sources import Source
+from navit.input.stream import StreamSource
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
-from navit.sharding import Rules, make_mesh, split_rows, use_mesh
+from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import check_before, check_finite, check_rows
+from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, line
 from navit.train.profile import Profile
@@ -64,11 +65,12 @@ def train(
       ValueError: if `workdir` holds a run of another config or of other data.
       FloatingPointError: if the loss is not finite.
     """
-    source = pipeline.open_source(config.data.train)
+    source = pipeline.open_train_source(config.data.train)
     data = pipeline.fingerprint(source)
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
-    log.info("%d images to train on, %d to evaluate on", len(source), len(eval_source))
+    log.info("training on %s", source.fingerprint())
+    log.info("evaluating on %d images", len(eval_source))
     check_before(config, source)
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
@@ -106,7 +108,7 @@ def train(
 def _steps(
     state: TrainState,
     config: Config,
-    source: Source,
+    source: Source | StreamSource,
     data: str,
     rules: Rules,
     checkpoints: Checkpoints,
@@ -134,13 +136,13 @@ def _steps(
     with contextlib.ExitStack() as stack:
         for opened in (batches, *writers):
             stack.callback(opened.close)
+        feed = stack.enter_context(Feed(batches, rules))
         profile = stack.enter_context(Profile(config.train, workdir / "profile"))
         for step in range(first_step + 1, last_step + 1):
             with profile.step(step):
-                before = time.perf_counter()
-                batch = next(batches)
-                meter.add(batch, time.perf_counter() - before)
-                state, metrics = train_step(state, split_rows(batch, rules))
+                batch, on_device = feed.take()
+                state, metrics = train_step(state, on_device)
+                meter.add(batch, feed.ahead(metrics))
             profile.after(step, metrics)
 
             if step == first_step + 1:  # compiled: no part of any rate

@@ -59,7 +59,7 @@ class Meter:
         self._restart()
 
     def add(self, batch: Batch, waited: float) -> None:
-        """One host batch, and the seconds that the device's feeder waited for it."""
+        """One host batch, and the seconds that the device waited for the next one."""
         planned = np.asarray(batch.id) >= 0
         found = np.asarray(batch.images.grids)[..., 0] > 0
         lengths = _lengths(np.asarray(batch.images.segment_ids), found.shape[1])
