@@ -194,7 +194,7 @@ class ModelConfig:
     init_bias: float = -10.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "xla", "unpack"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ _GATHERED = 256 * 2**20
 _PAIRS = 2**22
 
 
+@jax.named_scope("loss")
 def sigmoid_loss(
     images: Float[Array, "m e"],
     texts: Float[Array, "m e"],
@@ -60,6 +61,7 @@ def sigmoid_loss(
     return total / jnp.maximum(real.sum(), 1)
 
 
+@jax.named_scope("loss")
 def softmax_loss(
     images: Float[Array, "m e"],
     texts: Float[Array, "m e"],
@@ -85,6 +87,7 @@ def softmax_loss(
     return total / 2 / jnp.maximum(real.sum(), 1)
 
 
+@jax.named_scope("loss")
 def classification_loss(
     logits: Float[Array, "m c"], labels: Int[Array, " m"], real: Bool[Array, " m"]
 ) -> Float[Array, ""]:

@@ -47,6 +47,13 @@ class Rules:
             return None
         return jax.P(*(name and getattr(self, name) for name in names))
 
+    def size(self, name: str) -> int:
+        """Over how many devices an axis is split."""
+        axes = getattr(self, name) or ()
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = (axes,) if isinstance(axes, str) else axes
+        return math.prod(mesh.shape[axis] for axis in axes)
+
     def rows(self, ndim: int) -> jax.P | None:
         """Split by rows alone, whatever the other axes were."""
         return self("batch", *(None,) * (ndim - 1))

@@ -39,9 +39,35 @@ class Linear(nnx.Linear):
         y = jax.lax.dot_general(
             x, self.kernel[...].astype(self.dtype), contract, out_sharding=out_sharding
         )
-        if self.bias is not None:
-            y = (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
-        return y
+        return y if self.bias is None else _add_bias(y, self.bias[...])
+
+
+@jax.custom_vjp
+def _add_bias(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
+
+
+def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, jax.P]:
+    return _add_bias(y, bias), jax.typeof(bias).sharding.spec
+
+
+def _add_bias_backward(spec: jax.P, gradient: Array) -> tuple[Array, Array]:
+    # A sum over rows as a matrix product, which a TPU does 20 times as fast; the eight
+    # equal results keep the compiler from making a sum of it again.
+    rows = jnp.ones_like(gradient[..., :8])
+    over = tuple(range(gradient.ndim - 1))
+    summed = jax.lax.dot_general(
+        rows,
+        gradient,
+        ((over, over), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+        out_sharding=None if gradient.ndim < 2 else jax.P(None, *spec),
+    )
+    return gradient, summed[0]
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 def linear(
@@ -185,8 +211,9 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """`depth` blocks in one stacked tree, run by one scan, and a final norm.
 
-    `config.remat`: "none" keeps every activation for the backward pass, "dots" only the
-    outputs of matrix products with parameters, "full" only each block's input.
+    `config.remat`: "none" keeps every activation for the backward pass, "dots" the
+    outputs of matrix products with parameters, "attention" each block's input and what
+    attention's backward pass needs, "full" each block's input alone.
     """
 
     def __init__(
@@ -230,6 +257,7 @@ class Encoder(nnx.Module):
         if self.remat != "none":
             policy = {
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+                "attention": jax.checkpoint_policies.save_only_these_names("attention"),
                 "full": jax.checkpoint_policies.nothing_saveable,
             }[self.remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)

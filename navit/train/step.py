@@ -87,8 +87,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, config, rules)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        model = optax.apply_updates(state.model, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         if model.scale is not None:
             metrics["scale"] = jnp.exp(model.scale[...])
