@@ -202,6 +202,38 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile the training step for a TPU slice, without a TPU",
+        description="Compiles CONFIG's training step (or its image tower) with the "
+        "TPU compiler for a slice that need not be there, and says whether it fits, "
+        "how long a step takes by the compiler's own schedule and where, and what the "
+        "devices send one another. Exit code 1: it does not fit. Takes minutes, and "
+        "some 3 GB of memory; needs pip install 'navit[tpu]'.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  navit compile configs/siglip2_b16_naflex.py --topology "
+        "v5e:4x4 \\\n      data.rows=1024 mesh.fsdp=16 mesh.data=1",
+    )
+    _add_config(compile_, "data.rows=1024")
+    compile_.add_argument(
+        "--topology",
+        required=True,
+        help="v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1, ...; mesh.slices=2 is two of "
+        "them",
+    )
+    compile_.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="the forward pass of the image tower, at each of eval.budgets",
+    )
+    compile_.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile in a tenth of the time: says whether it fits, not how fast it is",
+    )
+    compile_.add_argument("--json", type=Path, help="write the figures here too")
+    compile_.set_defaults(run=_compile)
+
     plan = commands.add_parser(
         "plan",
         help="show how images would pack into rows of several lengths",
@@ -353,6 +385,20 @@ def _convert(args: argparse.Namespace) -> int:
     format = write(weights, args.out.expanduser(), args.format)
     print(f"wrote {args.out} ({format})")
     return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from navit import config as config_lib
+    from navit.compile import run
+
+    config = config_lib.load(args.config, args.overrides)
+    return run.run(
+        config,
+        args.topology,
+        evaluate=args.evaluate,
+        quick=args.quick,
+        out=args.json,
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:

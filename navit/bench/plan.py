@@ -17,12 +17,9 @@ import argparse
 import dataclasses
 import time
 
-import numpy as np
-
 from navit.config import DataConfig, Sides
 from navit.input.plan import BatchPlans, plan_block
-
-_ASPECTS = (9 / 16, 2 / 3, 3 / 4, 1, 1, 4 / 3, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
+from navit.input.synthetic import photographs
 
 MIXES = {
     "NaFlex": DataConfig(budgets=(128, 256, 576, 784, 1024), slots=None),
@@ -80,15 +77,6 @@ def main() -> None:
             for head, values, end in shares:
                 cells = " ".join(f"{100 * x:7.2f}" for x in values)
                 print(f"{head} {cells}{end}", flush=True)
-
-
-def photographs(count: int) -> np.ndarray:
-    """(height, width) of simulated photographs, int `[count, 2]`."""
-    rng = np.random.default_rng(0)
-    aspect = rng.choice(_ASPECTS, count) * np.exp(rng.normal(0, 0.05, count))
-    long = np.clip(480 * np.exp(rng.normal(0, 0.35, count)), 100, 2000)
-    width = np.where(aspect > 1, long, long * aspect)
-    return np.maximum(32, np.stack([width / aspect, width], -1)).astype(np.int64)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,11 @@ class Operation:
     Attributes:
       scope: where it was written: the names of the functions and scopes around it.
       cycles: expected of one run; 0 where the compiler says nothing.
+      products: floating point operations of its matrix products, where it has no
+        cycles: those that the compiler fused with communication.
       runs: how many times it runs in a step.
+      kernel: the name of a Pallas kernel, which has no cycles either
+        (`navit.compile.kernels`).
       collectives: what it sends, an operation of its own or fused into this one.
     """
 
@@ -49,6 +53,7 @@ class Operation:
     scope: str
     shape: str
     cycles: int
+    products: float
     runs: int
     kernel: str
     collectives: tuple[Collective, ...]
@@ -82,8 +87,8 @@ def operations(hlo: str) -> list[Operation]:
             current = match[2]
             computations[current] = []
             entry = current if match[1] else entry
-        elif line.startswith("}"):
-            current = ""
+        elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
+            current = ""  # a kernel's metadata may begin a line with } too
         elif current:
             computations[current].append(line)
     if not entry:
@@ -105,11 +110,7 @@ def _walk(
             trips = _trips(computations, line, found[1])
             yield from _walk(computations, found[2], runs * trips)
             continue
-        called = [
-            each.strip().lstrip("%")
-            for names in _CALLED.findall(line)
-            for each in names.split(",")
-        ]
+        called = _called(line)
         if opcode in ("call", "conditional", "async-start"):
             for each in called[:1] if opcode == "conditional" else called:
                 yield from _walk(computations, each, runs)
@@ -125,12 +126,14 @@ def _walk(
                 for inner in computations.get(each, []):
                     sent += _sent(inner, runs, scope)
         count = int(cycles or 0)
+        count = count if count < _UNPRICED else 0
         yield Operation(
             name=name,
             opcode=opcode,
             scope=scope,
             shape=shape,
-            cycles=count if count < _UNPRICED else 0,
+            cycles=count,
+            products=_products(computations, called) if not count else 0.0,
             runs=runs,
             kernel=kernel,
             collectives=tuple(sent),
@@ -160,6 +163,41 @@ def _sent(line: str, runs: int, scope: str) -> Iterator[Collective]:
             runs=runs,
             scope=_first(r'op_name="([^"]*)"', line) or scope,
         )
+
+
+def _products(computations: dict[str, list[str]], called: list[str]) -> float:
+    """Of the matrix products in computations: twice the output times what is summed.
+
+    With lhs [m, k], rhs [k, n] and out [m, n], k is the root of lhs * rhs / out. A
+    batch would make it too large, but what is fused with communication (weights, and
+    their gradients) has none.
+    """
+    sizes: dict[str, int] = {}
+    total = 0.0
+    for line in (line for name in called for line in computations.get(name, [])):
+        match = _OPERATION.match(line)
+        if not match:
+            continue
+        arrays = _ARRAY.findall(match[2])
+        if len(arrays) == 1:
+            sizes[match[1]] = math.prod(int(x) for x in arrays[0][1].split(",") if x)
+        if match[3] in ("convolution", "dot"):
+            operands = line[match.end() : line.index(")", match.end())]
+            names = [*re.findall(r"%([\w.\-]+)", operands)[:2], match[1]]
+            if all(name in sizes for name in names):
+                lhs, rhs, out = (sizes[name] for name in names)
+                total += 2 * out * math.sqrt(lhs * rhs / out)
+        elif match[3] == "fusion":
+            total += _products(computations, _called(line))
+    return total
+
+
+def _called(line: str) -> list[str]:
+    return [
+        each.strip().lstrip("%")
+        for names in _CALLED.findall(line)
+        for each in names.split(",")
+    ]
 
 
 def _trips(computations: dict[str, list[str]], line: str, condition: str) -> int:

@@ -131,3 +131,18 @@ class SyntheticSource:
 
 def _fine_name(color: str) -> str:
     return f"{color} dots"
+
+
+_ASPECTS = (9 / 16, 2 / 3, 3 / 4, 1, 1, 4 / 3, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
+
+
+def photographs(count: int) -> np.ndarray:
+    """(height, width) of simulated photographs, int `[count, 2]`.
+
+    Ten aspects from 9:16 to 16:9; long sides log-normal around 480 pixels.
+    """
+    rng = np.random.default_rng(0)
+    aspect = rng.choice(_ASPECTS, count) * np.exp(rng.normal(0, 0.05, count))
+    long = np.clip(480 * np.exp(rng.normal(0, 0.35, count)), 100, 2000)
+    width = np.where(aspect > 1, long, long * aspect)
+    return np.maximum(32, np.stack([width / aspect, width], -1)).astype(np.int64)

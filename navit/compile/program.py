@@ -1,0 +1,199 @@
+"""A config's training step, or its image tower, for devices that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from navit import flops
+from navit.batch import Batch, PackedImages
+from navit.config import Config, DataConfig
+from navit.input.plan import BatchPlans, Rows
+from navit.input.synthetic import photographs
+from navit.model.two_tower import TwoTower
+from navit.optim import make_optimizer
+from navit.sharding import Rules, make_mesh
+from navit.train.checks import check_rows
+from navit.train.state import TrainState, init_state
+from navit.train.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled, and what goes through it.
+
+    Attributes:
+      counts: of real images, tokens and captions in one global batch, planned from
+        simulated photographs.
+      flops: of the model on those alone, by part.
+      rows, row_tokens: of the global batch.
+      parameters, optimizer: bytes on one device.
+    """
+
+    lowered: Any
+    counts: flops.Counts
+    flops: flops.Flops
+    rows: int
+    row_tokens: int
+    devices: int
+    device_kind: str
+    parameters: int
+    optimizer: int
+
+
+def train_program(config: Config, devices: list[Any]) -> Program:
+    """The step of `navit train`, as it would run on `devices`.
+
+    Raises:
+      ValueError: if the config does not fit the devices.
+    """
+    mesh, rules = make_mesh(config.mesh, devices)
+    assert mesh is not None
+    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
+    rows, slots, captions = _planned(config)
+    groups = config.data.rows // (config.data.caption_rows or 1)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state: TrainState = _place(
+            mesh, jax.eval_shape(lambda: init_state(config, optimizer, rules))
+        )
+        images = _images(config, mesh, rules, config.data.rows, slots)
+        place = jax.NamedSharding(mesh, rules("batch") or jax.P())
+
+        def integers(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+
+        text = config.model.text
+        b = config.data.rows
+        batch = Batch(
+            images=images,
+            text=integers(groups, captions, text.length if text else 1),
+            label=integers(b, slots),
+            id=integers(b, slots),
+            size=integers(b, slots, 2),
+        )
+        lowered = make_train_step(config, optimizer, rules).lower(state, batch)
+    counts = _counts(config, rows)
+    return Program(
+        lowered=lowered,
+        counts=counts,
+        flops=flops.train_step(config, counts),
+        rows=config.data.rows,
+        row_tokens=config.data.row_tokens,
+        devices=mesh.size,
+        device_kind=devices[0].device_kind,
+        parameters=_bytes(state.model),
+        optimizer=_bytes(state.opt_state),
+    )
+
+
+def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
+    """The image tower at one token budget: one image in each row, as evaluation has it.
+
+    Every device takes `eval.batch_tokens` tokens, or 16,384.
+    """
+    mesh, rules = make_mesh(config.mesh, devices)
+    assert mesh is not None
+    on_each = max(1, (config.eval.batch_tokens or 16_384) // budget)
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    data = DataConfig(
+        budgets=(budget,),
+        row_tokens=budget,
+        rows=on_each * split,
+        slots=1,
+        max_upscale=config.data.max_upscale,
+    )
+    config = dataclasses.replace(config, data=data)
+    rows, slots, _ = _planned(config)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        model: TwoTower = _place(
+            mesh,
+            jax.eval_shape(lambda: TwoTower(config.model, rules, rngs=nnx.Rngs(0))),
+        )
+        images = _images(config, mesh, rules, data.rows, slots)
+
+        def embed(vision: Any, images: PackedImages) -> Any:
+            return vision(images, max_image_tokens=budget).pooled
+
+        lowered = jax.jit(embed).lower(model.vision, images)
+    counts = _counts(config, rows)._replace(captions=0, pairs=0)
+    return Program(
+        lowered=lowered,
+        counts=counts,
+        flops=flops.forward(config.model, counts),
+        rows=data.rows,
+        row_tokens=budget,
+        devices=mesh.size,
+        device_kind=devices[0].device_kind,
+        parameters=_bytes(model.vision),
+        optimizer=0,
+    )
+
+
+def _planned(config: Config) -> tuple[Rows, int, int]:
+    """A global batch of simulated photographs, the slots of a row, places for captions.
+
+    A plan of so few rows as one batch has would close some before they are full.
+    """
+    patch_size, data = config.model.vision.patch_size, config.data
+    sample = photographs(20_000)
+    plans = BatchPlans(sample, data, patch_size=patch_size, steps=1)
+    rows = plans[0]
+    if plans.steps_per_epoch == 1:  # the batch may be larger than the sample
+        mean = max(
+            1.0, len(rows.index) / max(1, int((np.diff(rows.offsets) > 0).sum()))
+        )
+        sample = photographs(math.ceil(data.rows * mean * 1.5) + 1000)
+        plans = BatchPlans(sample, data, patch_size=patch_size, steps=1)
+        rows = plans[0]
+    return rows, plans.slots, plans.captions
+
+
+def _counts(config: Config, rows: Rows) -> flops.Counts:
+    lengths = rows.lengths.astype(np.int64)
+    count = len(lengths)
+    text = config.model.text is not None and config.train.loss != "classification"
+    return flops.Counts(
+        tokens=int(lengths.sum()),
+        squares=int((lengths**2).sum()),
+        images=count,
+        captions=count if text else 0,
+        pairs=count**2 if text else 0,
+    )
+
+
+def _images(config: Config, mesh: Any, rules: Rules, b: int, s: int) -> PackedImages:
+    n, p = config.data.row_tokens, config.model.vision.patch_size
+    place = jax.NamedSharding(mesh, rules("batch") or jax.P())
+    shapes = ((b, n, p * p * 3), (b, n), (b, n, 2), (b, s, 2))
+    dtypes = (jnp.uint8, jnp.int32, jnp.int32, jnp.int32)
+    arrays = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    return PackedImages(*arrays)
+
+
+def _place(mesh: Any, tree: Any) -> Any:
+    """Shapes from `jax.eval_shape` under the abstract mesh -> on the mesh itself."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if x.sharding is None else x.sharding.spec
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(place, tree)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of a placed tree on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,247 @@
+"""A compiled program's fit, time and communication, as a table and as JSON."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from navit import flops
+from navit.compile import schedule
+from navit.compile.kernels import Kernel, kernel_cycles
+from navit.compile.program import Program
+
+_MIB, _GIB = 2**20, 2**30
+
+# By part of `device_kind`: memory of one device in GiB, and the clock in Hz that the
+# compiler's cycles count. Google's data sheets; the clocks follow from the peaks.
+_CHIPS: dict[str, tuple[float, float | None]] = {
+    "TPU v5 lite": (16.0, 1.5e9),
+    "TPU v5": (95.0, 1.75e9),
+    "TPU v6 lite": (32.0, 1.75e9),
+    "TPU7x": (96.0, None),
+}
+
+PARTS = (
+    *("attention", "mlp", "embedding", "head", "vision, other"),
+    *("text tower", "text embedding", "loss", "optimizer", "other"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a program, per device.
+
+    Times are its schedule: no stalls, no waiting for memory or for other devices.
+
+    Attributes:
+      fits: whether it fits; where not, `error` is what the compiler said.
+      memory: of the device, all in MiB: what is needed at the peak, and of what.
+      milliseconds: of a step, by part; None where the clock is not known.
+      unpriced: operations that the compiler put no price on. Their products are
+        counted at the device's peak, else they count for nothing.
+      model_tflops: of the model on real tokens, of one device's share.
+      mfu_bound: those over time and peak.
+    """
+
+    topology: str
+    devices: int
+    device_kind: str
+    images: int
+    tokens: int
+    rows: int
+    row_tokens: int
+    fits: bool
+    error: str
+    compile_seconds: float
+    quick: bool
+    memory: dict[str, float]
+    milliseconds: dict[str, float] | None
+    step_milliseconds: float | None
+    unpriced: int
+    model_tflops: float
+    mfu_bound: float | None
+    images_per_second: float | None
+    tokens_per_second: float | None
+    collectives: list[dict[str, Any]]
+
+
+def compile_program(
+    program: Program, topology: str, *, dump: Path | None, effort: float | None
+) -> Report:
+    """Compiles, and reads what the compiler says.
+
+    Args:
+      dump: where it writes the kernels' schedules (`topology.prepare`); emptied here.
+      effort: from -1 (quick, and slow programs) to 1; None is its default.
+    """
+    options = {} if effort is None else {"exec_time_optimization_effort": effort}
+    start, error, compiled = time.perf_counter(), "", None
+    try:
+        compiled = program.lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as failed:
+        error = str(failed)
+        if "RESOURCE_EXHAUSTED" not in error and "memory" not in error:
+            raise
+    seconds = time.perf_counter() - start
+    limit, clock = _chip(program.device_kind)
+    peak = flops.peak(program.device_kind)
+    total_flops = program.flops.total / program.devices
+    memory = {
+        "limit": limit * 1024,
+        "parameters": program.parameters / _MIB,
+        "optimizer": program.optimizer / _MIB,
+    }
+    parts, unpriced, collectives = None, 0, []
+    if compiled is not None:
+        found = compiled.memory_analysis()
+        needed = (
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes
+        )
+        memory["activations"] = found.temp_size_in_bytes / _MIB
+        memory["peak"] = needed / _MIB
+        operations = schedule.operations(compiled.as_text())
+        kernels = kernel_cycles(dump) if dump is not None else {}
+        unpriced = sum(op.products > 0 and not op.cycles for op in operations)
+        collectives = _collectives(operations)
+        if clock is not None:
+            parts = _parts(operations, kernels, clock, peak or 0.0)
+    if dump is not None:
+        for file in dump.iterdir():
+            file.unlink()
+    step = sum(parts.values()) if parts else None
+    on_each = 1e3 / step / program.devices if step else None
+    return Report(
+        topology=topology,
+        devices=program.devices,
+        device_kind=program.device_kind,
+        images=program.counts.images,
+        tokens=program.counts.tokens,
+        rows=program.rows,
+        row_tokens=program.row_tokens,
+        fits=compiled is not None and memory["peak"] <= memory["limit"],
+        error=error.split("\n")[0][:500],
+        compile_seconds=round(seconds, 1),
+        quick=effort is not None and effort < 0,
+        memory={name: round(value, 1) for name, value in memory.items()},
+        milliseconds=parts and {k: round(v, 3) for k, v in parts.items()},
+        step_milliseconds=step and round(step, 3),
+        unpriced=unpriced,
+        model_tflops=round(total_flops / 1e12, 4),
+        mfu_bound=total_flops / (step / 1e3) / peak if step and peak else None,
+        images_per_second=on_each and program.counts.images * on_each,
+        tokens_per_second=on_each and program.counts.tokens * on_each,
+        collectives=collectives,
+    )
+
+
+def part_of(scope: str) -> str:
+    """Which of `PARTS` an operation is of, by the scopes that it was written in."""
+    words = set(re.split(r"[/():]", scope))
+    if "optimizer" in words:
+        return "optimizer"
+    if "text" in words:
+        return "text embedding" if "embedding" in words else "text tower"
+    if "vision" in words:
+        inner = [x for x in ("head", "embedding", "attention", "mlp") if x in words]
+        return inner[0] if inner else "vision, other"
+    return "loss" if "loss" in words else "other"
+
+
+def table(report: Report) -> str:
+    """For a terminal."""
+    lines = [
+        f"{report.topology}: {report.devices} devices ({report.device_kind}), "
+        f"{report.images:,} images and {report.tokens:,} tokens in {report.rows:,} "
+        f"rows of {report.row_tokens}; compiled in {report.compile_seconds:.0f} s"
+    ]
+    memory = report.memory
+    if not report.fits:
+        lines += [f"does NOT fit in {memory['limit'] / 1024:.1f} GiB", report.error]
+        if "peak" not in memory:
+            return "\n".join(line for line in lines if line) + "\n"
+    else:
+        margin = 1 - memory["peak"] / memory["limit"]
+        lines.append(f"fits, with {margin:.0%} of the memory to spare")
+    lines.append("memory of a device (MiB)")
+    lines += [f"  {name:16}{value:>12,.0f}" for name, value in memory.items()]
+    if report.milliseconds is None or report.step_milliseconds is None:
+        lines.append(f"no clock is known of {report.device_kind}: no times")
+    else:
+        step = report.step_milliseconds
+        lines.append("time of a step by the compiler's schedule (ms)")
+        for name, value in report.milliseconds.items():
+            if value:
+                lines.append(f"  {name:16}{value:>12.2f}{value / step:>8.1%}")
+        lines.append(f"  {'total':16}{step:>12.2f}")
+        if report.unpriced:
+            lines.append(
+                f"  ({report.unpriced} products without a price count at the peak)"
+            )
+        lines.append(
+            f"model {report.model_tflops:.3f} TFLOP a device, on real tokens alone: "
+            f"MFU at most {report.mfu_bound:.1%}; {report.images_per_second:,.0f} "
+            f"images/s and {report.tokens_per_second:,.0f} tokens/s a device"
+        )
+        if report.quick:
+            lines.append("compiled in haste: do not trust these times")
+        lines.append("a schedule: no stalls, no network; it ranks, it does not time")
+    lines.append("communication of a step, per device")
+    for each in report.collectives:
+        shape = ",".join(str(x) for x in each["shape"])
+        lines.append(
+            f"  {each['kind']:20}{each['dtype'] + '[' + shape + ']':28}"
+            f"{each['count']:>5} x {each['bytes'] / _MIB:>9.2f} MiB  {each['part']}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    return dataclasses.asdict(report)
+
+
+def _chip(device_kind: str) -> tuple[float, float | None]:
+    for name, chip in _CHIPS.items():
+        if name in device_kind:
+            return chip
+    raise ValueError(f"nothing is known of the memory of {device_kind!r}")
+
+
+def _parts(
+    operations: list[schedule.Operation],
+    kernels: dict[str, Kernel],
+    clock: float,
+    peak: float,
+) -> dict[str, float]:
+    """Milliseconds by part."""
+    out = dict.fromkeys(PARTS, 0.0)
+    for op in operations:
+        seconds = op.cycles / clock
+        if op.kernel and op.name in kernels:
+            kernel = kernels[op.name]
+            seconds = kernel.cycles(kernel.steps or 0) / clock
+        elif not op.cycles and peak:
+            seconds = op.products / peak
+        out[part_of(op.scope)] += 1e3 * seconds * op.runs
+    return out
+
+
+def _collectives(operations: list[schedule.Operation]) -> list[dict[str, Any]]:
+    """The same ones together, those that send most first."""
+    counts: collections.Counter[tuple] = collections.Counter()
+    for op in operations:
+        for x in op.collectives:
+            counts[(x.kind, x.dtype, x.shape, x.bytes, part_of(x.scope))] += x.runs
+    found = [
+        dict(kind=kind, dtype=dtype, shape=list(shape), bytes=size, part=part, count=n)
+        for (kind, dtype, shape, size, part), n in counts.items()
+    ]
+    return sorted(found, key=lambda x: -x["bytes"] * x["count"])

@@ -1,0 +1,63 @@
+"""`navit compile`: from a config and a slice's name to the printed report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from navit.compile import topology as topologies
+from navit.config import Config
+from navit.files import write_atomic
+
+log = logging.getLogger("navit")
+
+
+def run(
+    config: Config,
+    topology: str,
+    *,
+    evaluate: bool = False,
+    quick: bool = False,
+    out: Path | None = None,
+) -> int:
+    """Compiles, prints, and returns the exit code: 1 where something does not fit.
+
+    Raises:
+      ValueError: for a slice that does not exist, or that the config does not fit.
+      ModuleNotFoundError: without the TPU compiler.
+    """
+    dump = Path(tempfile.mkdtemp(prefix="navit-compile-"))
+    try:
+        topologies.prepare(str(dump))  # before anything below loads libtpu
+        from navit.compile import program, report
+
+        devices = topologies.devices(topology, config.mesh.slices)
+        if config.model.dtype == "auto":
+            model = dataclasses.replace(config.model, dtype="bfloat16")
+            config = dataclasses.replace(config, model=model)
+        budgets = config.eval.budgets if evaluate else (None,)
+        reports = []
+        for budget in budgets:
+            lowered = (
+                program.train_program(config, devices)
+                if budget is None
+                else program.eval_program(config, devices, budget)
+            )
+            log.info(
+                "compiling for %s; this takes minutes%s",
+                *(topology, "" if quick else " (--quick: less, and no times)"),
+            )
+            found = report.compile_program(
+                lowered, topology, dump=dump, effort=-1.0 if quick else None
+            )
+            print(report.table(found), flush=True)
+            reports.append(report.to_json(found))
+        if out is not None:
+            write_atomic(out, (json.dumps(reports, indent=2) + "\n").encode())
+        return 0 if all(each["fits"] for each in reports) else 1
+    finally:
+        shutil.rmtree(dump, ignore_errors=True)
