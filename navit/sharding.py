@@ -169,6 +169,17 @@ def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManage
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def platform() -> str:
+    """Where what is traced now will run: "cpu", "gpu" or "tpu".
+
+    A mesh in use decides, since it may be of devices that this machine does not have:
+    so a program for a TPU is compiled on a CPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     """Where on the mesh in use an array from `jax.eval_shape` belongs."""
     mesh = jax.sharding.get_mesh()

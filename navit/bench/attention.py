@@ -1,10 +1,17 @@
-"""Packed attention on this machine: every implementation, forward and with gradients.
+"""Packed attention: every implementation, forward and with gradients.
 
   python -m navit.bench.attention
   python -m navit.bench.attention --mixes 2x4096x16 --heads 16 --width 72
+  python -m navit.bench.attention --topology v6e:1x1
 
-Each line is one mix: rows x tokens in a row, and so many images of so many tokens at
-most in each row (all as long as fit). Times are medians of interleaved rounds.
+On this machine each line is one mix: rows x tokens in a row, and so many images of so
+many tokens at most in each row (all as long as fit). Times are medians of interleaved
+rounds.
+
+With a TPU topology nothing runs, and no TPU is needed: the TPU compiler compiles
+forward and backward passes of 16,384 tokens, of images of 64 to 1024 tokens packed into
+rows, and the time is that of its schedule: the kernels' bundles, and the cycles that it
+expects of all other operations. No stall is in it, and no network.
 """
 
 from __future__ import annotations
@@ -12,16 +19,29 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from navit.compile import kernels, schedule, topology
+from navit.config import MeshConfig
+from navit.input.packing import pack
+from navit.model import splash
 from navit.model.attention import attention
+from navit.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "unpack")
+ROWS = {"xla": (1024,), "splash": (256, 512, 1024), "splash_skip": (2048, 4096, 8192)}
+TOKENS = 16_384
+# Cycles a second.
+CLOCKS = {"v5e": 1.5e9, "v6e": 1.75e9, "v5p": 1.75e9}
 
 
 def main() -> None:
@@ -34,7 +54,19 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--topology", help="of one chip: v6e:1x1, v5e:1x1, v5p:1x1x1")
+    parser.add_argument(
+        "--only", help="of --topology: implementation:row tokens, several by commas"
+    )
+    # The folder of the process that compiles for one line.
+    parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dump:
+        _compiled(args.topology, args.only, args.heads, args.width, args.dump)
+        return
+    if args.topology:
+        _scheduled(args.topology, args.only, args.heads, args.width)
+        return
     print(f"{args.heads} heads of {args.width}, {jax.default_backend()}; milliseconds")
     print(
         f"{'rows x tokens x images':>24}{'':10}", *map("{:>10}".format, IMPLEMENTATIONS)
@@ -79,6 +111,100 @@ def _line(
                     found.append(1000 * (time.perf_counter() - start))
         medians = [f"{statistics.median(x):10.1f}" for x in times]
         print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *medians, flush=True)
+
+
+def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:
+    """One process for each line: libtpu reads where to write its schedules but once."""
+    if name.partition(":")[0] not in CLOCKS:
+        raise SystemExit(f"--topology {name}: the clock is known of {[*CLOCKS]} alone")
+    cases = only.split(",") if only else [f"{i}:{n}" for i in ROWS for n in ROWS[i]]
+    print(
+        f"{heads} heads of {width}, {TOKENS} tokens, {name}; milliseconds by schedule"
+    )
+    titles = ("forward", "backward", "other", "sum", "MiB", "blocks", "compile s")
+    print(f"{'':18}", *map("{:>9}".format, titles), flush=True)
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix="navit-schedule-") as dump:
+            command = [sys.executable, "-m", "navit.bench.attention"]
+            command += ["--topology", name, "--only", case]
+            command += ["--heads", str(heads), "--width", str(width), "--dump", dump]
+            subprocess.run(command, check=True)
+
+
+def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
+    topology.prepare(str(dump))
+    implementation, _, row = case.partition(":")
+    n, clock = int(row), CLOCKS[name.partition(":")[0]] / 1000
+    mesh, rules = make_mesh(MeshConfig(), topology.devices(name))
+    assert mesh is not None
+    start = time.perf_counter()
+    place = jax.NamedSharding(mesh, rules("batch") or jax.P())
+    # As a projection leaves them.
+    b, make = TOKENS // n, functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    x, ids = make((b, n, heads * width), jnp.bfloat16), make((b, n), jnp.int32)
+
+    def both(
+        q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, gradient: jax.Array
+    ) -> object:
+        def attend(*args: jax.Array) -> jax.Array:
+            q, k, v = (y.reshape(b, n, heads, width) for y in args)
+            out = attention(q, k, v, ids, implementation=implementation)
+            return out.reshape(b, n, heads * width)
+
+        out, back = jax.vjp(attend, q, k, v)
+        return out, back(gradient)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(both).lower(x, x, x, ids, x)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    operations = schedule.operations(compiled.as_text() or "")
+    other = sum(x.cycles * x.runs for x in operations) / clock
+    turns = _turns(n) if implementation == "splash_skip" else None
+    times = {"forward": 0.0, "backward": 0.0}
+    for kernel_name, kernel in kernels.kernel_cycles(dump).items():
+        part = "backward" if "backward" in kernel_name else "forward"
+        times[part] += kernel.cycles(taken=_taken(kernel, n, turns)) / clock
+    figures = [*times.values(), other, sum(times.values()) + other]
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    memory = analysis.temp_size_in_bytes / 2**20
+    blocks = "all" if turns is None else f"{turns / _blocks(n):.2f}"
+    print(
+        f"{implementation:12} {n:5}",
+        *map("{:9.3f}".format, figures),
+        f"{memory:9.0f} {blocks:>9} {seconds:9.0f}",
+        flush=True,
+    )
+
+
+def _blocks(row_tokens: int) -> int:
+    return row_tokens // splash.block_size(row_tokens)
+
+
+def _turns(row_tokens: int) -> float:
+    """Mean blocks of keys that a block of queries visits."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(64, 1025, 100 * row_tokens // 544)
+    rows, _ = pack(lengths.tolist(), row_tokens)
+    ids = np.zeros((len(rows), row_tokens), np.int32)
+    for row, images in zip(ids, rows, strict=True):
+        of_row = np.repeat(np.arange(1, len(images) + 1), lengths[images])
+        row[: len(of_row)] = of_row
+    size = splash.block_size(row_tokens)
+    bounds = np.asarray(splash.visited(jnp.asarray(ids), queries=size, keys=size))
+    return float((bounds[..., 1] - bounds[..., 0]).mean())
+
+
+def _taken(
+    kernel: kernels.Kernel, row_tokens: int, turns: float | None
+) -> list[float] | None:
+    """How often a step runs each branch of the skipping kernels."""
+    if turns is None:
+        return None
+    once = 1 / _blocks(row_tokens)
+    # The backward pass clears its sums in the first step, and writes them in the last.
+    return {1: [turns], 3: [once, turns, once]}[len(kernel.branches)]
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class Kernel:
         Args:
           steps: of the grid; needed where the grid is dynamic.
           taken: for each of `branches` the share of steps that run it; None for all.
+            A loop with a length that only the run knows is a branch too, and its share
+            is the mean number of its turns.
 
         Raises:
           ValueError: if the grid is dynamic and `steps` is not given, or for a `taken`

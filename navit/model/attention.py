@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+from navit.model.splash import LANES, SAVED, WHOLE_ROW, splash, splash_skip
+from navit.sharding import platform
+
+_log = logging.getLogger(__name__)
 
 
 def attention(
@@ -25,6 +33,9 @@ def attention(
     Outputs at padding (segment 0) are finite and mean nothing. Whatever finite values
     stand in another segment or in padding change no bit of a segment's output.
 
+    What the backward pass needs and cannot cheaply have again bears the name
+    "attention" for `jax.checkpoint_policies.save_only_these_names`.
+
     Args:
       segment_ids: 0 = padding; None lets every token see its whole row.
       implementation:
@@ -33,24 +44,39 @@ def attention(
           at a time so that the logits stay in a CPU's cache, and puts the result back;
           exact, and 2 to 17 times as fast on a CPU (`navit.bench.attention`). Needs
           the two bounds.
-        * None: "unpack" on a CPU, where the bounds say that it is less work; else
-          "xla".
+        * "splash": a TPU kernel that takes a whole row of up to 1024 tokens in one
+          block; wins for every such row.
+        * "splash_skip": a TPU kernel that visits only blocks with a segment in common;
+          work grows with the sum of squared lengths. For longer rows. Both kernels
+          take rows of a multiple of 128 tokens.
+        * None: the platform decides (`navit.sharding.platform`). On a TPU one of its
+          kernels, or "xla" where the row is no multiple of 128. On a CPU "unpack",
+          where the bounds say that it is less work. Else "xla".
       max_segments: no row has a segment id above this.
       max_segment_tokens: no segment is longer. A longer one would be cut, so the bound
         must come from the plan.
 
     Raises:
-      ValueError: for an unknown implementation, or "unpack" without its bounds.
+      ValueError: for an unknown implementation, "unpack" without its bounds, or a TPU
+        kernel on another platform or for a row that it does not take.
     """
     if segment_ids is None:
-        return jax.nn.dot_product_attention(q, k, v)
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v), SAVED)
     if implementation is None:
-        on_cpu = jax.default_backend() == "cpu"
         less = _less_work(max_segments, max_segment_tokens, q.shape[1])
-        implementation = "unpack" if on_cpu and less else "xla"
+        implementation = _choice(platform(), q.shape[1], less)
+    if implementation in _KERNELS:
+        if platform() != "tpu":
+            raise ValueError(
+                f"implementation={implementation!r} is a TPU kernel, and this runs on "
+                f'a {platform()}: use None, "xla" or "unpack"'
+            )
+        # Its backward pass names what it saves by itself.
+        return _per_shard(_KERNELS[implementation], q, k, v, segment_ids)
     if implementation == "xla":
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return checkpoint_name(out, SAVED)
     if implementation == "unpack":
         if max_segments is None or max_segment_tokens is None:
             raise ValueError(
@@ -58,12 +84,40 @@ def attention(
                 f"not {max_segments} and {max_segment_tokens}"
             )
         if max_segments == 1:
-            return _per_shard(_row_by_row, q, k, v, segment_ids > 0)
-        unpack = functools.partial(_unpack, s=max_segments, m=max_segment_tokens)
-        return _per_shard(unpack, q, k, v, segment_ids)
+            out = _per_shard(_row_by_row, q, k, v, segment_ids > 0)
+        else:
+            unpack = functools.partial(_unpack, s=max_segments, m=max_segment_tokens)
+            out = _per_shard(unpack, q, k, v, segment_ids)
+        return checkpoint_name(out, SAVED)
     raise ValueError(
-        f'implementation {implementation!r} is not one of None, "xla", "unpack"'
+        f'implementation {implementation!r} is not one of None, "xla", "unpack", '
+        '"splash", "splash_skip"'
     )
+
+
+_KERNELS: dict[str, Callable[..., Array]] = {
+    "splash": splash,
+    "splash_skip": splash_skip,
+}
+
+
+def _choice(platform: str, row_tokens: int, less_unpacked: bool) -> str:
+    if platform == "cpu":
+        return "unpack" if less_unpacked else "xla"
+    if platform != "tpu":
+        return "xla"
+    if row_tokens % LANES:
+        _warn_once(
+            f"rows of {row_tokens} tokens are no multiple of {LANES}: attention takes "
+            "the dense mask, several times as slow as a TPU's kernels"
+        )
+        return "xla"
+    return "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _less_work(segments: int | None, tokens: int | None, row_tokens: int) -> bool:
@@ -73,13 +127,19 @@ def _less_work(segments: int | None, tokens: int | None, row_tokens: int) -> boo
 
 
 def _per_shard(attend: Callable[..., Array], *args: Array) -> Array:
-    """Rows do not see one another: each device attends in its own."""
+    """Rows do not see one another, nor do heads: each device attends to its own."""
     spec = jax.typeof(args[0]).sharding.spec
-    if not spec or spec[0] is None:
+    rows, heads = (*spec, None, None, None)[0:3:2]
+    if rows is None and heads is None:
         return attend(*args)
-    rows = jax.P(spec[0])
-    args = tuple(jax.reshard(x, rows) for x in args)
-    return jax.shard_map(attend, in_specs=rows, out_specs=rows)(*args)
+    whole = jax.P(rows, None, heads)
+    specs = tuple(whole if x.ndim == 4 else jax.P(rows) for x in args)
+    args = tuple(jax.reshard(x, s) for x, s in zip(args, specs, strict=True))
+    # check_vma: a kernel does not say over which axes its results vary.
+    mapped: Any = jax.shard_map(
+        attend, in_specs=specs, out_specs=whole, check_vma=False
+    )
+    return mapped(*args)
 
 
 def _row_by_row(

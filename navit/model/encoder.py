@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
-from navit.sharding import Rules
+from navit.sharding import Rules, platform
 
 # (q, k, v) -> the attended values, `[b, n, h, k]` each.
 Attend = Callable[[Array, Array, Array], Array]
@@ -24,7 +24,7 @@ _BIAS_INIT = jax.nn.initializers.zeros
 def compute_dtype(name: str) -> Any:
     """Where "auto" is decided: float32 on a CPU, bfloat16 elsewhere."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

@@ -1,0 +1,489 @@
+"""Attention within segments as TPU kernels (Pallas), forward and backward.
+
+Both kernels compute logits transposed, `[keys, queries]`. Softmax's maximum and the
+running statistics are then rows of a few registers, and in every product with a narrow
+result (values, and the gradients of queries, keys and values) the large matrix is the
+stationary one, which keeps a TPU's matrix units twice as busy at 64 channels a head as
+the usual layout. Heads are read where the projection left them, side by side in
+`[b, n, h * k]`, so that nothing is transposed or padded in memory around a kernel.
+
+`splash` takes a whole row at once. `splash_skip` walks, for each block of queries, over
+only those blocks of keys that hold one of its segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+# The name under which remat policies find what the backward pass needs.
+SAVED = "attention"
+# The longest row that `splash` takes: its program grows with the square.
+WHOLE_ROW = 1024
+LANES, SUBLANES = 128, 8
+LOG2E = math.log2(math.e)
+# Of what is masked. Less than any maximum can be, so that a block with nothing visible
+# adds exactly 0, whatever values it holds.
+_HIDDEN, _LOWEST = -3e38, -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts up its work.
+
+    Attributes:
+      heads: computed together; their channels stand side by side in one block.
+      queries: in one step of the grid. A multiple of 128 that divides the row.
+      keys: in one turn of the loop within a step. The same.
+      chunk: queries whose logits are computed at once.
+      lanes: heads are read side by side, in the layout `[b, n, h * k]`; else below one
+        another, `[b, h * k, n]`, which wastes nothing where few heads do not fill 128
+        lanes (72 channels a head).
+      interpret: run on any device, slowly: for tests.
+    """
+
+    heads: int
+    queries: int
+    keys: int
+    chunk: int
+    chunk_backward: int
+    lanes: bool
+    interpret: Any
+
+
+def splash(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h k"],
+    segment_ids: Int[Array, "b n"],
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+    **blocks: int,
+) -> Float[Array, "b n h k"]:
+    """Attention within segments on a TPU, a whole row in one block.
+
+    Work grows with n squared; no row is too short for it, and none of up to 1024 tokens
+    gains by skipping. Segments may stand in any order.
+
+    Args:
+      interpret: `pltpu.InterpretParams()` runs the kernel on a CPU, for tests
+        (`interpret=True` does not know all that a TPU does).
+      blocks: other sizes than those chosen, see `Blocks`.
+
+    Raises:
+      ValueError: if the row is no multiple of 128 tokens, or longer than 1024.
+    """
+    n = q.shape[1]
+    if n > WHOLE_ROW:
+        raise ValueError(
+            f"a row of {n} tokens is longer than the {WHOLE_ROW} that "
+            '"splash" holds at once: use "splash_skip"'
+        )
+    _check_row(n, "splash")
+    plan = dict(queries=n, keys=n) | blocks
+    return _attend(q, k, v, segment_ids, _blocks(q, interpret, **plan))
+
+
+def splash_skip(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b n h k"],
+    v: Float[Array, "b n h k"],
+    segment_ids: Int[Array, "b n"],
+    *,
+    interpret: bool | pltpu.InterpretParams = False,
+    **blocks: int,
+) -> Float[Array, "b n h k"]:
+    """Attention within segments on a TPU that skips what no segment needs.
+
+    A block of queries visits the keys from the first to the last block that holds one
+    of its segments. With each segment in one piece, as the packer lays them, work grows
+    with the sum of their squared lengths. Otherwise it is slower and still exact, as it
+    is with padding anywhere. Blocks of nothing but padding are 0.
+
+    Args:
+      interpret, blocks: see `splash`.
+
+    Raises:
+      ValueError: if the row is no multiple of 128 tokens.
+    """
+    n = q.shape[1]
+    _check_row(n, "splash_skip")
+    plan = dict(queries=block_size(n), keys=block_size(n)) | blocks
+    return _attend(q, k, v, segment_ids, _blocks(q, interpret, **plan))
+
+
+def block_size(row_tokens: int) -> int:
+    """The side of the blocks of `splash_skip`: larger ones visit more in vain."""
+    return next(x for x in (512, 384, 256, 128) if row_tokens % x == 0)
+
+
+def visited(
+    segment_ids: Int[Array, "b n"], *, queries: int, keys: int
+) -> Int[Array, "b i 2"]:
+    """For each block of queries the blocks of keys to visit: from, and up to.
+
+    Two blocks may share a segment where the ranges of their ids meet.
+    """
+    b, n = segment_ids.shape
+    absent = jnp.iinfo(jnp.int32).max
+
+    def ends(size: int) -> tuple[Array, Array]:
+        ids = segment_ids.reshape(b, n // size, size)
+        return jnp.where(ids > 0, ids, absent).min(-1), ids.max(-1)
+
+    (q_low, q_high), (k_low, k_high) = ends(queries), ends(keys)
+    meet = (q_low[:, :, None] <= k_high[:, None]) & (
+        k_low[:, None] <= q_high[..., None]
+    )
+    first = jnp.argmax(meet, -1)
+    end = meet.shape[-1] - jnp.argmax(meet[..., ::-1], -1)
+    return jnp.where(meet.any(-1)[..., None], jnp.stack([first, end], -1), 0)
+
+
+def _check_row(n: int, name: str) -> None:
+    if n % LANES:
+        raise ValueError(
+            f"{name!r} needs rows of a multiple of {LANES} tokens, not {n}: pad the "
+            'row, or use "xla"'
+        )
+
+
+def _blocks(q: Array, interpret: Any, **sizes: int) -> Blocks:
+    _, n, h, width = q.shape
+    groups = [g for g in range(1, h + 1) if h % g == 0]
+    # Heads at a time: two fill the gaps in one another's schedule, and more those that
+    # short rows leave. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
+    enough = max(2, min(WHOLE_ROW // n, 4))
+    lanes = [g for g in groups if g * width % LANES == 0 and g <= 4]
+    below = [g for g in groups if g * width % (2 * SUBLANES) == 0]
+    fit = lanes or below or [h]
+    plan = dict(
+        heads=next((g for g in fit if g >= enough), fit[-1]),
+        chunk=min(512, sizes["queries"]),
+        chunk_backward=min(256, sizes["queries"]),
+    )
+    return Blocks(**(plan | sizes), lanes=bool(lanes), interpret=interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, segment_ids: Array, blocks: Blocks) -> Array:
+    return _attend_forward(q, k, v, segment_ids, blocks)[0]
+
+
+def _attend_forward(
+    q: Array, k: Array, v: Array, segment_ids: Array, blocks: Blocks
+) -> tuple[Array, tuple[Array, ...]]:
+    call = _Call(q, segment_ids, blocks)
+    out, lse = call(
+        functools.partial(_forward_kernel, call),
+        (call.flat(q), call.flat(k), call.flat(v)),
+        inputs=(call.queries, call.row, call.row),
+        outputs=(call.queries, call.statistics),
+        scratch=(),
+        work=2,
+        name="splash_forward",
+    )
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
+    return call.whole(out), (q, k, v, segment_ids, out, lse)
+
+
+def _attend_backward(
+    blocks: Blocks, saved: tuple[Array, ...], gradient: Array
+) -> tuple[Array | None, ...]:
+    q, k, v, segment_ids, out, lse = saved
+    call = _Call(q, segment_ids, blocks)
+    total = pltpu.VMEM((blocks.heads * q.shape[3], q.shape[1]), jnp.float32)
+    found = call(
+        functools.partial(_backward_kernel, call),
+        (*map(call.flat, (q, k, v)), out, call.flat(gradient.astype(q.dtype)), lse),
+        inputs=(
+            *(call.queries, call.row, call.row),
+            *(call.queries, call.queries, call.statistics),
+        ),
+        outputs=(call.queries, call.row, call.row),
+        scratch=(total, total),
+        work=5,
+        name="splash_backward",
+    )
+    return (*map(call.whole, found), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+class _Call:
+    """One call's shapes, and what both kernels share."""
+
+    def __init__(self, q: Array, segment_ids: Array, blocks: Blocks) -> None:
+        self.b, self.n, self.h, self.width = q.shape
+        self.dtype, self.blocks = q.dtype, blocks
+        self.segment_ids = segment_ids
+        self.steps = self.n // blocks.queries
+        self.whole_row = self.n == blocks.queries == blocks.keys
+        self.scale = self.width**-0.5
+        self.queries = self._spec(blocks.queries, lambda i: i)
+        self.row = self._spec(self.n, lambda i: 0)
+        self.statistics = pl.BlockSpec(
+            (None, None, blocks.heads, blocks.queries), lambda b, h, i, *_: (b, h, 0, i)
+        )
+
+    def _spec(self, tokens: int, index: Any) -> pl.BlockSpec:
+        channels = self.blocks.heads * self.width
+        if self.blocks.lanes:
+            return pl.BlockSpec(
+                (None, tokens, channels), lambda b, h, i, *_: (b, index(i), h)
+            )
+        return pl.BlockSpec(
+            (None, channels, tokens), lambda b, h, i, *_: (b, h, index(i))
+        )
+
+    def flat(self, x: Array) -> Array:
+        x = x.reshape(self.b, self.n, self.h * self.width)
+        return x if self.blocks.lanes else x.swapaxes(1, 2)
+
+    def whole(self, x: Array) -> Array:
+        x = x if self.blocks.lanes else x.swapaxes(1, 2)
+        return x.reshape(self.b, self.n, self.h, self.width)
+
+    def __call__(
+        self,
+        kernel: Any,
+        args: tuple[Array, ...],
+        *,
+        inputs: tuple[pl.BlockSpec, ...],
+        outputs: tuple[pl.BlockSpec, ...],
+        scratch: tuple[Any, ...],
+        work: int,
+        name: str,
+    ) -> Sequence[Array]:
+        b, n, h, blocks = self.b, self.n, self.h, self.blocks
+        ids = self.segment_ids.astype(jnp.int32)
+        across = jnp.broadcast_to(ids[:, None], (b, SUBLANES, n))
+        down = jnp.broadcast_to(ids[:, :, None], (b, n, LANES))
+        bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
+        shapes = [
+            jax.ShapeDtypeStruct((b, h // blocks.heads, blocks.heads, n), jnp.float32)
+            if spec is self.statistics
+            else jax.ShapeDtypeStruct(args[0].shape, self.dtype)
+            for spec in outputs
+        ]
+        pairs = b * h * n * min(n, WHOLE_ROW)
+        arrays: list[Any] = [*args, *shapes]
+        bytes_moved = sum(x.size * x.dtype.itemsize for x in arrays)
+        result: Sequence[Array] = pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(b, h // blocks.heads, self.steps),
+                in_specs=[
+                    pl.BlockSpec(
+                        (None, SUBLANES, blocks.queries), lambda b, h, i, *_: (b, 0, i)
+                    ),
+                    pl.BlockSpec((None, n, LANES), lambda b, h, i, *_: (b, 0, 0)),
+                    *inputs,
+                ],
+                out_specs=list(outputs),
+                scratch_shapes=scratch,
+            ),
+            out_shape=shapes,
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=100 * 2**20,
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=work * 2 * pairs * self.width,
+                transcendentals=pairs,
+                bytes_accessed=bytes_moved,
+            ),
+            interpret=blocks.interpret,
+            name=name,
+        )(bounds, across, down, *args)
+        return result
+
+    def head(self, x: Array, i: int) -> Array:
+        """`[n, k]` of one head of a block."""
+        channels = slice(i * self.width, (i + 1) * self.width)
+        return x[:, channels] if self.blocks.lanes else x[channels].T
+
+    def head_below(self, x: Array, i: int) -> Array:
+        """`[k, n]` of one head of a block."""
+        channels = slice(i * self.width, (i + 1) * self.width)
+        return x[:, channels].T if self.blocks.lanes else x[channels]
+
+    def store(self, ref: Any, heads: list[Array]) -> None:
+        """Writes `[k, n]` of each head to a block."""
+        x = jnp.concatenate(heads)
+        ref[...] = (x.T if self.blocks.lanes else x).astype(ref.dtype)
+
+    def load(self, ref: Any, keys: Any) -> Array:
+        """A block's tokens from a row."""
+        return ref[keys] if self.blocks.lanes else ref[:, keys]
+
+    def over_keys(self, bounds: Any, visit: Any, carry: Any) -> Any:
+        """Visits the blocks of keys that this block of queries needs."""
+        if self.whole_row:
+            return visit(slice(None), carry)
+        at = 2 * (pl.program_id(0) * self.steps + pl.program_id(2))
+        size = self.blocks.keys
+
+        def step(j: Array, carry: Any) -> Any:
+            return visit(pl.ds(pl.multiple_of(j * size, size), size), carry)
+
+        return jax.lax.fori_loop(bounds[at], bounds[at + 1], step, carry)
+
+    def dot(self, a: Array, b: Array, axes: tuple[int, int]) -> Array:
+        exact = self.dtype == jnp.float32
+        return jax.lax.dot_general(
+            a,
+            b,
+            (((axes[0],), (axes[1],)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if exact else None,
+            preferred_element_type=jnp.float32,
+        )
+
+    def logits(self, k: Array, qt: Array, seen_by: Array, seen: Array) -> Array:
+        """Of `[keys, queries]`, to base 2; what is hidden is very low."""
+        same = jnp.tile(seen, (1, qt.shape[1] // LANES)) == seen_by
+        return jnp.where(same, self.dot(k, qt, (1, 0)), _HIDDEN)
+
+
+def _forward_kernel(
+    call: _Call, bounds: Any, across: Any, down: Any, q: Any, k: Any, v: Any, *out: Any
+) -> None:
+    g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk
+    chunks = [slice(i, i + chunk) for i in range(0, call.blocks.queries, chunk)]
+    work = [(h, c) for h in range(g) for c in chunks]
+    scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
+    qt = [call.head_below(scaled, h) for h in range(g)]
+
+    def visit(keys: Any, carry: Any) -> Any:
+        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
+        # A row of ones sums the weights in the same product.
+        ones = jnp.ones((2 * SUBLANES, seen.shape[0]), call.dtype)
+        vt = [jnp.concatenate([call.head_below(vb, h), ones]) for h in range(g)]
+
+        def logits(h: int, c: slice) -> Array:
+            return call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+
+        # The next logits before this softmax: the units that do them work at once.
+        found, ahead = [], logits(*work[0])
+        for i, (h, _) in enumerate(work):
+            s = ahead
+            ahead = logits(*work[i + 1]) if i + 1 < len(work) else s
+            top = s.max(0, keepdims=True)
+            if carry is None:
+                p = jnp.exp2(s - top).astype(call.dtype)
+                found.append((top, call.dot(vt[h], p, (1, 0))))
+            else:
+                before, total = carry[i]
+                top = jnp.maximum(top, before)
+                p = jnp.exp2(s - top).astype(call.dtype)
+                total = total * jnp.exp2(before - top) + call.dot(vt[h], p, (1, 0))
+                found.append((top, total))
+        return found
+
+    start = None
+    if not call.whole_row:
+        low = jnp.full((1, chunk), _LOWEST, jnp.float32)
+        start = [(low, jnp.zeros((width + 2 * SUBLANES, chunk), jnp.float32))] * len(
+            work
+        )
+    found = call.over_keys(bounds, visit, start)
+    values, statistics = [], []
+    for top, total in found:
+        weight = total[width : width + 1]
+        # Nothing visited: 0, not 0 / 0.
+        weight = jnp.where(weight == 0, 1, weight)
+        values.append(total[:width] / weight)
+        statistics.append(top + jnp.log2(weight))
+    n = len(chunks)
+    heads = [slice(h * n, (h + 1) * n) for h in range(g)]
+    out_ref, lse_ref = out
+    call.store(out_ref, [jnp.concatenate(values[h], 1) for h in heads])
+    for i, h in enumerate(heads):
+        lse_ref[i : i + 1] = jnp.concatenate(statistics[h], 1)
+
+
+def _backward_kernel(
+    call: _Call,
+    bounds: Any,
+    across: Any,
+    down: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    gradient: Any,
+    lse: Any,
+    dq: Any,
+    dk: Any,
+    dv: Any,
+    dk_total: Any,
+    dv_total: Any,
+) -> None:
+    g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk_backward
+    chunks = [slice(i, i + chunk) for i in range(0, call.blocks.queries, chunk)]
+    work = [(h, c) for h in range(g) for c in chunks]
+    scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
+    product = out[...].astype(jnp.float32) * gradient[...].astype(jnp.float32)
+    qt, dt, delta = [], [], []
+    for h in range(g):
+        qt.append(call.head_below(scaled, h))
+        dt.append(call.head_below(gradient[...], h))
+        delta.append(call.head_below(product, h).sum(0, keepdims=True))
+
+    if not call.whole_row:
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            dk_total[...] = jnp.zeros_like(dk_total)
+            dv_total[...] = jnp.zeros_like(dv_total)
+
+    def visit(keys: Any, carry: Any) -> Any:
+        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
+        kt = [call.head_below(kb, h) for h in range(g)]
+        dks: list[Any] = [0] * g
+        dvs: list[Any] = [0] * g
+        found = []
+        for i, (h, c) in enumerate(work):
+            s = call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+            p = jnp.exp2(s - lse[h : h + 1, c])
+            dp = call.dot(call.head(vb, h), dt[h][:, c], (1, 0))
+            ds = (p * (dp - delta[h][:, c])).astype(call.dtype)
+            dvs[h] += call.dot(dt[h][:, c], p.astype(call.dtype), (1, 1))
+            dks[h] += call.dot(qt[h][:, c], ds, (1, 1))
+            x = call.dot(kt[h], ds, (1, 0))
+            found.append(x if carry is None else carry[i] + x)
+        if call.whole_row:
+            call.store(dk, [x / LOG2E for x in dks])
+            call.store(dv, dvs)
+        else:
+            dk_total[:, keys] += jnp.concatenate(dks)
+            dv_total[:, keys] += jnp.concatenate(dvs)
+        return found
+
+    start = None
+    if not call.whole_row:
+        start = [jnp.zeros((width, chunk), jnp.float32)] * len(work)
+    found = call.over_keys(bounds, visit, start)
+    n = len(chunks)
+    heads = [jnp.concatenate(found[h * n : (h + 1) * n], 1) for h in range(g)]
+    call.store(dq, [x * call.scale for x in heads])
+
+    if not call.whole_row:
+
+        @pl.when(pl.program_id(2) == call.steps - 1)
+        def _() -> None:
+            rows = [slice(h * width, (h + 1) * width) for h in range(g)]
+            call.store(dk, [dk_total[x] / LOG2E for x in rows])
+            call.store(dv, [dv_total[x] for x in rows])
