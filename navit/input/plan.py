@@ -329,12 +329,12 @@ class BatchPlans(Sequence):
         """What an epoch is like."""
         used, left_out = self.first_block()
         fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
+        group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "in a row"
         return (
             f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
             f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
-            f"fill {fill:.1%}, {left_out:.1%} of the images left out; captions in "
-            f"{self.captions_filled(used):.0%} of {self.captions} places for every "
-            f"{self.caption_rows} rows"
+            f"fill {fill:.1%}, {left_out:.1%} of the images left out; captions "
+            f"fill {self.captions_filled(used):.0%} of {self.captions} places {group}"
         )
 
     def captions_filled(self, rows: Rows) -> float:
