@@ -277,20 +277,10 @@ class BatchPlans(Sequence):
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        if data.rows % process_count:
-            raise ValueError(
-                f"data.rows={data.rows} is not divisible by {process_count} processes"
-            )
-        self.caption_rows = data.caption_rows or 1
-        if data.rows // process_count % self.caption_rows:
-            raise ValueError(
-                f"data.rows={data.rows} over {process_count} processes are "
-                f"{data.rows // process_count} rows each, which is no whole number of "
-                f"groups of data.caption_rows={data.caption_rows}: change one of them"
-            )
         self._sizes, self._data, self._patch_size = sizes, data, patch_size
         self._steps, self._parts = steps, tuple(parts)
-        self._host_rows = data.rows // process_count
+        self.caption_rows = data.caption_rows or 1
+        self._host_rows = groups.host_rows(data, process_count)
         self._first_row = process_index * self._host_rows
         self.slots = data.slots or self._slots()
         self.captions = self._captions()
