@@ -42,9 +42,11 @@ def get_config() -> Config:
             train=Folder(),
             budgets=LENGTHS,
             row_tokens=1024,
-            # As many rows as BATCH images of the mean length fill.
-            rows=17_728,
-            slots=8,
+            # As many rows as BATCH images fill, 1.67 of them each (navit plan), that up
+            # to 256 devices share in whole groups of caption_rows.
+            rows=19_456,
+            slots=4,
+            caption_rows=4,
         ),
         optim=OptimConfig(
             lr=1e-3, weight_decay=1e-4, clip_norm=1.0, warmup_steps=20_000, start=0.9

@@ -397,6 +397,11 @@ def _check_stream(data: DataConfig) -> None:
             )
     if data.slots is None:
         raise ValueError("the sizes of a Stream are not known before: set data.slots")
+    if data.caption_rows is not None and data.captions is None:
+        raise ValueError(
+            "the sizes of a Stream are not known before: set data.captions for "
+            f"data.caption_rows={data.caption_rows}"
+        )
     if data.eval is None:
         raise ValueError(
             "a Stream cannot be evaluated on: set data.eval to a source with random "

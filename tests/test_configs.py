@@ -1,15 +1,18 @@
 """Every config loads, builds, and gives a batch that its model takes."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from navit import config as config_lib
 from navit.batch import Batch, PackedImages
 from navit.input import pipeline
+from navit.input.plan import BatchPlans
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules
 from navit.train.state import init_state
@@ -98,9 +101,14 @@ def test_the_naflex_stage_is_the_papers():
         config = config_lib.load(path)
         assert config.model.vision.width == config.model.text.width == width
         assert config.data.budgets == (128, 256, 576, 784, 1024)
-        mean = sum(config.data.budgets) / 5
-        batch = config.data.rows * config.data.row_tokens / mean
-        assert abs(batch / 32_768 - 1) < 0.01
+        sizes = np.random.default_rng(0).integers(300, 900, (20_000, 2))
+        one = dataclasses.replace(config.data, rows=config.data.caption_rows)
+        plans = BatchPlans(sizes, one, patch_size=16, steps=1)
+        used, left_out = plans.first_block()
+        batch = config.data.rows * len(used.index) / len(used)
+        assert abs(batch / 32_768 - 1) < 0.02
+        assert plans.captions_filled(used) > 0.9 and left_out < 0.0005
+        assert config.data.rows % (256 * config.data.caption_rows) == 0
         whole = 40e9 / 32_768
         assert abs(config.train.steps / (whole * 0.1 * 3.75) - 1) < 1e-4
         schedule = make_schedule(config.optim, config.train.steps)

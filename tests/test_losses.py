@@ -150,11 +150,15 @@ def value_and_gradients(way, rng, real, mesh=None):
 
 @pytest.mark.parametrize("pairs", [2**22, 7], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=4)])
+@pytest.mark.parametrize(
+    "mesh",
+    [None, MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)],
+    ids=["one", "data and fsdp", "tensor"],
+)
 def test_every_way_to_the_sigmoid_loss_is_the_same(mesh, way, pairs, monkeypatch):
-    # Of 3 images a device some are real, of two devices none, and of none.
+    # Of 3 or 6 images a device some are real, and of some devices none.
     some = np.random.default_rng(1).random(24) < 0.6
-    some[3:6] = some[21:] = False
+    some[6:12] = some[21:] = False
     monkeypatch.setattr(losses, "_PAIRS", pairs)
     for real in (some, np.zeros(24, bool), np.ones(24, bool)):
         expected = value_and_gradients("dense", np.random.default_rng(0), real)

@@ -387,7 +387,7 @@ def test_groups_of_rows_hold_no_more_captions_than_they_have_places(row_tokens):
             assert images / places > 0.9
             # Less than a batch is left out at the end, and nothing for the captions.
             assert len(sizes) - images < 2 * batches.captions + 0.0003 * len(sizes)
-    assert f"of {batches.captions} places for every 8 rows" in batches.summary()
+    assert f"of {batches.captions} places in 8 rows" in batches.summary()
 
 
 @pytest.mark.parametrize(

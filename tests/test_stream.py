@@ -262,6 +262,30 @@ def test_the_caption_may_be_a_field(tmp_path):
     assert "'no'" in record.error
 
 
+@pytest.mark.parametrize("captions", [14, 5])
+def test_the_captions_of_a_group_of_rows_are_one_list(shards, captions):
+    grouped = dict(rows=4, caption_rows=2, captions=captions)
+    whole = batches(config(shards, **grouped))
+    hosts = [
+        batches(config(shards, **grouped), process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    for batch, *parts in zip(whole, *hosts, strict=True):
+        PackedImages(*batch.images).check()
+        assert batch.text.shape == (2, captions, 24)
+        counts = (batch.id.reshape(2, -1) >= 0).sum(1)
+        assert batch.text.any(-1).sum(1).tolist() == counts.tolist()
+        assert (counts == captions).all() == (captions == 5)
+        for field in ("text", "id"):
+            together = np.concatenate([getattr(part, field) for part in parts])
+            np.testing.assert_array_equal(together, getattr(batch, field))
+    plain = batches(config(shards, rows=4))
+    ids = [set(b.id[b.id >= 0].tolist()) for b in whole]
+    wanted = [set(b.id[b.id >= 0].tolist()) for b in plain]
+    assert all(a <= b for a, b in zip(ids, wanted, strict=True))
+    assert (ids == wanted) == (captions == 14)
+
+
 def test_the_fingerprint_is_of_the_files(tmp_path, shards):
     source = open_train_source(Stream(str(shards)))
     assert fingerprint(source) == fingerprint(open_train_source(Stream(str(shards))))
@@ -277,6 +301,7 @@ def test_the_fingerprint_is_of_the_files(tmp_path, shards):
         ({"elastic": 0.1}, r"data.elastic=0.1 needs .* random access"),
         ({"budget_per": "batch"}, r"data.budget_per=batch needs .* random access"),
         ({"slots": None}, "set data.slots"),
+        ({"caption_rows": 2}, "set data.captions for data.caption_rows=2"),
         ({"eval": None}, "set data.eval"),
     ],
 )

@@ -8,8 +8,13 @@ places. numpy and integers only, as the plan.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
+
+from navit.config import DataConfig
+
+Image = TypeVar("Image")
 
 # Of the images so many may not find a place in the lists of an epoch's sample.
 _LEFT_OUT = 2e-4
@@ -19,6 +24,26 @@ _HEADROOM = 1.02
 
 # So many more places are worth it where they make a multiple of 8.
 _ROUNDING = 1.04
+
+
+def host_rows(data: DataConfig, process_count: int) -> int:
+    """The rows of a global batch that one host has.
+
+    Raises:
+      ValueError: if the hosts cannot share the rows, or their groups, evenly.
+    """
+    rows, over = divmod(data.rows, process_count)
+    if over:
+        raise ValueError(
+            f"data.rows={data.rows} is not divisible by {process_count} processes"
+        )
+    if rows % (data.caption_rows or 1):
+        raise ValueError(
+            f"data.rows={data.rows} over {process_count} processes are {rows} rows "
+            "each, which is no whole number of groups of data.caption_rows="
+            f"{data.caption_rows}: change one of them"
+        )
+    return rows
 
 
 def row_order(
@@ -45,7 +70,7 @@ def row_order(
     return np.concatenate([found.ravel(), rest])
 
 
-def cut(rows: list[list[int]], group: int, captions: int) -> list[list[int]]:
+def cut(rows: list[list[Image]], group: int, captions: int) -> list[list[Image]]:
     """Leaves out images of the fullest rows where a group has more than `captions`."""
     rows, counts = list(rows), np.array([len(row) for row in rows])
     starts = np.arange(0, len(rows), group)

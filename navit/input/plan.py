@@ -277,20 +277,10 @@ class BatchPlans(Sequence):
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        if data.rows % process_count:
-            raise ValueError(
-                f"data.rows={data.rows} is not divisible by {process_count} processes"
-            )
-        self.caption_rows = data.caption_rows or 1
-        if data.rows // process_count % self.caption_rows:
-            raise ValueError(
-                f"data.rows={data.rows} over {process_count} processes are "
-                f"{data.rows // process_count} rows each, which is no whole number of "
-                f"groups of data.caption_rows={data.caption_rows}: change one of them"
-            )
         self._sizes, self._data, self._patch_size = sizes, data, patch_size
         self._steps, self._parts = steps, tuple(parts)
-        self._host_rows = data.rows // process_count
+        self.caption_rows = data.caption_rows or 1
+        self._host_rows = groups.host_rows(data, process_count)
         self._first_row = process_index * self._host_rows
         self.slots = data.slots or self._slots()
         self.captions = self._captions()
@@ -329,12 +319,12 @@ class BatchPlans(Sequence):
         """What an epoch is like."""
         used, left_out = self.first_block()
         fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
+        group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "in a row"
         return (
             f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
             f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
-            f"fill {fill:.1%}, {left_out:.1%} of the images left out; captions in "
-            f"{self.captions_filled(used):.0%} of {self.captions} places for every "
-            f"{self.caption_rows} rows"
+            f"fill {fill:.1%}, {left_out:.1%} of the images left out; captions "
+            f"fill {self.captions_filled(used):.0%} of {self.captions} places {group}"
         )
 
     def captions_filled(self, rows: Rows) -> float:

@@ -16,12 +16,12 @@ import grain
 import numpy as np
 
 from navit import config
-from navit.input import sampling
+from navit.input import groups, sampling
 from navit.input.plan import Rows, draw
 from navit.input.stream import Record, StreamSource
 
 # What a random key is for, so that no two draws share one.
-_ORDER, _DRAWS = 0, 1
+_ORDER, _DRAWS, _GROUPS = 0, 1, 2
 
 # grain closes all rows when an image fits in none: four times as many rows as the
 # plan holds open pad about alike.
@@ -58,14 +58,11 @@ class StreamPlans(Sequence):
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        if data.rows % process_count:
-            raise ValueError(
-                f"data.rows={data.rows} is not divisible by {process_count} processes"
-            )
         assert isinstance(data.train, config.Stream) and data.slots
         self._source, self._data, self._patch_size = source, data, patch_size
         self._window, self.slots, self._steps = data.train.window, data.slots, steps
-        count = data.rows // process_count
+        self.captions = data.captions or data.slots
+        count = groups.host_rows(data, process_count)
         self._mine = process_index * count, (process_index + 1) * count
         self._start()
 
@@ -84,11 +81,21 @@ class StreamPlans(Sequence):
                 self._kept.pop(self._next - _KEPT_STEPS, None)
                 self._next += 1
             packed = self._kept.pop(step)
-        items = [item for row in packed for item in row["item"]]
-        rows = _rows([[rows for *_, rows in row["item"]] for row in packed], step)
+        found = self._grouped([row["item"] for row in packed], step)
+        items = [item for row in found for item in row]
+        rows = _rows([[rows for *_, rows in row] for row in found], step)
         numbers = np.array([number for number, *_ in items])
         taken = tuple(record for _, record, _ in items)
         return Planned(rows.slice(*self._mine), taken, numbers)
+
+    def _grouped(self, rows: list[list[Any]], step: int) -> list[list[Any]]:
+        """A batch's rows in groups; what a group has beyond its places is left out."""
+        group = self._data.caption_rows
+        if group is None:
+            return rows
+        rng = np.random.default_rng([self._data.seed, step, _GROUPS])
+        order = groups.row_order(rng, np.array([*map(len, rows)]), group)
+        return groups.cut([rows[i] for i in order], group, self.captions)
 
     def summary(self) -> str:
         return (

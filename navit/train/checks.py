@@ -69,6 +69,9 @@ def _some_captions(source: Source | StreamSource) -> list[str]:
 def check_rows(config: Config, devices: int) -> None:
     """Refuses rows, or groups of them, that the devices cannot share.
 
+    Args:
+      devices: those that the rows are split over.
+
     Raises:
       ValueError: if each device would not have as many, and whole groups.
     """
