@@ -19,7 +19,7 @@ from helpers import tiny_config
 
 import navit
 from navit.config import Config, override
-from navit.train import loop
+from navit.train import hosts, loop
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5

@@ -217,6 +217,8 @@ def test_a_trace_of_some_steps_changes_nothing(plain, tmp_path):
     config = override(tiny_config(), ["train.profile_steps=3:5", "eval.max_images=2"])
     assert loop.train(config, tmp_path)
     assert losses(tmp_path) == losses(plain)
+    # Writing it is part of no rate.
+    assert ["eta_seconds" in x for x in logged(tmp_path)] == [True, False, True]
     (trace,) = traces(tmp_path)
     events = trace.read_bytes()
     assert b"train_step" in events

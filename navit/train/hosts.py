@@ -129,9 +129,10 @@ def check_same(what: str, value: str) -> None:
     found = gather(np.array([zlib.crc32(value.encode())], np.uint32))[:, 0]
     others = np.flatnonzero(found != found[0]).tolist()
     if others:
-        mine = value if len(value) < 100 else f"{value[:100]}..."
+        mine = (
+            f" (process {jax.process_index()} has {value})" if len(value) < 100 else ""
+        )
         raise ValueError(
             f"{what} of processes {others} is not that of process 0: run the same "
-            f"command with the same files on all (process {jax.process_index()} has "
-            f"{mine})"
+            f"command with the same files on all{mine}"
         )

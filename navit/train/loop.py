@@ -143,9 +143,9 @@ def _steps(
                 batch, on_device = feed.take()
                 state, metrics = train_step(state, on_device)
                 meter.add(batch, feed.ahead(metrics))
-            profile.after(step, metrics)
+            traced = profile.after(step, metrics)
 
-            if step == first_step + 1:  # compiled: no part of any rate
+            if traced or step == first_step + 1:  # or compiled: no part of any rate
                 jax.block_until_ready(metrics)
                 meter.start_clock()
             stop = step == last_step or interruption.after(step)

@@ -49,8 +49,14 @@ class Profile:
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 
-    def after(self, step: int, outputs: Any) -> None:
-        """Ends the trace after its last step, once that step's outputs are there."""
-        if self._running and step + 1 >= self._last:
+    def after(self, step: int, outputs: Any) -> bool:
+        """Ends the trace after its last step, once that step's outputs are there.
+
+        Returns:
+          Whether it did, which takes seconds.
+        """
+        ends = self._running and step + 1 >= self._last
+        if ends:
             jax.block_until_ready(outputs)
             self.__exit__()
+        return ends
