@@ -1,7 +1,8 @@
 """The one batch type: images packed into rows of fixed length.
 
 NaFlex is packing with one image a row, so both share this contract. Letters: `b` rows,
-`n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length.
+`n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length; `g` groups of
+`b / g` rows each, with `c` places for captions.
 """
 
 from __future__ import annotations
@@ -77,9 +78,13 @@ class PackedImages(NamedTuple):
 class Batch(NamedTuple):
     """A training batch: packed images and, for every slot, what goes with the image.
 
+    The captions stand in lists, one for each group of rows, as most slots are empty and
+    the text tower need not run on those: caption k of a group is that of the k-th slot
+    that has an id, row by row. With `g = b` and `c = s` slot k of a row has caption k.
+
     Attributes:
       images: the packed images.
-      text: `[b, s, t]` int32 token ids of the slot's caption.
+      text: `[g, c, t]` int32 token ids of captions.
       label: `[b, s]` int32 class, -1 = none.
       id: `[b, s]` int32 index of the record in its source; -1 = empty slot. A slot with
         an id and an empty grid held an image that could not be read.

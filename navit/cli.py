@@ -64,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         help="train a config, then evaluate it over token budgets",
         description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
         "same command again to go on after an interruption.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="several hosts: run the same command on each, with a --workdir and data "
+        "that all of\nthem see. On a Cloud TPU slice, in GKE, under Slurm or Open MPI "
+        "they find one another;\nelsewhere, on two hosts:\n"
+        "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 0\n"
+        "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 1",
     )
     _add_config(
         train,
@@ -77,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--workdir", type=Path, help="where to write (default: runs/NAME_OF_CONFIG)"
+    )
+    train.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of several processes: where process 0 listens",
+    )
+    train.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="how many there are (1: do not look for others)",
+    )
+    train.add_argument(
+        "--process", type=int, metavar="I", help="which one this is, from 0"
     )
     train.set_defaults(run=_train)
 
@@ -186,8 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="show how images would pack into rows of several lengths",
         description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
-        "several\nlengths, and prints padding, images a row, slots filled and steps an "
-        "epoch\n(* marks the config's own row length). No pixel is read.",
+        "several\nlengths, and prints padding, images a row, slots filled, the share "
+        "of the text\ntower's work that is captions, and steps an epoch (* marks the "
+        "config's own row\nlength). No pixel is read.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit plan configs/photos.py data.train.path=~/photos "
         "--rows 1024,4096 --out plan.png",
@@ -240,15 +261,18 @@ def _train(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(config_lib.to_json(config), indent=2))
         return 0
+    from navit.train import hosts
     from navit.train.loop import train
 
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
-    if config.init:
-        from navit.weights import start
+    of_several = (args.coordinator, args.processes, args.process)
+    with hosts.joined(*of_several, debug=args.debug):
+        if config.init:
+            from navit.weights import start
 
-        config, initial = start(config, workdir)
-    return 0 if train(config, workdir, initial) else 130
+            config, initial = start(config, workdir)
+        return 0 if train(config, workdir, initial) else 130
 
 
 def _eval(args: argparse.Namespace) -> int:

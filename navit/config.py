@@ -194,7 +194,7 @@ class ModelConfig:
     init_bias: float = -10.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "xla", "unpack"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
     scan_unroll: int = 1
 
     def __post_init__(self) -> None:
@@ -301,6 +301,12 @@ class DataConfig:
     allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), but to
     `min_tokens` it always is.
 
+    The text tower takes the captions of `caption_rows` rows at a time as one list of
+    `captions` places (None: a few per cent more than such rows hold on average), so
+    that it does not run on empty slots; the plan sees to it that they hold no more.
+    Every device takes whole groups, so `rows` must be a multiple of devices times
+    `caption_rows`; 4 to 8 is enough. None: every slot has a place.
+
     `crop`, `flip` and `drop` change what is seen of an image, in training alone.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
@@ -319,6 +325,8 @@ class DataConfig:
     row_tokens: int = 1024
     rows: int = 8
     slots: int | None = 8
+    caption_rows: int | None = None
+    captions: int | None = None
     open_rows: int = 16
     elastic: float = 0.0
     crop: Crop | None = None
@@ -330,9 +338,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
-        for name in ("max_upscale", "slots"):
+        for name in ("max_upscale", "slots", "caption_rows", "captions"):
             if getattr(self, name) is not None:
                 _positive(self, name)
+        if self.captions is not None and self.caption_rows is None:
+            raise ValueError(
+                f"data.captions={self.captions} are of data.caption_rows, which is not "
+                "set"
+            )
+        if self.rows % (self.caption_rows or 1):
+            raise ValueError(
+                f"data.rows={self.rows} is not divisible by data.caption_rows="
+                f"{self.caption_rows}"
+            )
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -419,17 +437,50 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, which loss, and how often to log and save (in steps)."""
+    """How long, which loss, and how often to log and save (in steps).
+
+    `loss_implementation`: how the sigmoid loss meets all pairs (`navit.losses`); every
+    way has the same value.
+    `log_to`: where the training log goes besides metrics.jsonl and the terminal.
+    `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
+    WORKDIR/profile.
+    """
 
     steps: int = 1000
     loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    profile_steps: str = ""
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "log_every", "checkpoint_every", "keep")
+        if self.loss != "sigmoid" and self.loss_implementation != "auto":
+            raise ValueError(
+                f"train.loss_implementation={self.loss_implementation} is a way to the "
+                f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
+            )
+        window = self.profile_window
+        if window and not 1 <= window[0] < window[1] <= self.steps + 1:
+            raise ValueError(
+                f"profile_steps={self.profile_steps} is empty or not within steps 1 to "
+                f"{self.steps}: the first comes before the last, which is not traced"
+            )
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The first step to trace and the one before which to stop."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(
+                f'profile_steps is FIRST:LAST, as "100:103", not {self.profile_steps!r}'
+            )
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -462,12 +513,14 @@ class MeshConfig:
     `fsdp` shards the parameters and their moments too, `tensor` heads and MLPs; both
     belong on the fast network of one slice. `slices` TPU slices (pods) lie along
     `data`. Where all are given, the first devices of a single host are used.
+    `gradients`: the dtype in which devices sum theirs; bfloat16 halves the bytes.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     slices: int = 1
+    gradients: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         _positive(self, "slices")
@@ -494,6 +547,11 @@ class Config:
         if loss == "classification" and not vision.num_classes:
             raise ValueError(
                 'train.loss="classification" needs model.vision.num_classes'
+            )
+        if loss == "classification" and self.data.caption_rows is not None:
+            raise ValueError(
+                f"data.caption_rows={self.data.caption_rows} groups captions, and "
+                f"train.loss={loss} has none: leave it at none"
             )
         if loss == "classification" and isinstance(self.data.train, Stream):
             raise ValueError("a Stream has no labels, which classification needs")

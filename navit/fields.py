@@ -124,8 +124,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     except (ValueError, SyntaxError, TypeError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     # A word that reads as something else may still be what the field takes: "none" of
-    # a Literal, a folder named 2024, the prompt {}.
-    for candidate in (_fit(value, hint), text, (text,)):
+    # a Literal, a folder named 2024, the prompt {}; or several words of a Literal.
+    for candidate in (_fit(value, hint), text, (text,), tuple(text.split(","))):
         if _matches(candidate, hint):
             return candidate
     raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import mesh_utils
 
 from navit.config import MeshConfig
@@ -26,37 +28,90 @@ class Rules:
         compute dtype, where the parameter is used; activations never move for it.
       tensor: heads, and the hidden axis of an MLP (tensor parallelism). Activations
         are summed over it after every attention and every MLP.
+      gradients: the dtype in which devices sum their gradients of the parameters.
     """
 
     batch: Axes = None
     embed: Axes = None
     tensor: Axes = None
+    gradients: str = "float32"
+
+    @property
+    def batch_axes(self) -> tuple[str, ...]:
+        """The mesh axes that the rows of a batch are split over."""
+        return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch or ())
 
     def __call__(self, *names: str | None) -> jax.P | None:
         """`rules("batch", None)` -> a PartitionSpec, or None where there is no mesh."""
-        if self == Rules():
+        if self.batch is None:
             return None
         return jax.P(*(name and getattr(self, name) for name in names))
+
+    def size(self, name: str) -> int:
+        """Over how many devices an axis is split."""
+        axes = getattr(self, name) or ()
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = (axes,) if isinstance(axes, str) else axes
+        return math.prod(mesh.shape[axis] for axis in axes)
+
+    def rows(self, ndim: int) -> jax.P | None:
+        """Split by rows alone, whatever the other axes were."""
+        return self("batch", *(None,) * (ndim - 1))
 
     def gather(self, params: Any, dtype: Any) -> Any:
         """Undoes `embed` on a tree of parameters; what `tensor` splits stays split.
 
-        Matrices are cast to the compute dtype first, so that half the bytes travel.
+        Matrices are cast to the compute dtype first, so that half the bytes travel. The
+        gradient of a matrix is summed over the devices once, in the dtype `gradients`,
+        and only to where the parameter's shards are.
         """
 
         def whole(p: jax.Array) -> jax.Array:
-            p = p.astype(dtype) if p.ndim > 1 else p
-            if self.embed is None:
-                return p
-            spec = jax.typeof(p).sharding.spec
-            kept = (None if axis == self.embed else axis for axis in spec)
-            return jax.reshard(p, jax.P(*kept))
+            if p.ndim < 2:
+                return p  # vectors are whole everywhere
+            if self.batch is None:
+                return p.astype(dtype)
+            return _whole(self, jax.typeof(p).sharding.spec, dtype, p)
 
         return jax.tree.map(whole, params)
 
+    def spread(self, x: jax.Array) -> jax.Array:
+        """Readies a replicated array for products with rows; for its gradient see
+        `gather`."""
+        if self.batch is None:
+            return x
+        return _whole(self, jax.typeof(x).sharding.spec, x.dtype, x)
+
     def replicate(self, x: jax.Array) -> jax.Array:
         """Gathers an activation from all devices: communication, said out loud."""
-        return x if self == Rules() else jax.reshard(x, jax.P())
+        return x if self.batch is None else jax.reshard(x, jax.P())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _whole(rules: Rules, spec: jax.P, dtype: Any, p: jax.Array) -> jax.Array:
+    del spec
+    p = p.astype(dtype)
+    kept = (None if x == rules.embed else x for x in jax.typeof(p).sharding.spec)
+    # Every device has its own gradient of what is `reduced`: not summed yet, so that
+    # it is summed once, below.
+    return jax.reshard(p, jax.P(*kept, reduced=set(rules.batch_axes)))
+
+
+def _whole_forward(
+    rules: Rules, spec: jax.P, dtype: Any, p: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _whole(rules, spec, dtype, p), jnp.zeros((), p.dtype)
+
+
+def _whole_backward(
+    rules: Rules, spec: jax.P, dtype: Any, like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del dtype
+    summed = jax.reshard(gradient.astype(rules.gradients), spec)
+    return (summed.astype(like.dtype),)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def make_mesh(
@@ -105,6 +160,7 @@ def make_mesh(
         ("data", "fsdp"),
         embed="fsdp" if sizes["fsdp"] > 1 else None,
         tensor="tensor" if sizes["tensor"] > 1 else None,
+        gradients=config.gradients,
     )
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from navit import config as config_lib
+from navit.batch import Batch, PackedImages
 from navit.input import pipeline
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules
@@ -40,6 +41,54 @@ def test_config_loads_builds_and_pulls_one_batch(path, monkeypatch):
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == ()
     assert len(pipeline.open_eval_source(config.data)) > 0
+
+
+def axes(x: jax.ShapeDtypeStruct) -> list:
+    """The mesh axes of each array axis, without those at the end that have none."""
+    found = list(x.sharding.spec) if x.sharding is not None else []
+    while found and found[-1] is None:
+        found.pop()
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_lowers_for_a_pod(path):
+    """The whole step on 256 abstract chips, for TPU: shapes, shardings, lowering."""
+    mesh = jax.sharding.AbstractMesh(
+        (64, 4), ("data", "fsdp"), (jax.sharding.AxisType.Explicit,) * 2
+    )
+    rules = Rules(("data", "fsdp"), "fsdp")
+    # What a CPU would choose by itself is not what a TPU runs.
+    options = ["model.dtype=bfloat16", "model.attention=xla"]
+    config = config_lib.override(config_lib.load(path), options)
+    data, text = config.data, config.model.text
+    rows = math.ceil(data.rows / mesh.size) * mesh.size
+    patch = config.model.vision.patch_size**2 * 3
+    sharding = jax.NamedSharding(mesh, rules("batch"))
+
+    def array(*shape, dtype="int32"):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
+
+    n, s = data.row_tokens, data.slots
+    patches = array(n, patch, dtype="uint8")
+    images = PackedImages(patches, array(n), array(n, 2), array(s, 2))
+    batch = Batch(images, array(s, text.length), array(s), array(s), array(s, 2))
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    with jax.sharding.use_abstract_mesh(mesh):
+        state = jax.eval_shape(functools.partial(init_state, config, optimizer, rules))
+        traced = make_train_step(config, optimizer, rules).trace(state, batch)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+    after, _ = traced.out_info
+    assert any("fsdp" in axes(x) for x in jax.tree.leaves(state.opt_state))
+    for (path_, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(state)[0],
+        jax.tree.leaves(after),
+        strict=True,
+    ):
+        where = jax.tree_util.keystr(path_)
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+        assert axes(x) == axes(y), where
+    assert "stablehlo.dot_general" in lowered.as_text()
 
 
 def test_the_naflex_stage_is_the_papers():

@@ -273,12 +273,16 @@ def test_classification_trains_and_evaluates(tmp_path):
     [
         ("eval.budgets=16,400", "beyond|ends at"),
         ("data.rows=3", r"data.rows=3 is not divisible by 8 devices"),
+        (
+            "data.rows=8 data.caption_rows=2",
+            r"rows=8 over 8 devices are 1 rows each, .* of data.caption_rows=2",
+        ),
     ],
 )
 def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
     devices = 8 if "rows" in change else 1
     options = ["model.vision.position.kind=learned_2d", f"mesh.data={devices}"]
-    config = override(tiny_config(), [*options, change])
+    config = override(tiny_config(), [*options, *change.split()])
     with pytest.raises(ValueError, match=message):
         loop.train(config, tmp_path)
     assert not list(tmp_path.iterdir())

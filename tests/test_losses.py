@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from navit import losses
+from navit.config import MeshConfig
+from navit.sharding import Rules, make_mesh, use_mesh
 
 M, E = 6, 5
 REALS = {
@@ -116,6 +118,87 @@ def test_empty_batch_is_zero_with_zero_gradients():
         zeros, jnp.full(M, -1), none
     )
     assert value == 0 and (np.asarray(gradient) == 0).all()
+
+
+WAYS = ["dense", "gather", "ring"]
+
+
+def value_and_gradients(way, rng, real, mesh=None):
+    """Of random pairs, as numpy, on one device or all."""
+    rules = Rules()
+    if mesh:
+        mesh, rules = make_mesh(mesh)
+    points = [rng.normal(size=(len(real), E)).astype(np.float32) for _ in range(2)]
+    points = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in points]
+    numbers = jnp.float32(np.log(7.0)), jnp.float32(-3.0)
+
+    @jax.jit
+    def loss(images, texts, scale, bias, real):
+        return 3 * losses.sigmoid_loss(
+            *(images, texts, real),
+            scale=scale,
+            bias=bias,
+            rules=rules,
+            implementation=way,
+        )
+
+    with use_mesh(mesh):
+        points, real = jax.device_put((points, np.array(real)), rules("batch"))
+        found = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*points, *numbers, real)
+        return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize("pairs", [2**22, 7], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=4)])
+def test_every_way_to_the_sigmoid_loss_is_the_same(mesh, way, pairs, monkeypatch):
+    # Of 3 images a device some are real, of two devices none, and of none.
+    some = np.random.default_rng(1).random(24) < 0.6
+    some[3:6] = some[21:] = False
+    monkeypatch.setattr(losses, "_PAIRS", pairs)
+    for real in (some, np.zeros(24, bool), np.ones(24, bool)):
+        expected = value_and_gradients("dense", np.random.default_rng(0), real)
+        found = value_and_gradients(way, np.random.default_rng(0), real, mesh)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def compiled(way, count, monkeypatch, limit=losses._GATHERED):
+    """What XLA makes of value and gradients on 8 devices: its text, and peak bytes."""
+    monkeypatch.setattr(losses, "_GATHERED", limit)
+    mesh, rules = make_mesh(MeshConfig(data=8))
+
+    def loss(images, texts, real):
+        return losses.sigmoid_loss(
+            *(images, texts, real),
+            scale=jnp.float32(1.0),
+            bias=jnp.float32(0.0),
+            rules=rules,
+            implementation=way,
+        )
+
+    with use_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, rules("batch"))
+        points = jax.ShapeDtypeStruct((count, 64), jnp.float32, sharding=sharding)
+        real = jax.ShapeDtypeStruct((count,), bool, sharding=sharding)
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        found = step.lower(points, points, real).compile()
+    return found.as_text(), found.memory_analysis().temp_size_in_bytes
+
+
+def test_many_texts_go_round_and_no_matrix_of_all_pairs_is_made(monkeypatch):
+    count = 8192
+    texts = count * 64 * 4
+    gathered, _ = compiled("auto", count, monkeypatch, texts)
+    ring, _ = compiled("auto", count, monkeypatch, texts - 1)
+    assert "all-gather" in gathered and "collective-permute" not in gathered
+    assert "collective-permute" in ring and "all-gather" not in ring
+    pairs = count * count // 8 * 4
+    assert compiled("dense", count, monkeypatch)[1] > pairs
+    monkeypatch.setattr(losses, "_PAIRS", 2**18)
+    assert compiled("gather", count, monkeypatch)[1] < pairs / 2
+    assert compiled("ring", count, monkeypatch)[1] < pairs / 4
 
 
 def test_classification_equals_numpy(rng):

@@ -288,6 +288,29 @@ def test_the_rows_of_two_hosts_are_the_batch_of_one(one_run):
     assert_same(together, one_run)
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_the_captions_of_a_group_of_rows_are_one_list(hosts):
+    rich = config(**RICH | dict(rows=8, slots=8, caption_rows=4))
+    source = open_source(rich.data.train)
+    each = [batches(rich, process_index=i, process_count=hosts) for i in range(hosts)]
+    places = BatchPlans(source.sizes, rich.data, patch_size=16, steps=1).captions
+    assert places < 32
+    for batch in itertools.chain(*each):
+        assert batch.images.grids.shape == (8 // hosts, 8, 2)
+        assert batch.text.shape == (2 // hosts, places, 24)
+        for ids, texts in zip(batch.id.reshape(-1, 32), batch.text, strict=True):
+            ids = ids[ids >= 0]
+            for index, found in zip(ids, texts, strict=False):
+                captions = source.captions(int(index))
+                assert found.tolist() in encode(captions, 24).tolist()
+            assert not texts[len(ids) :].any()
+    together = map(
+        np.concatenate, zip(*([b.text for b in x] for x in each), strict=True)
+    )
+    for text, batch in zip(together, batches(rich), strict=True):
+        np.testing.assert_array_equal(text, batch.text)
+
+
 class OneBroken(SyntheticSource):
     """The synthetic images, but for one that is no image."""
 

@@ -48,10 +48,19 @@ options = st.builds(
     max_upscale=st.sampled_from([None, 1.0]),
     seed=st.integers(0, 3),
 )
+# With the rows in groups too, where the rows make whole ones.
+grouped = st.one_of(
+    options,
+    st.builds(
+        lambda options, group: options | dict(rows=4, caption_rows=group),
+        options,
+        st.sampled_from([1, 2, 4]),
+    ),
+)
 
 
 @settings(max_examples=30, deadline=None)
-@given(overrides=options, count=st.integers(1, 60), epoch=st.integers(0, 9))
+@given(overrides=grouped, count=st.integers(1, 60), epoch=st.integers(0, 9))
 def test_an_epoch_holds_each_image_once_at_the_grid_of_a_budget(
     overrides, count, epoch
 ):
@@ -350,3 +359,77 @@ def test_slots_by_themselves_are_twice_the_mean_to_a_power_of_two():
     assert plans(sizes, data).slots == 16  # 64 / 10 = 6.4 images a row
     assert plans(sizes, dataclasses.replace(data, slots=5)).slots == 5
     assert "slots" in plans(sizes, data).summary()
+
+
+NAFLEX = (128, 256, 576, 784, 1024)
+
+
+@pytest.mark.parametrize("row_tokens", [1024, 4096])
+def test_groups_of_rows_hold_no_more_captions_than_they_have_places(row_tokens):
+    sizes = np.random.default_rng(0).integers(300, 900, (20_000, 2))
+    data = DataConfig(
+        budgets=NAFLEX,
+        row_tokens=row_tokens,
+        rows=16,
+        slots=None,
+        caption_rows=8,
+    )
+    for seed in (0, 1):
+        data = dataclasses.replace(data, seed=seed)
+        batches = BatchPlans(sizes, data, patch_size=16, steps=10_000)
+        for epoch in (0, 5):
+            images = 0
+            for step in range(batches.steps_per_epoch):
+                rows = batches[epoch * batches.steps_per_epoch + step]
+                assert np.diff(rows.offsets[::8]).max() <= batches.captions
+                images += len(rows.index)
+            places = batches.steps_per_epoch * 2 * batches.captions
+            assert images / places > 0.9
+            # Less than a batch is left out at the end, and nothing for the captions.
+            assert len(sizes) - images < 2 * batches.captions + 0.0003 * len(sizes)
+    assert f"of {batches.captions} places for every 8 rows" in batches.summary()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(budget_per="batch"),
+        dict(elastic=0.3),
+        dict(drop=TokenDrop(rate=0.2, final_rate=0.6, midpoint=600.0, timescale=100.0)),
+        dict(captions=3),
+    ],
+)
+def test_groups_keep_to_their_places_whatever_is_drawn(overrides):
+    sizes = random_sizes(1, 400)
+    data = data_config(rows=8, slots=8, caption_rows=4, **overrides)
+    parts = (Part(0, 300, 1.0), Part(300, 100, 1.0))
+    batches = plans(sizes, data, steps=10_000, parts=parts)
+    hosts = [
+        plans(sizes, data, 10_000, parts=parts, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    alone = dataclasses.replace(data, caption_rows=None, captions=None)
+    plain = plans(sizes, alone, parts=parts)
+    assert batches.captions == overrides.get("captions", batches.captions)
+    for epoch in (0, 1, 9):
+        seen = []
+        for step in range(batches.steps_per_epoch):
+            step += epoch * batches.steps_per_epoch
+            rows = batches[step]
+            together = [row for host in hosts for row in as_lists(host[step])]
+            assert together == as_lists(rows)
+            assert np.diff(rows.offsets[::4]).max() <= batches.captions
+            seen += rows.index.tolist()
+        assert len(seen) == len(set(seen))
+    # What has no place is left out, and counted so.
+    used, left_out = batches.first_block()
+    assert len(used) == batches.steps_per_epoch * data.rows
+    assert left_out == 1 - len(used.index) / 200
+    few = "captions" in overrides
+    assert (left_out > plain.first_block()[1] + 0.2) == few
+
+
+def test_groups_that_the_hosts_cannot_share_are_refused():
+    data = data_config(rows=4, caption_rows=4)
+    with pytest.raises(ValueError, match=r"rows=4 over 2 processes .*caption_rows=4"):
+        plans(random_sizes(1, 20), data, process_count=2)

@@ -1,5 +1,7 @@
 """navit.input.plan_report: what `navit plan` shows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +27,11 @@ def test_the_report_is_what_the_plan_is(sizes, tmp_path):
     assert own.padding == 1 - used.lengths.sum() / (len(used) * 512)
     assert own.images_per_row == len(used.index) / len(used)
     assert own.slots_filled == own.images_per_row / 8
+    assert own.captions_filled == own.slots_filled
+    few = dataclasses.replace(data, caption_rows=4)
+    few = report(sizes, few, patch_size=16, row_lengths=(1024, 4096)).lines
+    assert all(line.captions_filled > own.captions_filled for line in few)
+    assert few[0].captions_filled > 0.9
     # The same tokens a batch in longer rows: as many steps, but for what is over.
     assert abs(found.lines[2].steps_per_epoch - own.steps_per_epoch) <= 0.1 * (
         own.steps_per_epoch
@@ -33,6 +40,7 @@ def test_the_report_is_what_the_plan_is(sizes, tmp_path):
     assert 0.3 < found.alone < 0.45
     text = table(found, 512)
     assert "512*" in text and f"{own.padding:.2%}" in text
+    assert f"{own.captions_filled:.0%}" in text
     assert "Packing will not help" not in text
     plot(found, tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as image:

@@ -12,7 +12,7 @@ from navit.train.state import init_state
 from navit.train.step import make_train_step
 
 
-def run(config, steps=3):
+def run(config, steps=5):
     """Trains a few steps on the config's mesh; returns losses and parameters."""
     mesh, rules = make_mesh(config.mesh)
     source = pipeline.open_source(config.data.train)

@@ -58,6 +58,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         data,
         patch_size=patch_size,
         slots=plans.slots,
+        captions=plans.captions,
         text_tower=config.model.text,
     )
     dataset = grain.MapDataset.source(plans).map(materialize)

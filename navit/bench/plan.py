@@ -5,8 +5,10 @@
 
 Sizes: ten aspects from 9:16 to 16:9 as photographs have them, long sides log-normal
 around 480 pixels. Padding counts every row of the epoch, those that were open at its
-end too. "NaFlex" draws one of {128, 256, 576, 784, 1024} tokens for each image, "NaViT"
-a side from N(-0.5, 1) on [64, 384], "native" keeps images under 729 tokens as they are.
+end too. Below it: the share of the text tower's work that is captions, when each list
+of them is for so many rows, and the share of images left out for it. "NaFlex" draws one
+of {128, 256, 576, 784, 1024} tokens for each image, "NaViT" a side from N(-0.5, 1) on
+[64, 384], "native" keeps images under 729 tokens as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--rows", default="1024,2048,4096,8192", help="row lengths")
     parser.add_argument("--open-rows", default="16")
+    parser.add_argument("--caption-rows", type=int, default=8)
     parser.add_argument("--elastic", type=float, default=0.0)
     args = parser.parse_args()
     sizes = photographs(args.images)
@@ -45,22 +48,38 @@ def main() -> None:
     )
     for name, mix in MIXES.items():
         for open_rows in map(int, args.open_rows.split(",")):
-            padding, seconds = [], 0.0
+            padding, filled, left_out, seconds = [], [], [], 0.0
             for row_tokens in lengths:
                 data = dataclasses.replace(
                     mix,
                     row_tokens=row_tokens,
                     open_rows=open_rows,
                     elastic=args.elastic,
+                    rows=args.caption_rows,
+                    caption_rows=args.caption_rows,
                 )
                 slots = BatchPlans(sizes[:1000], data, patch_size=16, steps=1).slots
+                data = dataclasses.replace(data, slots=slots)
+                plans = BatchPlans(sizes[:20_000], data, patch_size=16, steps=1)
                 start = time.process_time()
-                rows = plan_block(sizes, data, patch_size=16, epoch=0, slots=slots)
+                rows = plan_block(
+                    *(sizes, data),
+                    patch_size=16,
+                    epoch=0,
+                    slots=plans.slots,
+                    captions=plans.captions,
+                )
                 seconds += time.process_time() - start
                 padding.append(1 - rows.lengths.sum() / (len(rows) * row_tokens))
+                filled.append(plans.captions_filled(rows))
+                left_out.append(1 - len(rows.index) / len(sizes))
             rate = args.images * len(lengths) / seconds
-            cells = " ".join(f"{100 * x:7.2f}" for x in padding)
-            print(f"{name:15} {open_rows:5} {cells}   {rate:12,.0f}", flush=True)
+            heads = f"{name:15} {open_rows:5}", f"{'':13}captions", f"{'':13}left out"
+            ends = f"   {rate:12,.0f}", "", ""
+            shares = zip(heads, (padding, filled, left_out), ends, strict=True)
+            for head, values, end in shares:
+                cells = " ".join(f"{100 * x:7.2f}" for x in values)
+                print(f"{head} {cells}{end}", flush=True)
 
 
 def photographs(count: int) -> np.ndarray:

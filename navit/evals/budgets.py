@@ -101,7 +101,7 @@ def evaluate(
             budget,
             on_error=report,
             normalized=not classifies,
-            progress=True,
+            progress=jax.process_index() == 0,
         )
         seconds = time.perf_counter() - start
         images[unreadable] = np.nan

@@ -212,10 +212,16 @@ def pack(
     return packed, slot_array(rows, slots, rows.index, -1)
 
 
-def slot_array(rows: Rows, slots: int, values: np.ndarray, empty: int) -> np.ndarray:
-    """Values per planned image `[m, ...]` -> per slot `[b, s, ...]`."""
-    out = np.full((len(rows), slots, *values.shape[1:]), empty, values.dtype)
-    counts = np.diff(rows.offsets)
+def slot_array(
+    rows: Rows, slots: int, values: np.ndarray, empty: int, *, group: int = 1
+) -> np.ndarray:
+    """Values per planned image `[m, ...]` -> per slot `[b, s, ...]`.
+
+    Args:
+      group: so many rows share their slots.
+    """
+    counts = np.diff(rows.offsets[::group])
+    out = np.full((len(counts), slots, *values.shape[1:]), empty, values.dtype)
     out[np.arange(slots) < counts[:, None]] = values
     return out
 
@@ -230,10 +236,11 @@ class Materialize(grain.transforms.Map):
         *,
         patch_size: int,
         slots: int,
+        captions: int,
         text_tower: config.TextConfig | None,
     ) -> None:
         self._source, self._data, self._patch_size = source, data, patch_size
-        self._slots, self._text = slots, text_tower
+        self._slots, self._captions, self._text = slots, captions, text_tower
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._slots, self._source
@@ -275,7 +282,10 @@ class Materialize(grain.transforms.Map):
             labels = task.labels[rows.index].astype(np.int32)
         batch = Batch(
             images=images,
-            text=slot_array(rows, slots, token_ids, text.PAD),
+            text=slot_array(
+                *(rows, self._captions, token_ids, text.PAD),
+                group=self._data.caption_rows or 1,
+            ),
             label=slot_array(rows, slots, labels, -1),
             id=slot_array(rows, slots, rows.index.astype(np.int32), -1),
             size=slot_array(rows, slots, source.sizes[rows.index], 0),
@@ -342,6 +352,7 @@ def train_batches(
         data=data,
         patch_size=vision.patch_size,
         slots=plans.slots,
+        captions=plans.captions,
         text_tower=cfg.model.text,
     )
     materialize: grain.transforms.Map

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,16 +17,20 @@ from typing import Any
 import numpy as np
 
 from navit.config import DataConfig
-from navit.input import geometry, packing, sampling
+from navit.input import geometry, groups, packing, sampling
 
 # Raised when the same config would give other rows; a run does not resume across it.
-VERSION = 2
+VERSION = 3
 
 # What a random key is for, so that no two draws share one.
 _ORDER, _DRAWS = 0, 1
 
 # A block holds this many images, and this many global batches at least.
 _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
+
+# How many captions a group of rows needs is told by so many images, and, as dropped
+# tokens follow a schedule, by an epoch after any schedule's end.
+_SAMPLE, _LATE = 10_000, 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +111,21 @@ def plan_block(
     block: int = 0,
     parts: Sequence[Part] = (),
     slots: int | None = None,
+    captions: int | None = None,
     block_images: int | None = None,
 ) -> Rows:
     """Plans one block of an epoch: a pure function of its arguments.
 
     Takes the block's stretch of a random order of all images, draws a token budget
     (and a crop, a flip, the tokens to keep) for each, finds its grid, packs, and
-    shuffles the rows; with `budget_per="batch"`, the batches.
+    shuffles the rows; with `budget_per="batch"`, the batches. Rows lie in groups of
+    `data.caption_rows` that hold about as many images each.
 
     Args:
       sizes: `[m, 2]` (height, width) of every image in pixels.
       parts: of a mixture, which is drawn by weight; empty takes every image once.
       slots: images that a row may hold; None for no cap.
+      captions: images that a group of rows may hold; what it has beyond is left out.
       block_images: how many a block takes; None finds it from the sizes.
     """
     shares = _shares(parts, len(sizes))
@@ -169,7 +177,7 @@ def plan_block(
 
     if data.budget_per == "image":
         rows = pack(np.arange(len(index)))
-        rows = [rows[r] for r in rng.permutation(len(rows))]
+        rows = _shuffled(rng, rows, data)
     else:
         batches = [
             batch
@@ -180,6 +188,8 @@ def plan_block(
         ]
         rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
     drawn = dataclasses.replace(drawn, index=index, epoch=epoch)
+    if captions is not None and data.caption_rows:
+        rows = groups.cut(rows, data.caption_rows, captions)
     return drawn._with(*_flat(rows))
 
 
@@ -249,9 +259,11 @@ class BatchPlans(Sequence):
     Attributes:
       steps_per_epoch: in global batches.
       slots: images that a row may hold.
+      caption_rows, captions: rows in a group, and images that it may hold; without
+        `data.caption_rows` every row is one, with all its slots.
 
     Raises:
-      ValueError: if the hosts cannot share the rows evenly.
+      ValueError: if the hosts cannot share the rows, or their groups, evenly.
     """
 
     def __init__(
@@ -269,11 +281,19 @@ class BatchPlans(Sequence):
             raise ValueError(
                 f"data.rows={data.rows} is not divisible by {process_count} processes"
             )
+        self.caption_rows = data.caption_rows or 1
+        if data.rows // process_count % self.caption_rows:
+            raise ValueError(
+                f"data.rows={data.rows} over {process_count} processes are "
+                f"{data.rows // process_count} rows each, which is no whole number of "
+                f"groups of data.caption_rows={data.caption_rows}: change one of them"
+            )
         self._sizes, self._data, self._patch_size = sizes, data, patch_size
         self._steps, self._parts = steps, tuple(parts)
         self._host_rows = data.rows // process_count
         self._first_row = process_index * self._host_rows
         self.slots = data.slots or self._slots()
+        self.captions = self._captions()
         images = sum(_shares(parts, len(sizes)))
         self._block_images = _block_images(sizes, data, patch_size)
         blocks = max(1, -(-images // self._block_images))
@@ -312,8 +332,14 @@ class BatchPlans(Sequence):
         return (
             f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
             f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
-            f"fill {fill:.1%}, {left_out:.1%} of the images left out"
+            f"fill {fill:.1%}, {left_out:.1%} of the images left out; captions in "
+            f"{self.captions_filled(used):.0%} of {self.captions} places for every "
+            f"{self.caption_rows} rows"
         )
+
+    def captions_filled(self, rows: Rows) -> float:
+        """The share of what the text tower computes for these rows that is captions."""
+        return len(rows.index) * self.caption_rows / (len(rows) * self.captions)
 
     def __getstate__(self) -> dict:
         left = ("_planned", "_planner")
@@ -345,8 +371,33 @@ class BatchPlans(Sequence):
             block=block,
             parts=self._parts,
             slots=self.slots,
+            captions=self.captions,
             block_images=self._block_images,
         )
+
+    def _captions(self) -> int:
+        """The images that a group of rows may hold: as many as nearly all groups do."""
+        data, group = self._data, self.caption_rows
+        if data.captions or not data.caption_rows:
+            return min(data.captions or self.slots, group * self.slots)
+        shares = _shares(self._parts, len(self._sizes))
+        some = np.arange(min(_SAMPLE, sum(shares)))
+        some = _records(some, self._parts, shares, [data.seed, 0, _ORDER])
+        kinds = [data]
+        if data.budget_per == "batch":  # the batches of one budget need most
+            alone = dataclasses.replace(data, budget_weights=(), budget_per="image")
+            kinds = [dataclasses.replace(alone, budgets=(x,)) for x in data.budgets]
+        found = []
+        for kind, epoch in itertools.product(kinds, (0, _LATE) if data.drop else (0,)):
+            rows = plan_block(
+                self._sizes[some],
+                kind,
+                patch_size=self._patch_size,
+                epoch=epoch,
+                slots=self.slots,
+            )
+            found.append(groups.captions_for(np.diff(rows.offsets), group))
+        return min(max(found), group * self.slots)
 
     def _slots(self) -> int:
         """Twice the images that a row holds on average, to the nearest power of two."""
@@ -432,12 +483,19 @@ def _batches(
 
     With `fill`, rows that do not make one batch are one with empty rows.
     """
-    rows = [rows[r] for r in rng.permutation(len(rows))]
+    rows = _shuffled(rng, rows, data)
     if fill and 0 < len(rows) < data.rows:
         rows += [[]] * (data.rows - len(rows))
     return [
         rows[i : i + data.rows] for i in range(0, len(rows) - data.rows + 1, data.rows)
     ]
+
+
+def _shuffled(
+    rng: np.random.Generator, rows: list[list[int]], data: DataConfig
+) -> list[list[int]]:
+    counts = np.array([len(row) for row in rows], np.int64)
+    return [rows[r] for r in groups.row_order(rng, counts, data.caption_rows)]
 
 
 def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

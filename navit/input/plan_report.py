@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ class Line(NamedTuple):
     images_per_row: float
     slots: int
     slots_filled: float
+    captions_filled: float
     steps_per_epoch: int
     left_out: float
 
@@ -53,7 +55,8 @@ def report(
     """Plans the first block of an epoch in rows of every length.
 
     A global batch keeps its tokens: half the rows of twice the length. `slots` are
-    chosen for each length (`data.slots=None`) but for the config's own.
+    chosen for each length (`data.slots=None`) but for the config's own, and so are
+    `captions`. Of these the column says what share of the text tower's work is real.
 
     Raises:
       ValueError: for a row that the longest image does not fit.
@@ -72,6 +75,8 @@ def report(
             row_tokens=row_tokens,
             rows=rows,
             slots=data.slots if own else None,
+            caption_rows=data.caption_rows and math.gcd(data.caption_rows, rows),
+            captions=data.captions if own else None,
         )
         plans = BatchPlans(sizes, changed, patch_size=patch_size, steps=1, parts=parts)
         used, left_out = plans.first_block()
@@ -83,6 +88,7 @@ def report(
                 images / len(used),
                 plans.slots,
                 images / (len(used) * plans.slots),
+                plans.captions_filled(used),
                 plans.steps_per_epoch,
                 left_out,
             )
@@ -95,7 +101,14 @@ def report(
 
 def table(found: Report, row_tokens: int) -> str:
     """The report as text; the config's own row length is marked."""
-    heads = ("padding", "images/row", "slots", "slots filled", "steps/epoch")
+    heads = (
+        "padding",
+        "images/row",
+        "slots",
+        "slots filled",
+        "captions",
+        "steps/epoch",
+    )
     text = "row tokens  " + "  ".join(heads) + "  left out\n"
     for line in found.lines:
         mark = "*" if line.row_tokens == row_tokens else " "
@@ -105,6 +118,7 @@ def table(found: Report, row_tokens: int) -> str:
             f"{line.images_per_row:10.1f}",
             f"{line.slots:5}",
             f"{line.slots_filled:12.0%}",
+            f"{line.captions_filled:8.0%}",
             f"{line.steps_per_epoch:11}",
             f"{line.left_out:8.1%}",
         )

@@ -36,7 +36,10 @@ class Text(nnx.Module):
             init(
                 rngs.params(),
                 (c.vocab_size, c.width),
-                out_sharding=rules(None, "embed"),
+                # Along the vocabulary, where the shards lie together once gathered.
+                out_sharding=rules("embed", None)
+                if c.vocab_size % rules.size("embed") == 0
+                else rules(None, "embed"),
             )
         )
         self.position = nnx.Param(init(rngs.params(), (c.length, c.width)))
@@ -61,6 +64,7 @@ class Text(nnx.Module):
             rngs=rngs,
         )
 
+    @jax.named_scope("text")
     def __call__(
         self, token_ids: Int[Array | np.ndarray, "m t"]
     ) -> Float[Array, "m e"]:
@@ -76,8 +80,9 @@ class Text(nnx.Module):
                 "each: the last position is pooled, so pad to the trained length"
             )
         gather = functools.partial(self.rules.gather, dtype=self.dtype)
-        table = gather(self.embedding[...])
-        x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
-        x = x.astype(jnp.float32) + self.position[...]
+        with jax.named_scope("embedding"):
+            table = gather(self.embedding[...])
+            x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
+            x = x.astype(jnp.float32) + self.position[...]
         x = self.encoder(x, functools.partial(attention, segment_ids=None))
         return gather(self.head)(x[:, -1]).astype(jnp.float32)

@@ -80,6 +80,7 @@ class Vision(nnx.Module):
             else None
         )
 
+    @jax.named_scope("vision")
     def __call__(
         self, packed: PackedImages, *, max_image_tokens: int | None = None
     ) -> VisionOutput:
@@ -108,8 +109,9 @@ class Vision(nnx.Module):
         gather = functools.partial(self.rules.gather, dtype=self.dtype)
 
         coords = jnp.where(real, coords, 0)
-        x = gather(self.patch)(_normalize(patches, real).astype(self.dtype))
-        x = x.astype(jnp.float32) + self.position(coords, _own(grids, segment_ids))
+        with jax.named_scope("embedding"):
+            x = gather(self.patch)(_normalize(patches, real).astype(self.dtype))
+            x = x.astype(jnp.float32) + self.position(coords, _own(grids, segment_ids))
         x = self.encoder(
             jnp.where(real, x, 0.0),
             functools.partial(
@@ -126,7 +128,8 @@ class Vision(nnx.Module):
 
         member = membership(segment_ids, slots)
         if self.head is not None:
-            pooled = gather(self.head)(x, member)
+            with jax.named_scope("head"):
+                pooled = self.head(x, member)
         else:
             pool = mean_pool if self.config.pool == "mean" else max_pool
             pooled = pool(x, member)

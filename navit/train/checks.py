@@ -13,6 +13,7 @@ from navit.input import text
 from navit.input.sources import Source
 from navit.input.stream import StreamSource
 from navit.train.step import Metrics
+from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
 
@@ -24,9 +25,10 @@ def check_before(config: Config, source: Source | StreamSource) -> None:
     """Says what is legal and rarely meant; refuses what never is.
 
     Raises:
-      ValueError: if random weights would stay as they are, or the tokenizer has more
-        ids than the text tower.
+      ValueError: if random weights would stay as they are, the tokenizer has more ids
+        than the text tower, or a package to log with is missing.
     """
+    check_installed(config)
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
             raise ValueError(
@@ -62,6 +64,26 @@ def _some_captions(source: Source | StreamSource) -> list[str]:
     starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
     some = np.unique(np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1))
     return [caption for i in some.tolist() for caption in source.captions(i)]
+
+
+def check_rows(config: Config, devices: int) -> None:
+    """Refuses rows, or groups of them, that the devices cannot share.
+
+    Raises:
+      ValueError: if each device would not have as many, and whole groups.
+    """
+    rows, group = config.data.rows, config.data.caption_rows
+    if rows % devices:
+        raise ValueError(
+            f"data.rows={rows} is not divisible by {devices} devices: "
+            "change it, or set mesh.data and mesh.fsdp to use fewer"
+        )
+    if rows // devices % (group or 1):
+        raise ValueError(
+            f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
+            f"which is no whole number of groups of data.caption_rows={group}: change "
+            "one of them, or use fewer devices (mesh.data, mesh.fsdp)"
+        )
 
 
 def check_finite(metrics: Metrics, step: int, saved: int | None) -> None:

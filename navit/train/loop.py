@@ -23,13 +23,16 @@ from navit.input.stream import StreamSource
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
+from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import check_before, check_finite
+from navit.train.checks import check_before, check_finite, check_rows
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
-from navit.train.metrics import Meter, MetricsWriter, line
+from navit.train.metrics import Meter, line
+from navit.train.profile import Profile
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
+from navit.train.trackers import open_writers
 
 log = logging.getLogger("navit")
 
@@ -37,7 +40,7 @@ log = logging.getLogger("navit")
 # what is computed.
 _FREE = (
     *("eval.", "mesh.", "data.eval", "data.workers"),
-    *("train.log_", "train.checkpoint_", "train.keep"),
+    *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
 )
 
 
@@ -69,13 +72,10 @@ def train(
     log.info("training on %s", source.fingerprint())
     log.info("evaluating on %d images", len(eval_source))
     check_before(config, source)
+    hosts.check_same("the config", repr(config))
+    hosts.check_same("data.train", data)
     mesh, rules = make_mesh(config.mesh)
-    devices = mesh.size if mesh else 1
-    if config.data.rows % devices:
-        raise ValueError(
-            f"data.rows={config.data.rows} is not divisible by {devices} devices: "
-            "change it, or set mesh.data and mesh.fsdp to use fewer"
-        )
+    check_rows(config, mesh.size if mesh else 1)
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
@@ -127,29 +127,37 @@ def _steps(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    main = jax.process_index() == 0
-    writer = MetricsWriter(workdir / "metrics.jsonl", first_step) if main else None
-    meter = Meter(last_step)
+    writes = hosts.first() and first_step < last_step
+    writers = open_writers(config, workdir, first_step) if writes else []
+    mesh = jax.sharding.get_mesh()
+    meter = Meter(config, devices=1 if mesh.empty else mesh.size)
     if first_step < last_step:
         log.info("compiling the training step; on a CPU this takes up to a minute")
-    with contextlib.closing(batches), Feed(batches, rules) as feed:
+    with contextlib.ExitStack() as stack:
+        for opened in (batches, *writers):
+            stack.callback(opened.close)
+        feed = stack.enter_context(Feed(batches, rules))
+        profile = stack.enter_context(Profile(config.train, workdir / "profile"))
         for step in range(first_step + 1, last_step + 1):
-            batch, on_device = feed.take()
-            state, metrics = train_step(state, on_device)
-            meter.add(batch, feed.ahead(metrics))
+            with profile.step(step):
+                batch, on_device = feed.take()
+                state, metrics = train_step(state, on_device)
+                meter.add(batch, feed.ahead(metrics))
+            profile.after(step, metrics)
 
             if step == first_step + 1:  # compiled: no part of any rate
                 jax.block_until_ready(metrics)
                 meter.start_clock()
-            stop = interruption.requested or step == last_step
+            stop = step == last_step or interruption.after(step)
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
                 check_finite(metrics, step, checkpoints.latest_step())
-            if writer and (step % config.train.log_every == 0 or step == last_step):
+            if step % config.train.log_every == 0 or step == last_step:
                 values = {name: float(value) for name, value in metrics.items()}
                 values |= {"step": step, "lr": float(schedule(step - 1))}
                 values |= meter.read(step)
-                writer.write(values)
+                for writer in writers:
+                    writer.write(values)
                 log.info(line(values, last_step))
             if save:
                 checkpoints.save(state, config, data)
@@ -173,11 +181,17 @@ def _start(
         init_state, config, make_optimizer(config.optim, config.train.steps), rules
     )
     latest = checkpoints.latest_step()
+    hosts.check_same(
+        f"the latest checkpoint in {workdir}, which all share,", f"{latest}"
+    )
     if latest is None:
-        if jax.process_index() == 0:
+        if hosts.first():
             saved = json.dumps(config_lib.to_json(config), indent=2) + "\n"
             write_atomic(workdir / "config.json", saved.encode())
             _keep_tokenizer(config, workdir)
+        hosts.any_of(False)  # now it is written
+        found = (workdir / "config.json").exists()
+        hosts.check_same(f"{workdir}, which all share, and its config.json", f"{found}")
         state = jax.jit(make)(model=initial(rules) if initial else None)
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)

@@ -6,10 +6,16 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from navit.batch import Batch, fill
+from navit import flops
+from navit.batch import Batch
+from navit.config import Config
 from navit.files import write_atomic
+from navit.train import hosts
+
+Values = dict[str, float | int]
 
 
 class MetricsWriter:
@@ -27,20 +33,28 @@ class MetricsWriter:
         write_atomic(path, "".join(kept if start_step else []).encode())
         self._path = path
 
-    def write(self, metrics: dict[str, float | int]) -> None:
+    def write(self, metrics: Values) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+# What is counted of each batch.
+_NAMES = ("images", "rows", "slots", "tokens", "places", "squares", "unreadable")
 
 
 class Meter:
     """Counts what went through since it was last read, for rates.
 
     Attributes:
-      unreadable: planned images that could not be read, over the whole run.
+      unreadable: planned images that this host could not read, over the whole run.
     """
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self, config: Config, devices: int) -> None:
+        """Args: devices: how many train."""
+        self._config, self._devices = config, devices
         self.unreadable = 0
         self._restart()
 
@@ -48,54 +62,75 @@ class Meter:
         """One host batch, and the seconds that the device waited for the next one."""
         planned = np.asarray(batch.id) >= 0
         found = np.asarray(batch.images.grids)[..., 0] > 0
-        self._steps += 1
-        self._images += int(found.sum())
-        self._rows += len(found)
-        self._slots += found.size
+        lengths = _lengths(np.asarray(batch.images.segment_ids), found.shape[1])
         lost = int((planned & ~found).sum())
-        self._unreadable += lost
-        self.unreadable += lost
-        self._tokens += int((batch.images.segment_ids > 0).sum())
-        self._fill += fill(batch.images)
-        self._waited += waited
-
-    def read(self, step: int) -> dict[str, float | int]:
-        """This host's numbers since the last reading; no rates of a compiled step."""
-        seconds = time.perf_counter() - self._start
-        metrics: dict[str, float | int] = {
-            "images_per_step": round(self._images / max(self._steps, 1), 2),
-            "images_per_row": round(self._images / max(self._rows, 1), 2),
-            "slots_filled": round(self._images / max(self._slots, 1), 4),
-            "fill": round(self._fill / max(self._steps, 1), 4),
-            "unreadable": self._unreadable,
-        }
-        counts = (self._steps, self._images, self._tokens)
-        steps, images, tokens = (
-            now - then for now, then in zip(counts, self._untimed, strict=True)
+        self._steps += 1
+        self._counts += (
+            *(found.sum(), len(found), found.size),
+            *(lengths.sum(), batch.images.segment_ids.size),
+            *((lengths**2).sum(), lost),
         )
-        if steps:
+        self._waited += waited
+        self.unreadable += lost
+
+    def read(self, step: int) -> Values:
+        """All hosts' numbers since the last reading; no rates of a compiled step.
+
+        Every host calls it at the same step.
+        """
+        seconds = time.perf_counter() - self._start
+        timed_steps = self._steps - self._untimed_steps
+        waited = [int(1e6 * self._waited)]
+        sent = np.concatenate([self._counts, self._counts - self._untimed, waited])
+        found = hosts.gather(sent)
+        whole, timed = found.sum(0)[:-1].reshape(2, -1).tolist()
+        n = dict(zip(_NAMES, whole, strict=True))
+        metrics: Values = {
+            "images_per_step": round(n["images"] / max(self._steps, 1), 2),
+            "images_per_row": round(n["images"] / max(n["rows"], 1), 2),
+            "slots_filled": round(n["images"] / max(n["slots"], 1), 4),
+            "fill": round(n["tokens"] / max(n["places"], 1), 4),
+            "unreadable": n["unreadable"],
+        }
+        if timed_steps:
+            n = dict(zip(_NAMES, timed, strict=True))
+            left = self._config.train.steps - step
             metrics |= {
-                "images_per_second": round(images / seconds, 2),
-                "tokens_per_second": round(tokens / seconds, 1),
-                "input_wait": round(self._waited / seconds, 4),
-                "eta_seconds": round(seconds / steps * (self._total_steps - step), 1),
+                "seconds_per_step": round(seconds / timed_steps, 4),
+                "images_per_second": round(n["images"] / seconds, 2),
+                "tokens_per_second": round(n["tokens"] / seconds, 1),
+                # The slowest host's: all wait for it.
+                "input_wait": round(int(found[:, -1].max()) / 1e6 / seconds, 4),
+                "eta_seconds": round(seconds / timed_steps * left, 1),
+                **self._utilization(n, timed_steps, seconds),
             }
         self._restart()
-        return metrics
+        return metrics | _memory()
 
     def start_clock(self) -> None:
         """What went through so far, the step that was compiled, is part of no rate."""
         self._start, self._waited = time.perf_counter(), 0.0
-        self._untimed = (self._steps, self._images, self._tokens)
+        self._untimed_steps, self._untimed = self._steps, self._counts.copy()
+
+    def _utilization(self, n: dict[str, int], steps: int, seconds: float) -> Values:
+        """Model operations a second, and their share of what the devices can do."""
+        pairs = round(n["images"] ** 2 / steps)  # batches hold nearly as many images
+        counts = flops.Counts(n["tokens"], n["squares"], n["images"])
+        if self._config.train.loss != "classification":
+            counts = counts._replace(captions=n["images"], pairs=pairs)
+        rate = flops.train_step(self._config, counts).total / seconds
+        peak = flops.peak(jax.devices()[0].device_kind)
+        values: Values = {"model_tflops_per_second": float(f"{rate / 1e12:.4g}")}
+        if peak is not None:
+            values["mfu"] = round(rate / (peak * self._devices), 4)
+        return values
 
     def _restart(self) -> None:
-        self._steps = self._images = self._unreadable = self._tokens = 0
-        self._rows = self._slots = 0
-        self._fill = 0.0
+        self._steps, self._counts = 0, np.zeros(len(_NAMES), np.int64)
         self.start_clock()
 
 
-def line(metrics: dict[str, float | int], total_steps: int) -> str:
+def line(metrics: Values, total_steps: int) -> str:
     """One logged step as the terminal shows it."""
     text = f"step {metrics['step']:>6}/{total_steps}  loss {metrics['loss']:8.4f}  "
     if "eta_seconds" in metrics:
@@ -104,6 +139,8 @@ def line(metrics: dict[str, float | int], total_steps: int) -> str:
             f"{metrics['tokens_per_second'] / 1e3:7.1f}k tokens/s  "
         )
     text += f"fill {metrics['fill']:6.1%}"
+    if "mfu" in metrics:
+        text += f"  MFU {metrics['mfu']:5.1%}"
     if "eta_seconds" in metrics:
         minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
         text += f"  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
@@ -112,6 +149,25 @@ def line(metrics: dict[str, float | int], total_steps: int) -> str:
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
     return text
+
+
+def _lengths(segment_ids: np.ndarray, slots: int) -> np.ndarray:
+    """Tokens of each slot, `[b, s]`."""
+    rows = len(segment_ids)
+    places = segment_ids + (slots + 1) * np.arange(rows)[:, None]
+    counts = np.bincount(places.reshape(-1), minlength=rows * (slots + 1))
+    return counts.reshape(rows, slots + 1)[:, 1:]
+
+
+def _memory() -> Values:
+    """Of the fullest device of this host, in GiB; nothing where it does not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
+    return {
+        name: round(max(s[key] for s in stats) / 2**30, 3)
+        for name, key in names.items()
+        if all(key in s for s in stats)
+    }
 
 
 def _logged(line: str, until: int) -> bool:

@@ -1,0 +1,137 @@
+"""Several processes that train one model: joining them, and what they agree on.
+
+Every process runs the same program on its own rows. What follows alone is theirs to
+settle; all of it is collective, so all processes call it at the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+log = logging.getLogger("navit")
+
+# How many processes a launcher started: Slurm (of this step), Open MPI, several slices.
+_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    debug: bool = False,
+) -> Iterator[None]:
+    """Joins the processes of a run; nothing where there is one alone.
+
+    Without arguments they are found as jax finds them, on a Cloud TPU slice, in GKE,
+    under Slurm or Open MPI. An error in one process ends it at once, and so the others,
+    which would wait for it for ever.
+
+    Args:
+      coordinator: HOST:PORT of process 0, free there.
+      processes: how many there are; 1 looks for no others.
+      process: which of them this is.
+      debug: show the traceback of any error.
+
+    Raises:
+      ValueError: if only some of the three are given.
+      ConnectionError: if the others cannot be found or reached.
+    """
+    given = (coordinator, processes, process)
+    if processes == 1 or (given == (None,) * 3 and not _started_as_one_of_several()):
+        yield
+        return
+    if None in given and given != (None,) * 3:
+        raise ValueError(
+            f"--coordinator {coordinator}, --processes {processes} and --process "
+            f"{process} go together: give all three, or none on a Cloud TPU slice, in "
+            "GKE, under Slurm or Open MPI"
+        )
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConnectionError(
+            f"cannot join the other processes: {error} (--coordinator HOST:PORT "
+            "--processes N --process I names them; --processes 1 looks for none)"
+        ) from error
+    try:
+        if not first():
+            log.setLevel(logging.WARNING)  # process 0 speaks for all
+        log.info(
+            "%d processes with %d devices each",
+            *(jax.process_count(), jax.local_device_count()),
+        )
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        # Leaving in order would wait for the others, and they wait for this one.
+        expected = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)
+        if debug or not isinstance(error, expected):
+            traceback.print_exc()
+        name = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+        print(f"navit: process {jax.process_index()}: {name}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    jax.distributed.shutdown()
+
+
+def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
+    if "JAX_COORDINATOR_ADDRESS" in env or any(int(env.get(k, 1)) > 1 for k in _SIZES):
+        return True
+    if "TPU_WORKER_HOSTNAMES" in env:
+        return "," in env["TPU_WORKER_HOSTNAMES"]
+    # A virtual machine with TPUs knows only from its metadata whether it is one of
+    # several, and jax reads that; one that is alone joins itself, at no cost.
+    return (
+        env.get("JAX_PLATFORMS", "tpu") == "tpu"
+        and "TPU_SKIP_MDS_QUERY" not in env
+        and importlib.util.find_spec("libtpu") is not None
+        and any(any(Path("/dev").glob(x)) for x in ("accel[0-9]*", "vfio/[0-9]*"))
+    )
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """`values` of every process, stacked."""
+    if jax.process_count() == 1:
+        return values[None]
+    # jax without 64-bit types would round; bytes are bytes.
+    raw = np.ascontiguousarray(values)
+    found = multihost_utils.process_allgather(raw.view(np.uint8))
+    return np.asarray(found).view(values.dtype)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process."""
+    return bool(gather(np.array([flag])).any())
+
+
+def check_same(what: str, value: str) -> None:
+    """Raises ValueError in every process unless all have the same `value`."""
+    found = gather(np.array([zlib.crc32(value.encode())], np.uint32))[:, 0]
+    others = np.flatnonzero(found != found[0]).tolist()
+    if others:
+        mine = value if len(value) < 100 else f"{value[:100]}..."
+        raise ValueError(
+            f"{what} of processes {others} is not that of process 0: run the same "
+            f"command with the same files on all (process {jax.process_index()} has "
+            f"{mine})"
+        )

@@ -1,0 +1,207 @@
+"""Several processes: the same numbers as one, the same last step, no waiting for ever.
+
+Two processes of 4 devices each on this machine, over gloo: the command line itself, in
+processes of its own.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+import navit
+from navit.config import Config, override
+from navit.train import loop
+
+ROOT = Path(__file__).parents[1]
+STEPS = 5
+# Widths that 8 devices can share, fewer images than rows: some devices stay empty.
+OPTIONS = [
+    *("data.rows=8", "data.train.size=14", "train.log_every=1"),
+    *("model.vision.width=32", "model.text.width=32"),
+    *("model.vision.depth=1", "eval.budgets=16"),
+]
+PRESETS = {"replicate": ["mesh.data=8"], "fsdp": ["mesh.data=1", "mesh.fsdp=8"]}
+
+
+def get_config() -> Config:
+    """This file is the config of the processes that it starts."""
+    return override(tiny_config(steps=STEPS), OPTIONS)
+
+
+# Before the command line runs: what the process of this index does at a step.
+MISHAPS = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from navit import cli
+from navit.input import pipeline
+from navit.train import interruption
+interruption._ASK_EVERY = 3
+real = pipeline.train_batches
+def batches(config, source, *, start_step=0, **kwargs):
+    found = real(config, source, start_step=start_step, **kwargs)
+    class Batches:
+        step = start_step
+        def __iter__(self):
+            return self
+        def __next__(self):
+            self.step += 1
+            if self.step == {step} and kwargs["process_index"] == {process}:
+                {mishap}
+            return next(found)
+        def close(self):
+            found.close()
+    return Batches()
+pipeline.train_batches = batches
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(workdir, *options, step=0, process=-1, mishap="pass"):
+    """`navit train` of this file in two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = MISHAPS.format(
+        tests=str(ROOT / "tests"), step=step, process=process, mishap=mishap
+    )
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [
+        *(sys.executable, "-c", code, "train", __file__, *options),
+        *("--workdir", str(workdir), "--coordinator", address, "--processes", "2"),
+    ]
+    return [
+        subprocess.Popen(
+            [*command, "--process", str(i)],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, timeout=240):
+    """Exit statuses and outputs."""
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], outputs
+
+
+def logged(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(workdir, expected):
+    """Losses and parameters after the last step, within 1e-5."""
+    a, b = logged(workdir), logged(expected)
+    assert [x["step"] for x in a] == [x["step"] for x in b] == [*range(1, STEPS + 1)]
+    for name in ("loss", "grad_norm", "images_per_step", "fill", "slots_filled"):
+        np.testing.assert_allclose(
+            [x[name] for x in a], [x[name] for x in b], atol=1e-5, err_msg=name
+        )
+    a, b = navit.load(workdir).model, navit.load(expected).model
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
+    ):
+        # A key's bias has a gradient of exactly 0, and Adam follows its rounding.
+        if ".key.bias" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(x, y, atol=1e-5, err_msg=str(path))
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert loop.train(get_config(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_processes_equal_one_device(one_device, tmp_path, preset):
+    """And so 8 devices of one process, which `test_sharding` compares to one."""
+    codes, outputs = finish(start(tmp_path, *PRESETS[preset]))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "2 processes with 4 devices each" in outputs[0]
+    assert "step " not in outputs[1]  # process 0 speaks for both
+    assert_same(tmp_path, one_device)
+    found, expected = (
+        json.loads((x / "budgets.json").read_text()) for x in (tmp_path, one_device)
+    )
+    assert found["images"] == expected["images"] and found["budgets"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
+    """And the same command goes on to the same end."""
+    mishap = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    options = [*PRESETS["fsdp"], "eval.max_images=2"]
+    codes, outputs = finish(start(tmp_path, *options, step=2, process=1, mishap=mishap))
+    assert codes == [130, 130], "\n".join(outputs)
+    assert "interrupted; saved step 3" in outputs[0]
+    assert [x["step"] for x in logged(tmp_path)] == [1, 2, 3]
+    codes, outputs = finish(start(tmp_path, *options))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "resuming from step 3" in outputs[0]
+    assert_same(tmp_path, one_device)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_ends_all(tmp_path):
+    mishap = "raise ValueError('no disk')"
+    began = time.monotonic()
+    codes, outputs = finish(
+        start(tmp_path, "mesh.data=8", step=3, process=1, mishap=mishap)
+    )
+    assert codes[1] == 1 and codes[0] != 0, "\n".join(outputs)
+    assert "navit: process 1: ValueError: no disk" in outputs[1]
+    assert time.monotonic() - began < 200
+
+
+def test_half_an_address_is_an_error():
+    with (
+        pytest.raises(ValueError, match=r"--process None go together"),
+        hosts.joined("localhost:1234", 2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "env, several",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "t-0:1"}, True),
+        ({"JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_one_of_several_is_told_by_its_environment(env, several):
+    assert hosts._started_as_one_of_several(env) == several
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    hosts.check_same("the config", "a")
+    monkeypatch.setattr(hosts, "gather", lambda x: np.stack([x, x, x + np.uint32(1)]))
+    with pytest.raises(ValueError, match=r"the config of processes \[2\] is not"):
+        hosts.check_same("the config", "a")
