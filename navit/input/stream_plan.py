@@ -64,7 +64,8 @@ class StreamPlans(Sequence):
             )
         assert isinstance(data.train, config.Stream) and data.slots
         self._source, self._data, self._patch_size = source, data, patch_size
-        self._window, self.slots, self._steps = data.train.window, data.slots, steps
+        self._window, self._steps = data.train.window, steps
+        self.slots = self.captions = data.slots
         count = data.rows // process_count
         self._mine = process_index * count, (process_index + 1) * count
         self._start()
