@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,12 +29,19 @@ SMALL = [
 ]
 
 
+# What one process compiled, the next need not.
+_cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
+ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    "JAX_COMPILATION_CACHE_DIR": _cache.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+}
+
+
 def run(*args, cwd=ROOT, **kwargs):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [*NAVIT, *map(str, args)],
         cwd=cwd,
-        env=env,
+        env=ENV,
         capture_output=True,
         text=True,
         timeout=300,
@@ -167,11 +175,10 @@ def test_new_shapes_do_not_compile_again(workdir, rng):
 
 
 def test_ctrl_c_and_the_same_command_again(tmp_path):
-    command = ["train", "configs/photos.py", *SMALL, "train.steps=100"]
-    command += ["train.checkpoint_every=100", "--workdir", str(tmp_path)]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = ["train", "configs/photos.py", *SMALL, "train.steps=40"]
+    command += ["train.checkpoint_every=40", "--workdir", str(tmp_path)]
     with subprocess.Popen(
-        [*NAVIT, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        [*NAVIT, *command], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -181,7 +188,7 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
         rest = process.stdout.read()
     assert process.returncode == 130
     stopped = int(re.search(r"interrupted; saved step (\d+)", rest)[1])
-    assert 2 <= stopped < 100
+    assert 2 <= stopped < 40
     again = run(*command)
     assert again.returncode == 0, again.stderr
     assert f"resuming from step {stopped} " in again.stdout
@@ -192,9 +199,8 @@ def test_killed_while_saving_and_the_same_command_again(tmp_path):
     command = ["train", "configs/photos.py", *SMALL, "train.steps=40"]
     command += ["train.log_every=1", "train.checkpoint_every=1"]
     command += ["--workdir", str(tmp_path)]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with subprocess.Popen(
-        [*NAVIT, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        [*NAVIT, *command], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -308,7 +314,7 @@ def test_killed_with_workers_leaves_nothing_running_and_goes_on_the_same(tmp_pat
     process = subprocess.Popen(
         [*NAVIT, *config, "data.workers=2", "--workdir", str(killed)],
         cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        env=ENV,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
