@@ -389,8 +389,7 @@ class DataConfig:
 
 def _check_stream(data: DataConfig) -> None:
     """Raises ValueError for what needs all sizes before the first image."""
-    plain = {"elastic": 0.0, "budget_per": "image", "caption_rows": None}
-    for name, needed in plain.items():
+    for name, needed in (("elastic", 0.0), ("budget_per", "image")):
         if getattr(data, name) != needed:
             raise ValueError(
                 f"data.{name}={getattr(data, name)} needs a source with random access, "

@@ -300,7 +300,6 @@ def test_the_fingerprint_is_of_the_files(tmp_path, shards):
     [
         ({"elastic": 0.1}, r"data.elastic=0.1 needs .* random access"),
         ({"budget_per": "batch"}, r"data.budget_per=batch needs .* random access"),
-        ({"caption_rows": 2}, r"data.caption_rows=2 needs .* set it to None"),
         ({"slots": None}, "set data.slots"),
         ({"caption_rows": 2}, "set data.captions for data.caption_rows=2"),
         ({"eval": None}, "set data.eval"),

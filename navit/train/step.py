@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,8 @@ def with_captions(
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, rules: Rules
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step; it consumes the state that it is given."""
+) -> Any:
+    """`jax.jit` of (state, batch) -> (state, metrics); it consumes the state."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, config, rules)
