@@ -39,16 +39,22 @@ class Linear(nnx.Linear):
         y = jax.lax.dot_general(
             x, self.kernel[...].astype(self.dtype), contract, out_sharding=out_sharding
         )
-        return y if self.bias is None else _add_bias(y, self.bias[...])
+        if self.bias is None:
+            return y
+        # The gradient of a wide output is summed as it is made.
+        add = _add_bias if self.out_features <= self.in_features else _plus
+        return add(y, self.bias[...])
 
 
-@jax.custom_vjp
-def _add_bias(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
+def _plus(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
     return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
+_add_bias = jax.custom_vjp(_plus)
+
+
 def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
-    return _add_bias(y, bias), bias
+    return _plus(y, bias), bias
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
@@ -56,13 +62,14 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
     # equal results keep the compiler from making a sum of it again.
     rows = jnp.ones_like(gradient[..., :8])
     over = tuple(range(gradient.ndim - 1))
+    sharding = jax.typeof(bias).sharding
     summed = jax.lax.dot_general(
         rows,
         gradient,
         ((over, over), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
-        out_sharding=jax.P(None, *jax.typeof(bias).sharding.spec),
+        out_sharding=None if sharding.mesh.empty else jax.P(None, *sharding.spec),
     )
     return gradient, summed[0]
 
