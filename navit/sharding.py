@@ -104,7 +104,7 @@ def _whole_forward(
 
 
 def _whole_backward(
-    rules: Rules, spec: jax.P, dtype: Any, like: jax.Array, gradient: jax.Array
+    rules: Rules, spec: jax.P, dtype: Any, like: Any, gradient: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
     summed = jax.reshard(gradient.astype(rules.gradients), spec)

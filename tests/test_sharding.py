@@ -65,7 +65,7 @@ def test_rules():
 
 def test_mesh_that_does_not_fit_is_an_error():
     assert jax.device_count() == 8
-    with pytest.raises(ValueError, match=r"mesh.data=3 and mesh.fsdp=3 do not fit 8"):
+    with pytest.raises(ValueError, match=r"mesh.data=3, mesh.fsdp=3, mesh.tensor=1 do not fit 8"):
         make_mesh(MeshConfig(data=3, fsdp=3))
     with pytest.raises(ValueError, match="fit 8 devices"):
         make_mesh(MeshConfig(data=-1, fsdp=16))

@@ -62,14 +62,15 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
     # equal results keep the compiler from making a sum of it again.
     rows = jnp.ones_like(gradient[..., :8])
     over = tuple(range(gradient.ndim - 1))
-    sharding = jax.typeof(bias).sharding
+    alone = jax.sharding.get_abstract_mesh().empty
+    spec = None if alone else jax.P(None, *jax.typeof(bias).sharding.spec)
     summed = jax.lax.dot_general(
         rows,
         gradient,
         ((over, over), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
-        out_sharding=None if sharding.mesh.empty else jax.P(None, *sharding.spec),
+        out_sharding=spec,
     )
     return gradient, summed[0]
 
