@@ -29,7 +29,11 @@ OPTIONS = [
     *("model.vision.width=32", "model.text.width=32"),
     *("model.vision.depth=1", "eval.budgets=16"),
 ]
-PRESETS = {"replicate": ["mesh.data=8"], "fsdp": ["mesh.data=1", "mesh.fsdp=8"]}
+PRESETS = {
+    "replicate": ["mesh.data=8"],
+    "fsdp": ["mesh.data=1", "mesh.fsdp=8"],
+    "fsdp, tensor": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+}
 
 
 def get_config() -> Config:
