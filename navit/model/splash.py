@@ -298,7 +298,7 @@ class _Call:
             out_shape=shapes,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=100 * 2**20,
+                vmem_limit_bytes=self.vmem(),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=work * 2 * pairs * self.width,
@@ -309,6 +309,15 @@ class _Call:
             name=name,
         )(bounds, across, down, *args)
         return result
+
+    def vmem(self) -> int:
+        """Bytes: a row of keys, values and their gradients, twice, and their sums.
+
+        Blocks of logits and what does not fit in registers have 32 MiB.
+        """
+        channels = self.blocks.heads * self.width
+        of_token = channels * (4 * 2 * jnp.dtype(self.dtype).itemsize + 2 * 4)
+        return self.n * (of_token + 2 * LANES * 4) + 32 * 2**20
 
     def head(self, x: Array, i: int) -> Array:
         """`[n, k]` of one head of a block."""
