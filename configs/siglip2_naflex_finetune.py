@@ -20,7 +20,7 @@ from navit.config import (
 
 def get_config() -> Config:
     return Config(
-        model=ModelConfig(remat="dots"),
+        model=ModelConfig(remat="attention"),
         data=DataConfig(
             train=Folder(split="train"),
             eval=Folder(split="eval"),

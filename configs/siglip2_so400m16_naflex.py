@@ -36,7 +36,7 @@ def get_config() -> Config:
             ),
             # log(p / (1 - p)) with p = 1 / BATCH; init=PATH brings its own.
             init_bias=-math.log(BATCH - 1),
-            remat="dots",
+            remat="attention",
         ),
         data=DataConfig(
             train=Folder(),

@@ -444,6 +444,9 @@ class OptimConfig:
 class TrainConfig:
     """How long, which loss, and how often to log and save (in steps).
 
+    `microbatches`: towers take a device's rows in so many parts, one after another,
+    and make each part's activations anew for its gradient: less memory for a third more
+    work. The loss is over the whole batch all the same.
     `loss_implementation`: how the sigmoid loss meets all pairs (`navit.losses`); every
     way has the same value.
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
@@ -453,6 +456,7 @@ class TrainConfig:
 
     steps: int = 1000
     loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    microbatches: int = 1
     loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
     seed: int = 0
     log_every: int = 10
@@ -463,6 +467,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "log_every", "checkpoint_every", "keep")
+        _positive(self, "microbatches")
         if self.loss != "sigmoid" and self.loss_implementation != "auto":
             raise ValueError(
                 f"train.loss_implementation={self.loss_implementation} is a way to the "

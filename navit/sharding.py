@@ -146,20 +146,23 @@ def make_mesh(
         )
     if used == 1 and single:
         return None, Rules()
+    if sizes["tensor"] == 1:
+        del sizes["tensor"]
     shape = tuple(sizes.values())
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
+        outer = (slices, *(1 for _ in shape[1:]))
         grid = mesh_utils.create_hybrid_device_mesh(
-            inner, (slices, 1, 1), devices[:used], allow_split_physical_axes=True
+            inner, outer, devices[:used], allow_split_physical_axes=True
         )
-        explicit = (jax.sharding.AxisType.Explicit,) * 3
+        explicit = (jax.sharding.AxisType.Explicit,) * len(shape)
         mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
     else:
         mesh = jax.make_mesh(shape, tuple(sizes), devices=devices[:used])
     return mesh, Rules(
         ("data", "fsdp"),
         embed="fsdp" if sizes["fsdp"] > 1 else None,
-        tensor="tensor" if sizes["tensor"] > 1 else None,
+        tensor="tensor" if "tensor" in sizes else None,
         gradients=config.gradients,
     )
 
@@ -178,6 +181,12 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def device_kind() -> str:
+    """Of the devices that `platform` is about, as "TPU v6 lite"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

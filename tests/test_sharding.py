@@ -78,7 +78,9 @@ def test_mesh_that_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="fit 8 devices"):
         make_mesh(MeshConfig(data=-1, fsdp=16))
     mesh, _ = make_mesh(MeshConfig(data=2, fsdp=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
+    mesh, _ = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     mesh, rules = make_mesh(MeshConfig(data=1, fsdp=1))
     assert mesh is None and rules == Rules()
 

@@ -84,6 +84,17 @@ def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss)
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
+    expected = loss_and_gradients(make_config("mesh.data=1"), batch)
+    for options in (
+        ("mesh.data=1", "train.microbatches=4"),
+        ("mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"),
+    ):
+        found = loss_and_gradients(make_config(*options), batch)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_images_and_captions_stay_together(batch):
     pooled = jnp.asarray(batch.id, jnp.float32)[..., None] + jnp.arange(3.0)
     images, real = with_captions(pooled, jax.tree.map(jnp.asarray, batch))

@@ -81,6 +81,13 @@ def check_rows(config: Config, devices: int) -> None:
             f"data.rows={rows} is not divisible by {devices} devices: "
             "change it, or set mesh.data and mesh.fsdp to use fewer"
         )
+    parts = config.train.microbatches
+    if rows // devices % ((group or 1) * parts) and parts > 1:
+        raise ValueError(
+            f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
+            f"which train.microbatches={parts} cannot share in whole groups of "
+            f"data.caption_rows={group or 1}: change one of them"
+        )
     if rows // devices % (group or 1):
         raise ValueError(
             f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
