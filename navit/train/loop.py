@@ -75,7 +75,7 @@ def train(
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
     mesh, rules = make_mesh(config.mesh)
-    check_rows(config, mesh.size // mesh.shape["tensor"] if mesh else 1)
+    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:

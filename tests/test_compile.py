@@ -1,0 +1,141 @@
+"""navit compile: what the TPU compiler says of a step, read and summed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from navit.compile import schedule, topology
+from navit.compile.report import part_of
+
+PROGRAM = """HloModule jit_step
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %gather.1 = bf16[16,4]{1,0} all-gather(%p), metadata={op_name="jit(f)/jvp(vision)/while/body/mlp/reshard"}
+  %kernel.1 = bf16[8,4]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"x":"{
+}"}, metadata={op_name="jit(f)/vision/attention/k"}
+  ROOT %fusion.1 = (s32[], bf16[8,4]{1,0}) fusion(%p), kind=kLoop, calls=%inner, metadata={op_name="jit(f)/jvp(vision)/while/body/mlp/dot"}, backend_config={"estimated_cycles":"100"}
+}
+
+%condition (p: (s32[], bf16[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%p, %n), direction=LT
+}
+
+%inner (a: bf16[8,4], b: bf16[4,16]) -> bf16[8,16] {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[4,16]{1,0} parameter(1)
+  %r = f32[8,16]{1,0} all-reduce(%a), to_apply=%add
+  ROOT %dot.1 = bf16[8,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %while.1 = (s32[], bf16[8,4]{1,0}) while(%x), condition=%condition, body=%body, metadata={op_name="jit(f)/jvp(vision)/while"}
+  %unpriced.1 = bf16[8,16]{1,0} fusion(%x), kind=kCustom, calls=%inner, metadata={op_name="jit(f)/loss/dot"}
+  ROOT %unknown.1 = bf16[8,4]{1,0} copy(%x), backend_config={"estimated_cycles":"9223372036854775807"}
+}
+"""
+
+
+def test_operations_run_as_often_as_their_loop():
+    found = {op.name: op for op in schedule.operations(PROGRAM)}
+    assert found["fusion.1"].cycles == 100 and found["fusion.1"].runs == 12
+    assert found["kernel.1"].kernel and found["kernel.1"].runs == 12
+    # Without a price: what its matrix product takes, and nothing for what is unknown.
+    assert found["unpriced.1"].products == 2 * 8 * 16 * 4
+    assert found["fusion.1"].products == 0
+    assert found["unknown.1"].cycles == 0
+
+
+def test_communication_is_counted_where_it_is_fused_too():
+    sent = [x for op in schedule.operations(PROGRAM) for x in op.collectives]
+    assert {(x.kind, x.dtype, x.shape, x.bytes, x.runs) for x in sent} == {
+        ("all-gather", "bf16", (16, 4), 128, 12),
+        ("all-reduce", "f32", (8, 16), 512, 12),
+        ("all-reduce", "f32", (8, 16), 512, 1),
+    }
+
+
+def test_text_that_is_no_program_is_an_error():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        schedule.operations("HloModule nothing\n")
+    with pytest.raises(ValueError, match="no trip count"):
+        schedule.operations(PROGRAM.replace("constant(12)", "parameter(0)"))
+
+
+@pytest.mark.parametrize(
+    "scope, part",
+    [
+        ("jit(train_step)/transpose(jvp(vision))/while/body/mlp/dot_general", "mlp"),
+        ("jit(train_step)/jvp(vision)/embedding/dot_general", "embedding"),
+        ("jit(train_step)/jvp(text)/embedding/gather", "text embedding"),
+        ("jit(train_step)/transpose(jvp(text))/while/body/mlp/add", "text tower"),
+        ("jit(train_step)/jvp(loss)/log", "loss"),
+        ("jit(train_step)/optimizer/sqrt", "optimizer"),
+        ("jit(train_step)/jvp(vision)/while/body/add", "vision, other"),
+        ("", "other"),
+    ],
+)
+def test_parts(scope, part):
+    assert part_of(scope) == part
+
+
+@pytest.mark.parametrize("name", ["v6e", "v4:2x2x1", "v5e:4x4x4", "v5p:4x4", "v6e:ax4"])
+def test_a_slice_that_is_none_is_an_error(name):
+    with pytest.raises(ValueError, match=r"v5e|v5p|v6e"):
+        topology.devices(name)
+
+
+def compile_quickstart(tmp_path, *options):
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    out = tmp_path / "found.json"
+    small = ("data.row_tokens=256", "data.budgets=64,256", "data.slots=4")
+    code = "import sys; from navit.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "compile", "configs/quickstart.py"]
+    done = subprocess.run(
+        [*command, "--topology", "v5e:2x2", "--quick", "--json", out, *small, *options],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return done, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
+def test_a_step_compiles_for_a_slice(tmp_path, gradients):
+    """It fits; weights are gathered in bfloat16; no activation ever moves."""
+    mesh = ("mesh.data=1", "mesh.fsdp=4", f"mesh.gradients={gradients}")
+    done, (found,) = compile_quickstart(tmp_path, "data.rows=8", *mesh)
+    assert done.returncode == 0, done.stdout
+    assert found["fits"] and 0 < found["memory"]["peak"] < found["memory"]["limit"]
+    parts = found["milliseconds"]
+    assert min(parts[x] for x in ("attention", "mlp", "text tower", "optimizer")) > 0
+    assert found["step_milliseconds"] == pytest.approx(sum(parts.values()), rel=1e-3)
+    assert "MFU at most" in done.stdout and "a schedule" in done.stdout
+    rows, tokens, texts = 2, 256, 24
+    for each in found["collectives"]:
+        shape = each["shape"]
+        assert shape[:2] != [rows, tokens] and texts not in shape, each
+        if len(shape) >= 2 and min(shape[-2:]) >= 128:
+            reduced = each["kind"] in ("all-reduce", "reduce-scatter")
+            # The position table's gradient is a product of its own, in float32.
+            expected = {gradients, "float32"} if reduced else {"bfloat16"}
+            names = {"bf16": "bfloat16", "f32": "float32"}
+            assert names[each["dtype"]] in expected, each
+    projections = [x for x in found["collectives"] if x["shape"] == [128, 128]]
+    dtype = {"float32": "f32", "bfloat16": "bf16"}[gradients]
+    sums = {x["dtype"] for x in projections if x["kind"] != "all-gather"}
+    assert sums == {dtype}
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_says_so(tmp_path):
+    mesh = ("mesh.data=1", "mesh.fsdp=4", "model.attention=xla")
+    done, (found,) = compile_quickstart(tmp_path, "data.rows=262144", *mesh)
+    assert done.returncode == 1 and not found["fits"]
+    assert "does NOT fit in 16.0 GiB" in done.stdout
