@@ -30,7 +30,7 @@ from navit.input.stream_plan import Planned, StreamPlans
 log = logging.getLogger("navit")
 
 # What a random key is for, so that no two draws share one.
-_WHICH_TOKENS, _WHICH_CAPTION = 0, 1
+_WHICH_TOKENS, _WHICH_CAPTION = 3, 4
 
 # Where storage gives none of so many images, the trouble is not with the images.
 _NO_ACCIDENT = 8
@@ -118,7 +118,7 @@ def fill_rows(
             if lengths[i] == len(coords):
                 pixels.to_patches(array, patch_size, packed.patches[row, tokens])
             else:
-                rng = np.random.default_rng([seed, rows.epoch, index, _WHICH_TOKENS])
+                rng = np.random.default_rng([seed, rows.epoch, _WHICH_TOKENS, index])
                 kept = np.sort(rng.choice(len(coords), lengths[i], replace=False))
                 patches = np.empty((len(coords), packed.patches.shape[-1]), np.uint8)
                 pixels.to_patches(array, patch_size, patches)
@@ -296,7 +296,7 @@ class Materialize(grain.transforms.Map):
         captions = self._source.captions(index)
         if len(captions) == 1:
             return captions[0]
-        rng = np.random.default_rng([self._data.seed, epoch, index, _WHICH_CAPTION])
+        rng = np.random.default_rng([self._data.seed, epoch, _WHICH_CAPTION, index])
         return captions[rng.integers(len(captions))]
 
     def _report(self, index: int, error: ValueError) -> None:
