@@ -33,8 +33,8 @@ _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
 _SAMPLE, _LATE = 10_000, 2**40
 
 # Rates of dropped tokens at which the rows of such a sample are counted, and moments of
-# a block at which the rate is looked up between them; a batch left out is better than an
-# empty one, so the steps are this much fewer.
+# a block at which the rate is looked up between them. A batch left out is better than
+# an empty one, so the steps are this much fewer.
 _RATES, _MOMENTS = 33, 16
 _FEWER = 0.99
 
@@ -386,7 +386,7 @@ class BatchPlans(Sequence):
     ) -> np.ndarray:
         """Rows that an image takes on average, `[epochs, blocks]`."""
         counts, drop = self._counts, self._data.drop
-        if drop is None:
+        if drop is None or len(rates) == 1:
             return np.ones((epochs, len(counts)))
         before = np.arange(epochs)[:, None] * counts.sum() + np.cumsum(counts) - counts
         moments = (np.arange(_MOMENTS) + 0.5) / _MOMENTS
@@ -399,7 +399,8 @@ class BatchPlans(Sequence):
         drop = self._data.drop
         if drop is None or drop.rate == drop.final_rate:
             return np.zeros(1), np.ones(1)
-        rates = np.linspace(*sorted((drop.rate, drop.final_rate)), _RATES)
+        low, high = sorted((drop.rate, drop.final_rate))
+        rates = np.linspace(low, high, _RATES)
         weights = self._data.budget_weights or (1.0,) * len(self._data.budgets)
         if self._data.budget_per == "image":
             weights = (1.0,)
