@@ -19,6 +19,7 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
+from navit.input.folder import same_table
 from navit.input.kinds import open_source as open_source
 from navit.input.kinds import open_train_source as open_train_source
 from navit.input.mixture import MixtureSource
@@ -47,9 +48,8 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
         if not source.path:
             table = source.table or train.table
             source = dataclasses.replace(source, path=train.path, table=table)
-        same = (source.path, source.table) == (train.path, train.table)
         split = "all" not in (source.split, train.split)
-        if same and split and source.holdout != train.holdout:
+        if split and source.holdout != train.holdout and same_table(source, train):
             raise ValueError(
                 f"data.train.holdout={train.holdout} and data.eval.holdout="
                 f"{source.holdout} differ, so images would be in both parts"
@@ -388,10 +388,19 @@ def _check_positions(
     most = data.most_tokens(vision.patch_size)
     if data.crop is not None and vision.position.kind == "learned_1d":
         vision.position.check(np.array([[1, most]]))
-    # A crop is at most so much wider or higher than its image.
-    for aspect in (1.0, *(data.crop.aspect if data.crop else ())):
-        stretched = np.maximum(1, sizes * [aspect**-0.5, aspect**0.5])
-        vision.position.check(grids_of(stretched, most, data, vision.patch_size))
+    vision.position.check(grids_of(sizes, most, data, vision.patch_size))
+    if data.crop is None:
+        return
+    # A crop is at most so much wider or higher than its image, and a little more as its
+    # sides are whole pixels.
+    low, high = data.crop.aspect
+    area = data.crop.area[0] * min(1.0, low, 1 / high)
+    least = np.maximum(1, sizes.min(-1, keepdims=True) * area**0.5)
+    slack = (least + 0.5) / (least - 0.5)
+    for aspect in (low / slack, high * slack):
+        stretch = np.concatenate([aspect**-0.5, aspect**0.5], -1)
+        grids = grids_of(np.maximum(1, sizes * stretch), most, data, vision.patch_size)
+        vision.position.check(grids)
 
 
 def _start_worker(worker: int, count: int) -> None:
