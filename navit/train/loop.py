@@ -68,7 +68,7 @@ def train(
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
     mesh, rules = make_mesh(config.mesh)
-    check_rows(config, mesh.size // mesh.shape["tensor"] if mesh else 1)
+    check_rows(config, mesh.size // mesh.shape.get("tensor", 1) if mesh else 1)
     with use_mesh(mesh):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
