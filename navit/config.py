@@ -292,7 +292,8 @@ class DataConfig:
     """What is read, and how it is packed.
 
     A global batch is `rows` rows of `row_tokens` tokens with `slots` images at most
-    each (None: twice as many as a row holds on average, to a power of two).
+    each (None: twice as many as a row holds on average, to a power of two; a `Stream`,
+    whose sizes are not known before, needs a number).
 
     Every image takes one of `budgets` (in tokens), drawn anew each epoch by
     `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
@@ -324,7 +325,7 @@ class DataConfig:
     max_upscale: float | None = None
     row_tokens: int = 1024
     rows: int = 8
-    slots: int | None = 8
+    slots: int | None = None
     caption_rows: int | None = None
     captions: int | None = None
     open_rows: int = 16

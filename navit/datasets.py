@@ -24,7 +24,7 @@ class Synthetic:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Photographs in `path` (URLs too) with a table of `file,caption[,label]`.
+    """Photographs in `path` (URLs too) with a table of `file[,caption][,label]`.
 
     `table` is a CSV, JSONL or Parquet file, relative to `path`; empty means the only
     one there. `split` keeps every image ("all"), or sets a share `holdout` of them

@@ -10,6 +10,7 @@ import pytest
 from navit.compile import schedule, topology
 from navit.compile.report import part_of
 
+# ruff: noqa: E501
 PROGRAM = """HloModule jit_step
 
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {

@@ -59,6 +59,13 @@ def bomb(side: int) -> bytes:
     )
 
 
+def odd_tags() -> bytes:
+    """A TIFF whose tags have a type that Pillow trips over."""
+    data = bytearray(encoded(Image.new("RGB", (70, 50)), "TIFF"))
+    data[72] = 2
+    return bytes(data)
+
+
 def odd() -> dict[str, bytes]:
     """Files that are fine, each in its own way."""
     image = halves()
@@ -96,6 +103,7 @@ def damaged(rng, files: dict[str, bytes], count: int) -> dict[str, bytes]:
         "bomb.png": bomb(50_000),
         "html.webp": b"<html><body>404</body></html>",
         "magic.jpg": b"\xff\xd8\xff",
+        "tags.tif": odd_tags(),
         "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage",
     }
     names = sorted(files)

@@ -13,13 +13,14 @@ from helpers import tiny_config
 from PIL import Image
 
 import navit
-from navit.config import Folder, MeshConfig, override
+from navit.config import Folder, MeshConfig, Mixture, Tfds, override
 from navit.evals import budgets
 from navit.input import pipeline
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.train import loop
+from navit.train import hosts, loop
 from navit.train.checkpoint import Checkpoints
+from navit.train.checks import changes
 from navit.train.state import init_state
 
 
@@ -193,6 +194,41 @@ def test_what_decides_nothing_may_change(uninterrupted):
         tiny_config(), ["eval.budgets=4", "train.log_every=1", "data.workers=1"]
     )
     assert loop.train(config, uninterrupted)
+
+
+def test_where_the_data_lies_may_change_and_nothing_else_of_it():
+    def config(path, **options):
+        source = Folder(path, **options)
+        data = dataclasses.replace(tiny_config().data, train=Mixture((source,)))
+        return dataclasses.replace(tiny_config(), data=data)
+
+    before = config("/mnt/a")
+    assert not changes(before, config("/mnt/b", table="t.csv"))
+    assert changes(before, config("/mnt/b", split="train"))
+    for source, other in (
+        (Folder("/mnt/a"), Folder("/mnt/b")),
+        (Tfds("a", data_dir="/mnt/a"), Tfds("a", data_dir="/mnt/b")),
+    ):
+        one, two = (
+            dataclasses.replace(before, data=dataclasses.replace(before.data, train=x))
+            for x in (source, other)
+        )
+        assert not changes(one, two) and changes(one, before)
+
+
+def test_other_data_in_another_process_is_refused(tmp_path, monkeypatch):
+    asked = []
+
+    def check_same(what, value):
+        asked.append(value)
+        if what == "data.train":
+            raise ValueError("data.train of processes [1] is not that of process 0")
+
+    monkeypatch.setattr(hosts, "check_same", check_same)
+    with pytest.raises(ValueError, match=r"data\.train of processes"):
+        loop.train(tiny_config(), tmp_path)
+    source = pipeline.open_train_source(tiny_config().data.train)
+    assert asked[-1] == pipeline.fingerprint(source)
 
 
 def test_load_gives_the_trained_model(uninterrupted):

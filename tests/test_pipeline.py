@@ -14,6 +14,7 @@ from PIL import Image
 
 import navit
 from navit.batch import Batch, PackedImages
+from navit.bench import input as bench_input
 from navit.config import (
     Config,
     Crop,
@@ -186,6 +187,27 @@ def test_the_eval_part_of_a_split_needs_no_second_path():
     # And one of its own is what is read.
     own = DataConfig(train=train, eval=Synthetic(size=3))
     assert len(open_eval_source(own)) == 3
+
+
+@pytest.mark.parametrize("written", ["slash", "dots", "table", "link"])
+def test_parts_of_one_folder_have_one_holdout_however_it_is_written(written, tmp_path):
+    path, table = SAMPLE, ""
+    if written == "slash":
+        path += "/"
+    elif written == "dots":
+        path += "/../sample"
+    elif written == "table":
+        table = "captions.csv"
+    else:
+        path = str(tmp_path / "link")
+        Path(path).symlink_to(SAMPLE)
+    train = Folder(SAMPLE, split="train", holdout=0.2)
+    held = Folder(path, table, split="eval", holdout=0.6)
+    with pytest.raises(ValueError, match=r"holdout=0.2 and data.eval.holdout=0.6"):
+        open_eval_source(DataConfig(train=train, eval=held))
+    assert open_eval_source(
+        DataConfig(train=train, eval=dataclasses.replace(held, holdout=0.2))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -393,10 +415,34 @@ def test_a_position_table_too_small_is_refused_before_any_decode(position):
         train_batches(cfg, Closed(size=40))
 
 
+def test_crops_of_whole_pixels_reach_a_little_farther_than_their_aspect():
+    class Wide(SyntheticSource):
+        def __init__(self) -> None:
+            super().__init__(40)
+            self.sizes = np.full((40, 2), (100, 400), np.int32)
+
+    for size, fits in ((16, False), (20, True)):
+        position = PositionConfig(kind="learned_2d", size=size)
+        cfg = Config(
+            model=ModelConfig(vision=VisionConfig(position=position)),
+            data=DataConfig(budgets=(64,), crop=Crop()),
+        )
+        if fits:
+            train_batches(cfg, Wide()).close()
+        else:
+            with pytest.raises(ValueError, match="ends at 16"):
+                train_batches(cfg, Wide())
+
+
 def test_rows_that_the_processes_cannot_share_are_refused():
     source = open_source(config().data.train)
     with pytest.raises(ValueError, match=r"rows=2 .* 3 processes"):
         train_batches(config(), source, process_count=3)
+
+
+def test_a_benchmark_of_no_batches_is_refused():
+    with pytest.raises(ValueError, match=r"--batches 0 measures nothing"):
+        bench_input.run(config(), 0)
 
 
 class Plain(SyntheticSource):

@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import tracemalloc
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import simplejpeg
 from PIL import Image, ImageFile, features
 
 from navit.input import geometry
+from navit.input import pixels as pixels_lib
 from navit.input.geometry import grid_for
 from navit.input.pixels import _UPRIGHT, load, size_of, to_patches
 
@@ -177,6 +179,15 @@ def test_sixteen_bits_a_channel_keep_their_brightness(rng):
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in wide[..., 0])
     grey = load(png(5, 4, 16, 0, rows), 4, 5)
     assert np.abs(grey - wide[..., :1] / 257).max() <= 1
+
+
+def test_sixteen_bits_a_channel_take_no_more_memory_than_they_need(rng):
+    wide = Image.fromarray(rng.integers(0, 2**16, (500, 600), np.uint16))
+    tracemalloc.start()
+    pixels_lib._to_rgb(wide)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10 * 500 * 600
 
 
 @pytest.mark.parametrize("source", ["file", "array", "pil"])

@@ -175,12 +175,12 @@ def test_every_block_is_planned_once_and_before_it_is_needed(monkeypatch):
 
     monkeypatch.setattr(plan, "plan_block", counted)
     batches = plans(random_sizes(5, 250), data_config(), steps=10**6)
-    per_block = batches._block_steps
-    assert per_block > 2 and asked == [(0, 0), (0, 2)]
+    assert batches._first_steps[1] > 2 and asked == [(0, 0), (0, 2)]
     last = 2 * batches.steps_per_epoch
     for step in range(last):
         batches[step]
-        soon = batches._place(step + (per_block + 1) // 2)[:2]
+        *_, count = batches._place(step)
+        soon = batches._place(step + (count + 1) // 2)[:2]
         batches._planner.submit(len, ()).result()  # what was asked for is there
         assert soon in asked
     assert sorted(set(asked)) == sorted(asked) and len(asked) in (6, 7)
@@ -413,8 +413,8 @@ def test_groups_keep_to_their_places_whatever_is_drawn(overrides):
     assert batches.captions == overrides.get("captions", batches.captions)
     for epoch in (0, 1, 9):
         seen = []
-        for step in range(batches.steps_per_epoch):
-            step += epoch * batches.steps_per_epoch
+        first, end = batches._first_steps[[epoch, epoch + 1]]
+        for step in range(first, end):
             rows = batches[step]
             together = [row for host in hosts for row in as_lists(host[step])]
             assert together == as_lists(rows)
@@ -433,3 +433,52 @@ def test_groups_that_the_hosts_cannot_share_are_refused():
     data = data_config(rows=4, caption_rows=4)
     with pytest.raises(ValueError, match=r"rows=4 over 2 processes .*caption_rows=4"):
         plans(random_sizes(1, 20), data, process_count=2)
+
+
+@pytest.mark.parametrize(("per", "blocks"), [("image", 1), ("batch", 3)])
+@pytest.mark.parametrize(("rate", "final_rate"), [(0.1, 0.8), (0.8, 0.1)])
+def test_epochs_have_the_steps_that_their_rate_of_dropped_tokens_needs(
+    rate, final_rate, per, blocks, monkeypatch
+):
+    monkeypatch.setattr(plan, "_BLOCK_IMAGES", 3000 // blocks)
+    monkeypatch.setattr(plan, "_BLOCK_BATCHES", 1)
+    drop = TokenDrop("constant", rate, final_rate, midpoint=6000.0, timescale=1100.0)
+    data = data_config(
+        budgets=(20, 40), budget_per=per, row_tokens=80, slots=32, rows=2, drop=drop
+    )
+    batches = plans(random_sizes(1, 3000) + 40, data, steps=1600)
+    used: dict[int, int] = {}
+    for step in range(1600):
+        rows = batches[step]
+        assert len(rows.index), step
+        used[rows.epoch] = used.get(rows.epoch, 0) + len(rows.index)
+    used.pop(max(used))  # which the run does not end
+    assert len(used) >= 4
+    assert min(used.values()) > 0.94 * 3000
+    assert sum(used.values()) > 0.95 * 3000 * len(used)
+
+
+def test_what_a_mixture_never_draws_is_counted_and_said():
+    parts = (Part(0, 100, 1.0), Part(100, 10_000, 1.0))
+    batches = plans(random_sizes(1, 10_100), data_config(), parts=parts)
+    assert batches.never_drawn == 9900
+    assert "weights of the mixture leave out 9900 of 10100" in batches.summary()
+    assert "mixture" not in plans(random_sizes(1, 100), data_config()).summary()
+
+
+def test_no_two_draws_share_a_random_key(monkeypatch):
+    keys = []
+    real = np.random.default_rng
+
+    def noted(key):
+        keys.append(tuple(np.trim_zeros(key, "b")) if isinstance(key, list) else key)
+        return real(key)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    parts = (Part(0, 100, 1.0), Part(100, 100, 1.0))
+    options = dict(patch_size=PATCH, epoch=0, parts=parts, block_images=40)
+    for block in range(5):
+        plan_block(random_sizes(1, 200), data_config(), block=block, **options)
+    used = [key for key in keys if isinstance(key, tuple)]
+    # The order and the two parts' are those of every block; the other is its own.
+    assert len(set(used)) == 3 + 5

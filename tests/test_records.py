@@ -363,6 +363,27 @@ def test_labels_are_integers_or_words():
             records.label_text(wrong)
 
 
+def test_a_label_as_long_as_a_book_is_refused():
+    assert records.label_text("a" * 1000) == "a" * 1000
+    with pytest.raises(ValueError, match=r"20000 characters .*is it a caption"):
+        records.label_text("a" * 20_000)
+
+
+def test_names_of_classes_are_a_line_each(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_bytes("a\u2028b\r\nc \n\n".encode())
+    assert records.class_names(str(file)) == ("a\u2028b", "c")
+    file.write_text("a\n\nc\n")
+    with pytest.raises(ValueError, match=r"names.txt: line 2 is empty"):
+        records.class_names(str(file))
+
+
+def test_a_parquet_file_of_no_rows_is_refused(tmp_path):
+    pyarrow.parquet.write_table(parquet_table().slice(0, 0), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="has no records"):
+        open_source(ParquetImages(str(tmp_path)))
+
+
 def test_captions_are_text_one_or_several():
     assert records.texts([b"a", " b\n", "", "c"]) == ("a", "b", "c")
     assert records.texts(np.array([b"a"], object)) == ("a",)

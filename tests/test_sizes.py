@@ -105,7 +105,8 @@ def test_an_interrupted_index_resumed_equals_one_made_at_once(place, monkeypatch
         measure(place, interrupted)
     assert_same(measure(place, counted), whole)
     assert sorted(seen) == list(range(stop, len(IMAGES)))
-    assert not list(place.folder.rglob("*.tmp"))
+    left = sorted(p.name.split("-")[0] for p in place.folder.rglob("*") if p.is_file())
+    assert left == ["sizes", "sizes", "unreadable", "unreadable"]
 
 
 def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
@@ -147,7 +148,13 @@ def test_a_damaged_or_pickled_index_is_made_anew(place, caplog):
     whole = file.read_bytes()
     bomb = io.BytesIO()
     np.savez(bomb, stamp=np.array([{"a": 1}], object))
-    for damage in (whole[:100], whole[:-30], b"", pickle.dumps({}), bomb.getvalue()):
+    flips = []  # another compression (in the central directory), and a password
+    for offset, bit in ((10, 2), (8, 1)):
+        flipped = bytearray(whole)
+        flipped[whole.index(b"PK\x01\x02") + offset] ^= bit
+        flips.append(bytes(flipped))
+    cut = (whole[:100], whole[:-30], b"")
+    for damage in (*cut, pickle.dumps({}), bomb.getvalue(), *flips):
         file.write_bytes(damage)
         assert_same(measure(place), first)
         assert "made anew" in caplog.text
@@ -184,6 +191,17 @@ def test_equal_data_is_described_alike_and_other_data_is_not(place):
 def test_nothing_readable_is_an_error_that_says_why(place):
     with pytest.raises(ValueError, match=r"not one of the 1 .* the set .*not an image"):
         measure(place, lambda i: sizes.Record.of(b"text"), count=1)
+
+
+def test_no_records_at_all_is_an_error(place):
+    with pytest.raises(ValueError, match="the set has no records"):
+        measure(place, count=0)
+
+
+def test_half_a_surrogate_pair_stops_no_index(place):
+    odd = sizes.Record.of(IMAGES[0], "a\ud800", ("b\udfff",))
+    index = measure(place, lambda i: odd, count=2)
+    assert index.labels.tolist() == [b"a?", b"a?"]
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -227,6 +245,17 @@ def test_a_range_of_a_file_reads_as_the_file_does(rng):
             assert file.seek(expected) == expected
             count = int(rng.integers(-1, 200))
             assert file.read(count) == plain.read(count)
+
+
+def test_a_file_left_open_is_closed_when_python_ends(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"a")
+    descriptor = storage._Descriptor(str(tmp_path / "a"))
+    with monkeypatch.context() as ending:
+        ending.setattr(storage, "os", None)  # modules are emptied before
+        descriptor.__del__()
+    with pytest.raises(OSError):
+        os.fstat(descriptor.number)
+    del descriptor.number
 
 
 @pytest.fixture

@@ -86,6 +86,22 @@ def test_labels_are_a_task(folder):
     assert names == ["dog", None, "cat", "dog"]
 
 
+def test_an_image_without_a_caption_is_captioned_by_its_class(folder):
+    source = open_folder(folder, "file,label\n0.png,dog\n1.png,cat\n")
+    assert captions(source) == {"0.png": ("dog",), "1.png": ("cat",)}
+    table = "file,caption,label\n0.png,,dog\n1.png,a cat,cat\n"
+    source = open_folder(folder, table)
+    assert captions(source) == {"0.png": ("dog",), "1.png": ("a cat",)}
+
+
+def test_integer_labels_count_as_integers(folder):
+    labels = (10, 0, 2, 1, 11, -1)
+    lines = "".join(f"{i}.png,x,{label}\n" for i, label in enumerate(labels))
+    task = open_folder(folder, "file,caption,label\n" + lines).tasks["label"]
+    assert task.class_names == ("0", "1", "2", "10", "11")
+    assert task.labels.tolist() == [3, 0, 2, 1, 4, -1]
+
+
 def test_the_sample_opens_with_sizes_as_seen():
     source = FolderSource(Folder(path=str(SAMPLE)))
     assert len(source) == 17
@@ -206,7 +222,7 @@ def test_a_folder_without_a_table_or_with_two_is_named(folder):
         ("t.csv", "", ["t.csv", "no images"]),
         ("t.csv", "file,caption\n", ["t.csv", "no images"]),
         ("t.csv", "file,caption\n0.png,x\ngone.png,y\n", ["t.csv", "gone.png"]),
-        ("t.csv", "file,label\n0.png,dog\n", ["t.csv", "caption"]),
+        ("t.csv", "file,label\n0.png,dog\n1.png,\n", ["t.csv", "2", "caption"]),
         ("t.csv", "image,caption\n0.png,dog\n", ["t.csv", "file", "image"]),
         ("t.csv", "file,caption\n0.png,\n", ["t.csv", "1", "caption"]),
         ("t.csv", "file,caption\n../x.png,y\n", ["t.csv", "../x.png"]),
@@ -216,6 +232,7 @@ def test_a_folder_without_a_table_or_with_two_is_named(folder):
         # A quotation mark that is never closed.
         ("t.csv", 'file,caption\n0.png,"' + "word\n" * 40_000, ["t.csv"]),
         ("t.jsonl", '{"file": "0.png", "caption": "x"}\n{oops\n', ["t.jsonl", "2"]),
+        ("t.jsonl", "\n" + "[" * 200_000 + "\n", ["t.jsonl", "2", "recursion"]),
         ("t.jsonl", "[1, 2]\n", ["t.jsonl", "1", "[1, 2]"]),
         ("t.jsonl", '{"file": 5, "caption": "x"}\n', ["t.jsonl", "1", "file"]),
         ("t.jsonl", '{"file": ["0.png"], "caption": "x"}\n', ["t.jsonl", "1", "file"]),

@@ -98,6 +98,31 @@ def test_signs_of_a_pattern_in_a_real_name_mean_themselves(tmp_path):
     assert len(opened(tmp_path / "a[1]")) == 4
 
 
+def test_a_folder_that_a_glob_matches_is_no_file(tmp_path):
+    (tmp_path / "b.tar").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no .tar file matches .*\*"):
+        opened(tmp_path / "*.tar")
+    write_tar(tmp_path / "a.tar", sample_members(ROWS[:2]))
+    assert len(opened(tmp_path / "*.tar")) == 2
+
+
+def test_a_member_of_negative_size_does_not_hang_the_index(tmp_path, caplog):
+    path = tmp_path / "a.tar"
+    write_tar(path, sample_members(ROWS[:2]))
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[4]
+    data = bytearray(path.read_bytes())
+    header = data[third.offset : third.offset + 512]
+    size = third.offset_data - third.offset
+    header[124:136] = b"\xff" + (-size).to_bytes(11, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[third.offset : third.offset + 512] = header
+    path.write_bytes(data)
+    assert len(opened(path)) == 1
+    assert "has a negative size" in caplog.text
+
+
 @pytest.mark.parametrize(
     "format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 )

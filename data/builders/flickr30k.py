@@ -43,7 +43,7 @@ class Flickr30k(tfds.core.GeneratorBasedBuilder):
         names = {"full": sorted(captions)}
         if splits.exists():
             names = collections.defaultdict(list)
-            for image in json.loads(splits.read_text())["images"]:
+            for image in json.loads(splits.read_text(encoding="utf-8"))["images"]:
                 names[image["split"]].append(image["filename"])
         return {
             split: self._generate_examples(root / "flickr30k-images", files, captions)
@@ -65,7 +65,7 @@ class Flickr30k(tfds.core.GeneratorBasedBuilder):
 def _captions(path):
     """File name -> its captions, in the order of their numbers."""
     found = collections.defaultdict(dict)
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         if line:
             name, caption = line.split("\t", 1)
             file, number = name.rsplit("#", 1)

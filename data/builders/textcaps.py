@@ -48,7 +48,9 @@ class Textcaps(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, annotations, folder):
         captions = {}
-        for row in json.loads(annotations.read_text())["data"]:  # a row a caption
+        for row in json.loads(annotations.read_text(encoding="utf-8"))[
+            "data"
+        ]:  # a row a caption
             captions.setdefault(row["image_id"], []).append(row["caption_str"])
         for image, texts in captions.items():
             yield (

@@ -35,7 +35,13 @@ SAMPLE = Path(__file__).parents[2] / "data/sample"
 
 
 def run(config: Config, batches: int, rounds: int = 3) -> None:
-    """Prints what each stage costs and what the whole pipeline gives."""
+    """Prints what each stage costs and what the whole pipeline gives.
+
+    Raises:
+      ValueError: if there are no batches to measure.
+    """
+    if batches < 1:
+        raise ValueError(f"--batches {batches} measures nothing: give 1 or more")
     source = pipeline.open_source(config.data.train)
     data, patch_size = config.data, config.model.vision.patch_size
     parts = pipeline.parts_of(source)

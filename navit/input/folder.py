@@ -11,16 +11,17 @@ from typing import BinaryIO
 import numpy as np
 
 from navit import config
-from navit.input import sizes, storage
+from navit.input import records, sizes, storage
 from navit.input.kept import Place, digest
 from navit.input.sources import Task
 from navit.input.table import SUFFIXES, read_table
 
 
 class FolderSource:
-    """Photographs in a folder, with a table of `file,caption[,label]`.
+    """Photographs in a folder, with a table of `file[,caption][,label]`.
 
-    A file may stand in several rows, one caption each. Sizes come from the sizes index.
+    A file may stand in several rows, one caption each; one that has none is captioned
+    by the name of its class. Sizes come from the sizes index.
     A file that cannot be read is left out, with a warning that names it.
 
     Raises:
@@ -32,19 +33,12 @@ class FolderSource:
         self._storage = storage.open_storage(folder.path)
         remote = storage.is_remote(folder.path)
         listing = self._storage.listing(folder.path)
-        self._root = folder.path.rstrip("/")
-        if not remote:
-            self._root = str(Path(folder.path).expanduser())
-        if not folder.path or not (listing or Path(self._root).is_dir()):
-            raise FileNotFoundError(
-                f"there is no folder {folder.path!r}: set data.train.path (or "
-                "data.eval.path) to the folder with your images"
-            )
-        table = self._find_table(folder.table, listing)
+        self._root, table = _find(folder, listing)
         with self._opened(table, self._storage.stat(table).size) as file:
             entries = read_table(file, table)
         # Classes are those of the whole table, so that every split numbers them alike.
-        names = sorted({entry.label for entry in entries if entry.label})
+        labels = [records.label_text(entry.label) for entry in entries]
+        names = records.sorted_names({*labels} - {""})
         stats = [self._stat(entry.file, table, listing) for entry in entries]
         index = sizes.measure(
             lambda i: self._inspect(entries[i].file, stats[i].size),
@@ -70,9 +64,9 @@ class FolderSource:
         self.sizes = index.sizes[kept]
         self.tasks = {}
         if names:
-            number = {name: i for i, name in enumerate(names)} | {None: -1, "": -1}
-            ids = np.array([number[e.label] for e in self._entries], np.int32)
-            self.tasks["label"] = Task(tuple(names), ids)
+            number = {name: i for i, name in enumerate(names)} | {"": -1}
+            ids = np.array([number[labels[i]] for i in kept], np.int32)
+            self.tasks["label"] = Task(names, ids)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -81,7 +75,10 @@ class FolderSource:
         return self._storage.read(self.name(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._entries[index].captions
+        if captions := self._entries[index].captions:
+            return captions
+        task = self.tasks["label"]
+        return (task.class_names[task.labels[index]],)
 
     def name(self, index: int) -> str:
         return self._path(self._entries[index].file)
@@ -110,22 +107,6 @@ class FolderSource:
         with open(path, "rb") as opened:  # not kept open, as a shard is
             return sizes.Record.of(opened)
 
-    def _find_table(self, name: str, listing: dict[str, storage.Stat] | None) -> str:
-        names = listing or [p.name for p in Path(self._root).iterdir()]
-        if name:
-            _check_inside(self._root, name, "data.train.table")
-            if name not in names and not (Path(self._root) / name).is_file():
-                raise FileNotFoundError(f"there is no table {self._path(name)}")
-            return self._path(name)
-        found = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
-        if len(found) != 1:
-            what = f"{len(found)} tables" if found else "no .csv, .jsonl or .parquet"
-            raise FileNotFoundError(
-                f"{self._root} has {what}: write one with the columns file,caption"
-                "[,label], or name it with data.train.table"
-            )
-        return self._path(found[0])
-
     def _stat(
         self, file: str, table: str, listing: dict[str, storage.Stat] | None
     ) -> storage.Stat:
@@ -139,6 +120,46 @@ class FolderSource:
                 f"{table} names {file!r}, which is not in {self._root}: add the file "
                 "or delete the line"
             ) from None
+
+
+def same_table(one: config.Folder, other: config.Folder) -> bool:
+    """Whether both read the same table of the same folder, however they write it."""
+    found = []
+    for folder in (one, other):
+        listing = storage.open_storage(folder.path).listing(folder.path)
+        root, table = _find(folder, listing)
+        if not storage.is_remote(root):
+            root, table = str(Path(root).resolve()), str(Path(table).resolve())
+        found.append((root, table))
+    return found[0] == found[1]
+
+
+def _find(
+    folder: config.Folder, listing: dict[str, storage.Stat] | None
+) -> tuple[str, str]:
+    """The folder without a slash at its end, and its table."""
+    root = folder.path.rstrip("/")
+    if not storage.is_remote(folder.path):
+        root = str(Path(folder.path).expanduser())
+    if not folder.path or not (listing or Path(root).is_dir()):
+        raise FileNotFoundError(
+            f"there is no folder {folder.path!r}: set data.train.path (or "
+            "data.eval.path) to the folder with your images"
+        )
+    names, name = listing or [p.name for p in Path(root).iterdir()], folder.table
+    if name:
+        _check_inside(root, name, "data.train.table")
+        if name not in names and not (Path(root) / name).is_file():
+            raise FileNotFoundError(f"there is no table {root}/{name}")
+        return root, f"{root}/{name}"
+    found = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
+    if len(found) != 1:
+        what = f"{len(found)} tables" if found else "no .csv, .jsonl or .parquet"
+        raise FileNotFoundError(
+            f"{root} has {what}: write one with the columns file,caption[,label], or "
+            "name it with data.train.table"
+        )
+    return root, f"{root}/{found[0]}"
 
 
 def _is_in(folder: config.Folder, file: str) -> bool:

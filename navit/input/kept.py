@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,13 @@ from navit.files import write_atomic
 log = logging.getLogger("navit")
 
 _VERSION = "1"
+
+# What numpy and zipfile raise for a damaged file: a flipped bit can ask for a password
+# or an unknown compression (NotImplementedError is a RuntimeError).
+_DAMAGED = (
+    *(OSError, ValueError, EOFError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 class Place(NamedTuple):
@@ -63,7 +71,7 @@ def read_arrays(place: Place, kind: str) -> dict[str, Any] | None:
                 arrays = dict(np.load(file, allow_pickle=False))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             log.warning("%s cannot be read (%s): it is made anew", path, error)
             continue
         if str(arrays.pop("stamp", "")) == f"{_VERSION} {place.fingerprint}":

@@ -19,6 +19,7 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import geometry, pixels, text
+from navit.input.folder import same_table
 from navit.input.kinds import open_source as open_source
 from navit.input.kinds import open_train_source as open_train_source
 from navit.input.mixture import MixtureSource
@@ -30,7 +31,7 @@ from navit.input.stream_plan import Planned, StreamPlans
 log = logging.getLogger("navit")
 
 # What a random key is for, so that no two draws share one.
-_WHICH_TOKENS, _WHICH_CAPTION = 0, 1
+_WHICH_TOKENS, _WHICH_CAPTION = 3, 4
 
 # Where storage gives none of so many images, the trouble is not with the images.
 _NO_ACCIDENT = 8
@@ -47,9 +48,8 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
         if not source.path:
             table = source.table or train.table
             source = dataclasses.replace(source, path=train.path, table=table)
-        same = (source.path, source.table) == (train.path, train.table)
         split = "all" not in (source.split, train.split)
-        if same and split and source.holdout != train.holdout:
+        if split and source.holdout != train.holdout and same_table(source, train):
             raise ValueError(
                 f"data.train.holdout={train.holdout} and data.eval.holdout="
                 f"{source.holdout} differ, so images would be in both parts"
@@ -118,7 +118,7 @@ def fill_rows(
             if lengths[i] == len(coords):
                 pixels.to_patches(array, patch_size, packed.patches[row, tokens])
             else:
-                rng = np.random.default_rng([seed, rows.epoch, index, _WHICH_TOKENS])
+                rng = np.random.default_rng([seed, rows.epoch, _WHICH_TOKENS, index])
                 kept = np.sort(rng.choice(len(coords), lengths[i], replace=False))
                 patches = np.empty((len(coords), packed.patches.shape[-1]), np.uint8)
                 pixels.to_patches(array, patch_size, patches)
@@ -296,7 +296,7 @@ class Materialize(grain.transforms.Map):
         captions = self._source.captions(index)
         if len(captions) == 1:
             return captions[0]
-        rng = np.random.default_rng([self._data.seed, epoch, index, _WHICH_CAPTION])
+        rng = np.random.default_rng([self._data.seed, epoch, _WHICH_CAPTION, index])
         return captions[rng.integers(len(captions))]
 
     def _report(self, index: int, error: ValueError) -> None:
@@ -388,10 +388,19 @@ def _check_positions(
     most = data.most_tokens(vision.patch_size)
     if data.crop is not None and vision.position.kind == "learned_1d":
         vision.position.check(np.array([[1, most]]))
-    # A crop is at most so much wider or higher than its image.
-    for aspect in (1.0, *(data.crop.aspect if data.crop else ())):
-        stretched = np.maximum(1, sizes * [aspect**-0.5, aspect**0.5])
-        vision.position.check(grids_of(stretched, most, data, vision.patch_size))
+    vision.position.check(grids_of(sizes, most, data, vision.patch_size))
+    if data.crop is None:
+        return
+    # A crop is at most so much wider or higher than its image, and a little more as its
+    # sides are whole pixels.
+    low, high = data.crop.aspect
+    area = data.crop.area[0] * min(1.0, low, 1 / high)
+    least = np.maximum(1, sizes.min(-1, keepdims=True) * area**0.5)
+    slack = (least + 0.5) / (least - 0.5)
+    for aspect in (low / slack, high * slack):
+        stretch = np.concatenate([aspect**-0.5, aspect**0.5], -1)
+        grids = grids_of(np.maximum(1, sizes * stretch), most, data, vision.patch_size)
+        vision.position.check(grids)
 
 
 def _start_worker(worker: int, count: int) -> None:

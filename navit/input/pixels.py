@@ -25,12 +25,13 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 # does the filtering: at 256 tokens within about 9 grey levels of the full decode.
 _DCT_MARGIN = 2.0
 
-# What Pillow's readers raise for a damaged file (RuntimeError: AVIF); a bomb's warning
-# is one where warnings are errors.
+# What Pillow's readers raise for a damaged file (RuntimeError: AVIF; TypeError: TIFF);
+# a bomb's warning is one where warnings are errors.
 _DAMAGED = (
     OSError,
     SyntaxError,
     RuntimeError,
+    TypeError,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
@@ -208,10 +209,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own convert clips
-        wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray((wide.clip(0, 65535) // 257).astype(np.uint8)).convert(
-            "RGB"
-        )
+        wide = np.asarray(image).clip(0, 65535)  # never wider than it is: memory
+        return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -14,6 +14,8 @@ from navit.input.kept import Place
 from navit.input.sources import Task
 
 _MAX_UNNAMED = 1_000_000
+# The index keeps all labels at the length of the longest.
+_LONGEST_LABEL = 1000
 
 
 class Raw(NamedTuple):
@@ -112,7 +114,7 @@ def label_text(value: Any) -> str:
     """A label as the index keeps it; "" for none, as a negative number is.
 
     Raises:
-      ValueError: if it is neither an integer nor text.
+      ValueError: if it is neither an integer nor text, or longer than a class is named.
     """
     if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1:
         if len(value) > 1:
@@ -123,6 +125,11 @@ def label_text(value: Any) -> str:
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, str):
+        if len(value) > _LONGEST_LABEL:
+            raise ValueError(
+                f"a label of {len(value)} characters (at most {_LONGEST_LABEL}), "
+                f"{value!r:.40}: is it a caption?"
+            )
         return "" if re.fullmatch(r"\s*-\d+\s*", value) else value.strip()
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(int(value)) if value >= 0 else ""
@@ -187,11 +194,29 @@ def choose(
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """The lines of a text file; an empty path has none."""
+    """The lines of a text file; an empty path has none.
+
+    Raises:
+      ValueError: for an empty line, by which all names after it would be shifted.
+    """
     if not path:
         return ()
-    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip())
+    text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if "" in lines:
+        raise ValueError(
+            f"{path}: line {lines.index('') + 1} is empty, and labels count the lines: "
+            "give it a name, or delete it if they do not count it"
+        )
+    return tuple(lines)
+
+
+def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names in order: integers, where all are, by value."""
+    found = sorted(labels)
+    if all(label.isdecimal() for label in found):
+        found.sort(key=int)
+    return tuple(found)
 
 
 def _inspect(reader: Reader, index: int) -> sizes.Record:

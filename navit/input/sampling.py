@@ -93,6 +93,13 @@ def crop_boxes(rng: np.random.Generator, sizes: np.ndarray, crop: Crop) -> np.nd
     return np.concatenate([corner, box], -1).astype(np.int32)
 
 
+def drop_rate(drop: TokenDrop, seen: np.ndarray) -> np.ndarray:
+    """The share of tokens to drop when so many images have been trained on."""
+    return drop.rate + (drop.final_rate - drop.rate) / (
+        1 + np.exp(-np.clip((seen - drop.midpoint) / drop.timescale, -50, 50))
+    )
+
+
 def kept_tokens(
     rng: np.random.Generator,
     lengths: np.ndarray,
@@ -110,9 +117,7 @@ def kept_tokens(
       seen: how many images were trained on before each.
       longest: the most tokens that any image may have.
     """
-    mean = drop.rate + (drop.final_rate - drop.rate) / (
-        1 + np.exp(-np.clip((seen - drop.midpoint) / drop.timescale, -50, 50))
-    )
+    mean = drop_rate(drop, seen)
     if drop.kind == "beta":
         # u ~ Beta of mean m and variance 0.3 m (1 - m), times the most to drop.
         m = np.clip(mean / drop.most, 1e-6, 1 - 1e-6)

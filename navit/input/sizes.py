@@ -51,7 +51,8 @@ class Record(NamedTuple):
         """Raises ValueError for what is no image."""
         height, width = pixels.size_of(image)
         text = "\0".join(captions)
-        return Record(height, width, label, zlib.crc32(text.encode()))
+        check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
+        return Record(height, width, label, check)
 
 
 class Index(NamedTuple):
@@ -121,7 +122,9 @@ def measure(
         remedy = "navit index --again reads them anew"
         where = f", listed in {listed} ({remedy})" if listed else ""
         log.warning("%d of %d records are left out%s", bad, count, where)
-    if count and not len(index.kept):
+    if not count:
+        raise ValueError(f"{place.identity} has no records")
+    if not len(index.kept):
         reason = next(iter(index.unreadable.values()))
         raise ValueError(
             f"not one of the {count} records of {place.identity} is readable: the "
@@ -148,7 +151,7 @@ class _State:
             else:
                 self.sizes[self.done] = record.height, record.width
                 self.texts[self.done] = record.text
-                self.labels.append(record.label.encode())
+                self.labels.append(record.label.encode(errors="replace"))
             self.done += 1
 
     def index(self) -> Index:

@@ -71,7 +71,7 @@ class Local:
     def glob(self, pattern: str) -> list[str]:
         anchor = Path(pattern).anchor
         parts = Path(anchor or ".").glob(str(Path(pattern).relative_to(anchor)))
-        return sorted(str(p) for p in parts)
+        return sorted(str(p) for p in parts if not p.is_dir())
 
 
 class Remote:
@@ -160,9 +160,9 @@ class _Descriptor:
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "number"):  # and at exit there may be no `os`
+            close(self.number)
 
 
 class _Range(io.RawIOBase):

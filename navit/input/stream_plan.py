@@ -21,7 +21,7 @@ from navit.input.plan import Rows, draw
 from navit.input.stream import Record, StreamSource
 
 # What a random key is for, so that no two draws share one.
-_ORDER, _DRAWS, _GROUPS = 0, 1, 2
+_ORDER, _DRAWS, _GROUPS = 5, 6, 7
 
 # grain closes all rows when an image fits in none: four times as many rows as the
 # plan holds open pad about alike.
@@ -146,7 +146,7 @@ class StreamPlans(Sequence):
             for record in self._source.read(order):
                 usable, error = usable or not record.error, record.error or error
                 number = next(count)
-                rng = np.random.default_rng([data.seed, epoch, number, _DRAWS])
+                rng = np.random.default_rng([data.seed, epoch, _DRAWS, number])
                 if data.sides is not None:
                     budget = sampling.token_budgets(rng, 1, data, self._patch_size)
                 else:

@@ -27,6 +27,8 @@ class Entry(NamedTuple):
 def read_table(file: BinaryIO, table: str) -> list[Entry]:
     """The table's images in order, with all the captions that each has.
 
+    One with a label may have none.
+
     Args:
       table: its name, which says by its suffix what the file holds.
 
@@ -80,8 +82,9 @@ def _entries(rows: Iterable[dict], table: str) -> list[Entry]:
                 f"{row[None][0]!r} on: put a caption with a comma in double quotes"
             )
         name = _column(row, _FILE, table, line)
-        caption = _column(row, _CAPTION, table, line)
-        many = caption if isinstance(caption, list) else [caption]
+        label = None if row.get("label") in (None, "") else str(row["label"])
+        caption = _column(row, _CAPTION, table, line, must=label is None)
+        many = caption if isinstance(caption, list) else [caption] if caption else []
         for field, value in [("file", name), *(("caption", c) for c in many)]:
             if not isinstance(value, str):
                 raise ValueError(
@@ -89,7 +92,6 @@ def _entries(rows: Iterable[dict], table: str) -> list[Entry]:
                 )
         name = PurePath(name).as_posix()
         captions.setdefault(name, []).extend(many)
-        label = None if row.get("label") in (None, "") else str(row["label"])
         if labels.setdefault(name, label) is None:
             labels[name] = label
         elif label not in (None, labels[name]):
@@ -106,7 +108,7 @@ def _json_lines(file: Iterable[str], table: str) -> Iterable[dict]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{table} line {number}: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(
@@ -115,9 +117,13 @@ def _json_lines(file: Iterable[str], table: str) -> Iterable[dict]:
             yield row
 
 
-def _column(row: dict, names: tuple[str, ...], table: str, line: int):  # type: ignore[no-untyped-def]
+def _column(
+    row: dict, names: tuple[str, ...], table: str, line: int, *, must: bool = True
+) -> Any:
     for name in names:
         if row.get(name):
             return row[name]
+    if not must:
+        return None
     found = ", ".join(str(key) for key in row)
     raise ValueError(f"{table} record {line} has no {names[0]!r} (it has: {found})")

@@ -171,6 +171,8 @@ class TarReader:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it keeps all
+                if member.size < 0:  # tarfile would go back to it for ever
+                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 stop = member.offset_data + member.size
                 if stop > length:
                     raise EOFError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
+from typing import Any
 
 import numpy as np
 
+from navit import config as config_lib
 from navit.config import Config
 from navit.input import text
 from navit.input.sources import Source
@@ -19,6 +22,36 @@ log = logging.getLogger("navit")
 
 # So many runs of neighbours are looked at for captions that are too long.
 _RUNS, _RUN = 8, 32
+
+# What may change between the runs that share a work directory: nothing that decides
+# what is computed.
+_FREE = (
+    *("eval.", "mesh.", "data.eval", "data.workers"),
+    *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
+)
+# Where data lies decides nothing either: its fingerprint says whether it is the same.
+_PLACES = ("path", "data_dir", "table")
+
+
+def changes(before: Config, now: Config) -> list[str]:
+    """`key: a -> b` for what decides what a run computes."""
+    before, now = (
+        dataclasses.replace(
+            x, data=dataclasses.replace(x.data, train=_anywhere(x.data.train))
+        )
+        for x in (before, now)
+    )
+    found = config_lib.differences(before, now)
+    return [difference for difference in found if not difference.startswith(_FREE)]
+
+
+def _anywhere(source: config_lib.TrainSource) -> Any:
+    if isinstance(source, config_lib.Mixture):
+        sources = tuple(_anywhere(part) for part in source.sources)
+        return dataclasses.replace(source, sources=sources)
+    names = {field.name for field in dataclasses.fields(source)}
+    blank: Any = {name: "" for name in names & {*_PLACES}}
+    return dataclasses.replace(source, **blank)
 
 
 def check_before(config: Config, source: Source | StreamSource) -> None:

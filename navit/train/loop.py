@@ -25,7 +25,7 @@ from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import check_before, check_finite, check_rows
+from navit.train.checks import changes, check_before, check_finite, check_rows
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, line
@@ -35,13 +35,6 @@ from navit.train.step import make_train_step
 from navit.train.trackers import open_writers
 
 log = logging.getLogger("navit")
-
-# What may change between the runs that share a work directory: nothing that decides
-# what is computed.
-_FREE = (
-    *("eval.", "mesh.", "data.eval", "data.workers"),
-    *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
-)
 
 
 def train(
@@ -196,12 +189,7 @@ def _start(
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
         return state
-    changed = [
-        difference
-        for difference in config_lib.differences(checkpoints.config(), config)
-        if not difference.startswith(_FREE)
-    ]
-    if changed:
+    if changed := changes(checkpoints.config(), config):
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): "
             "choose another --workdir, delete that one, or go back to its settings"
