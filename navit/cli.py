@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--quick",
         action="store_true",
-        help="compile in a tenth of the time: says whether it fits, not how fast it is",
+        help="compile in a fraction of the time: whether it fits, and no times",
     )
     compile_.add_argument("--json", type=Path, help="write the figures here too")
     compile_.set_defaults(run=_compile)

@@ -42,7 +42,8 @@ class Report:
     Attributes:
       fits: whether it fits; where not, `error` is what the compiler said.
       memory: of the device, all in MiB: what is needed at the peak, and of what.
-      milliseconds: of a step, by part; None where the clock is not known.
+      milliseconds: of a step, by part; None where the clock is not known, and of a
+        quick compile.
       unpriced: operations that the compiler put no price on. Their products are
         counted at the device's peak, else they count for nothing.
       model_tflops: of the model on real tokens, of one device's share.
@@ -71,19 +72,18 @@ class Report:
     collectives: list[dict[str, Any]]
 
 
-def compile_program(
-    program: Program, topology: str, *, dump: Path | None, effort: float | None
-) -> Report:
+def compile_program(program: Program, topology: str, *, dump: Path | None) -> Report:
     """Compiles, and reads what the compiler says.
 
     Args:
       dump: where it writes the kernels' schedules (`topology.prepare`); emptied here.
-      effort: from -1 (quick, and slow programs) to 1; None is its default.
+        None compiles at the least effort, which is fast, makes slow programs, and gets
+        no times.
     """
-    options = {} if effort is None else {"exec_time_optimization_effort": effort}
+    options = {"exec_time_optimization_effort": -1.0} if dump is None else None
     start, error, compiled = time.perf_counter(), "", None
     try:
-        compiled = program.lowered.compile(compiler_options=options or None)
+        compiled = program.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as failed:
         error = str(failed)
         if "RESOURCE_EXHAUSTED" not in error and "memory" not in error:
@@ -109,11 +109,10 @@ def compile_program(
         memory["activations"] = found.temp_size_in_bytes / _MIB
         memory["peak"] = needed / _MIB
         operations = schedule.operations(compiled.as_text())
-        kernels = kernel_cycles(dump) if dump is not None else {}
-        unpriced = sum(op.products > 0 and not op.cycles for op in operations)
         collectives = _collectives(operations)
-        if clock is not None:
-            parts = _parts(operations, kernels, clock, peak or 0.0)
+        if dump is not None and clock is not None:
+            unpriced = sum(op.products > 0 and not op.cycles for op in operations)
+            parts = _parts(operations, kernel_cycles(dump), clock, peak or 0.0)
     if dump is not None:
         for file in dump.iterdir():
             file.unlink()
@@ -130,7 +129,7 @@ def compile_program(
         fits=compiled is not None and memory["peak"] <= memory["limit"],
         error=error.split("\n")[0][:500],
         compile_seconds=round(seconds, 1),
-        quick=effort is not None and effort < 0,
+        quick=dump is None,
         memory={name: round(value, 1) for name, value in memory.items()},
         milliseconds=parts and {k: round(v, 3) for k, v in parts.items()},
         step_milliseconds=step and round(step, 3),
@@ -174,7 +173,8 @@ def table(report: Report) -> str:
     lines.append("memory of a device (MiB)")
     lines += [f"  {name:16}{value:>12,.0f}" for name, value in memory.items()]
     if report.milliseconds is None or report.step_milliseconds is None:
-        lines.append(f"no clock is known of {report.device_kind}: no times")
+        why = "compiled in haste" if report.quick else "its clock is not known"
+        lines.append(f"no times: {why}")
     else:
         step = report.step_milliseconds
         lines.append("time of a step by the compiler's schedule (ms)")
@@ -191,8 +191,6 @@ def table(report: Report) -> str:
             f"MFU at most {report.mfu_bound:.1%}; {report.images_per_second:,.0f} "
             f"images/s and {report.tokens_per_second:,.0f} tokens/s a device"
         )
-        if report.quick:
-            lines.append("compiled in haste: do not trust these times")
         lines.append("a schedule: no stalls, no network; it ranks, it does not time")
     lines.append("communication of a step, per device")
     for each in report.collectives:

@@ -30,9 +30,12 @@ def run(
       ValueError: for a slice that does not exist, or that the config does not fit.
       ModuleNotFoundError: without the TPU compiler.
     """
-    dump = Path(tempfile.mkdtemp(prefix="navit-compile-"))
+    # What a quick compile makes is too slow to be timed.
+    dump = None if quick else Path(tempfile.mkdtemp(prefix="navit-compile-"))
     try:
-        topologies.prepare(str(dump))  # before anything below loads libtpu
+        topologies.prepare(
+            None if dump is None else str(dump)
+        )  # before anything below loads libtpu
         from navit.compile import program, report
 
         devices = topologies.devices(topology, config.mesh.slices)
@@ -47,17 +50,18 @@ def run(
                 if budget is None
                 else program.eval_program(config, devices, budget)
             )
-            log.info(
-                "compiling for %s; this takes minutes%s",
-                *(topology, "" if quick else " (--quick: less, and no times)"),
+            wait = (
+                "minutes"
+                if quick
+                else "ten minutes and more (--quick: fewer, no times)"
             )
-            found = report.compile_program(
-                lowered, topology, dump=dump, effort=-1.0 if quick else None
-            )
+            log.info("compiling for %s; this takes %s", topology, wait)
+            found = report.compile_program(lowered, topology, dump=dump)
             print(report.table(found), flush=True)
             reports.append(report.to_json(found))
         if out is not None:
             write_atomic(out, (json.dumps(reports, indent=2) + "\n").encode())
         return 0 if all(each["fits"] for each in reports) else 1
     finally:
-        shutil.rmtree(dump, ignore_errors=True)
+        if dump is not None:
+            shutil.rmtree(dump, ignore_errors=True)
