@@ -183,12 +183,6 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def device_kind() -> str:
-    """Of the devices that `platform` is about, as "TPU v6 lite"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.devices()[0].device_kind if device is None else device.device_kind
-
-
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     """Where on the mesh in use an array from `jax.eval_shape` belongs."""
     mesh = jax.sharding.get_mesh()

@@ -15,7 +15,7 @@ from navit import losses
 from navit.batch import Batch, PackedImages
 from navit.config import Config
 from navit.model.two_tower import TwoTower, normalize
-from navit.sharding import Rules, device_kind
+from navit.sharding import Rules
 from navit.train.state import TrainState
 
 Metrics = dict[str, Array]
@@ -153,14 +153,4 @@ def make_train_step(
             metrics["bias"] = model.bias[...]
         return TrainState(state.step + 1, model, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=_options())
-
-
-def _options() -> dict[str, str] | None:
-    """Of the 128 MiB that v5e and v6e have on the chip, half for one operation.
-
-    The compiler's own default is 16 MiB; larger tiles take 6 % off an MLP's schedule.
-    """
-    if device_kind() in ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"):
-        return {"xla_tpu_scoped_vmem_limit_kib": "65536"}
-    return None
+    return jax.jit(train_step, donate_argnums=0)
