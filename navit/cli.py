@@ -408,7 +408,13 @@ def _plan(args: argparse.Namespace) -> int:
     config = config_lib.load(args.config, args.overrides)
     source = pipeline.open_source(config.data.train)
     patch_size = config.model.vision.patch_size
-    rows = [x for x in args.rows if x >= config.data.most_tokens(patch_size)]
+    most = config.data.most_tokens(patch_size)
+    rows = [x for x in args.rows if x >= most]
+    if short := sorted(set(args.rows) - set(rows)):
+        print(
+            f"not shown: rows of {', '.join(map(str, short))} tokens, as an image may "
+            f"take {most}"
+        )
     found = plan_report.report(
         source.sizes,
         config.data,

@@ -254,14 +254,14 @@ class TokenDrop:
     `kind`: drop the share `rate` of each image ("constant"); a share of Beta
     distribution with that mean, at most `most` ("beta"); or a share that rises with the
     image's length, from `rate - delta` to `rate + delta` ("resolution").
-    The rate moves from `rate` to `final_rate` along a sigmoid in the number of images
-    seen, half way at `midpoint` images, `timescale` images wide. NaViT found that
-    dropping less in the end helps, and more hurts.
+    With `final_rate` the rate moves from `rate` to that along a sigmoid in the number
+    of images seen, half way at `midpoint` images, `timescale` images wide. NaViT found
+    that dropping less in the end helps, and more hurts.
     """
 
     kind: Literal["constant", "beta", "resolution"] = "resolution"
     rate: float = 0.5
-    final_rate: float = 0.5
+    final_rate: float | None = None
     midpoint: float = 0.0
     timescale: float = 1.0
     delta: float = 0.1
@@ -270,12 +270,10 @@ class TokenDrop:
     def __post_init__(self) -> None:
         _positive(self, "timescale", "most")
         top = self.most if self.kind == "beta" else 1.0
-        for name in ("rate", "final_rate"):
-            if not 0 <= getattr(self, name) < top or top > 1:
-                raise ValueError(
-                    f"{name} must be in [0, {top:g}), not {getattr(self, name)}"
-                )
-        low, high = sorted((self.rate, self.final_rate))
+        for name, rate in (("rate", self.rate), ("final_rate", self.last_rate)):
+            if not 0 <= rate < top or top > 1:
+                raise ValueError(f"{name} must be in [0, {top:g}), not {rate}")
+        low, high = sorted((self.rate, self.last_rate))
         if (
             self.kind == "resolution"
             and not 0 <= low - abs(self.delta) <= (high + abs(self.delta)) < 1
@@ -285,6 +283,11 @@ class TokenDrop:
             )
         if not math.isfinite(self.midpoint):
             raise ValueError(f"midpoint is a number of images, not {self.midpoint}")
+
+    @property
+    def last_rate(self) -> float:
+        """At the end of the schedule."""
+        return self.rate if self.final_rate is None else self.final_rate
 
 
 @dataclasses.dataclass(frozen=True)

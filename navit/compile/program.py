@@ -53,8 +53,7 @@ def train_program(config: Config, devices: list[Any]) -> Program:
     Raises:
       ValueError: if the config does not fit the devices.
     """
-    mesh, rules = make_mesh(config.mesh, devices)
-    assert mesh is not None
+    mesh, rules = _mesh(config, devices)
     check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
     rows, slots, captions = _planned(config)
     groups = config.data.rows // (config.data.caption_rows or 1)
@@ -98,8 +97,7 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
 
     Every device takes `eval.batch_tokens` tokens, or 16,384.
     """
-    mesh, rules = make_mesh(config.mesh, devices)
-    assert mesh is not None
+    mesh, rules = _mesh(config, devices)
     on_each = max(1, (config.eval.batch_tokens or 16_384) // budget)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     data = DataConfig(
@@ -134,6 +132,17 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
         parameters=_bytes(model.vision),
         optimizer=0,
     )
+
+
+def _mesh(config: Config, devices: list[Any]) -> tuple[Any, Rules]:
+    mesh, rules = make_mesh(config.mesh, devices)
+    assert mesh is not None
+    if mesh.size != len(devices):
+        raise ValueError(
+            f"the config's mesh has {mesh.size} devices, and the slice {len(devices)}: "
+            "set one of mesh.data and mesh.fsdp to -1, or name a smaller slice"
+        )
+    return mesh, rules
 
 
 def _planned(config: Config) -> tuple[Rows, int, int]:

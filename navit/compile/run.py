@@ -27,8 +27,8 @@ def run(
     """Compiles, prints, and returns the exit code: 1 where something does not fit.
 
     Raises:
-      ValueError: for a slice that does not exist, or that the config does not fit.
-      ModuleNotFoundError: without the TPU compiler.
+      ValueError: for a slice that does not exist, or that the config does not fit, and
+        without the TPU compiler.
     """
     # What a quick compile makes is too slow to be timed.
     dump = None if quick else Path(tempfile.mkdtemp(prefix="navit-compile-"))

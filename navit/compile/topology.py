@@ -45,8 +45,8 @@ def devices(name: str, slices: int = 1) -> list[Any]:
       slices: how many such slices (pods), joined by the data-centre network.
 
     Raises:
-      ValueError: for a name that is none, or a slice that the compiler refuses.
-      ModuleNotFoundError: without libtpu.
+      ValueError: for a name that is none, a slice that the compiler refuses, or where
+        there is no compiler.
     """
     match = _NAME.fullmatch(name)
     if not match:
@@ -61,7 +61,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise ValueError(
             "compiling for a TPU needs its compiler: pip install 'navit[tpu]'"
         ) from error
     from jax.experimental import topologies

@@ -397,9 +397,9 @@ class BatchPlans(Sequence):
     def _rows_by_rate(self) -> tuple[np.ndarray, np.ndarray]:
         """Rates of dropped tokens, and the rows that a sample of the images takes."""
         drop = self._data.drop
-        if drop is None or drop.rate == drop.final_rate:
+        if drop is None or drop.rate == drop.last_rate:
             return np.zeros(1), np.ones(1)
-        low, high = sorted((drop.rate, drop.final_rate))
+        low, high = sorted((drop.rate, drop.last_rate))
         rates = np.linspace(low, high, _RATES)
         weights = self._data.budget_weights or (1.0,) * len(self._data.budgets)
         if self._data.budget_per == "image":
@@ -492,7 +492,7 @@ def _mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
     """What an image takes on average, at the end of the schedule of dropped tokens."""
     seen = float(np.mean(data.crop.area)) ** 0.5 if data.crop else 1.0
     mean = typical_tokens(sizes, data, patch_size, count=10_000, seen=seen)
-    return max(1.0, mean * (1 - data.drop.final_rate if data.drop else 1))
+    return max(1.0, mean * (1 - data.drop.last_rate if data.drop else 1))
 
 
 def _block_images(sizes: np.ndarray, data: DataConfig, patch_size: int) -> int:

@@ -95,7 +95,7 @@ def crop_boxes(rng: np.random.Generator, sizes: np.ndarray, crop: Crop) -> np.nd
 
 def drop_rate(drop: TokenDrop, seen: np.ndarray) -> np.ndarray:
     """The share of tokens to drop when so many images have been trained on."""
-    return drop.rate + (drop.final_rate - drop.rate) / (
+    return drop.rate + (drop.last_rate - drop.rate) / (
         1 + np.exp(-np.clip((seen - drop.midpoint) / drop.timescale, -50, 50))
     )
 

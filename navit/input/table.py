@@ -125,5 +125,11 @@ def _column(
             return row[name]
     if not must:
         return None
+    if given := [name for name in names if name in row]:
+        remedy = "write one, add a label, or delete the line"
+        raise ValueError(
+            f"{table} record {line} ({next(iter(row.values()))}) has an empty "
+            f"{given[0]!r}: {remedy if names is _CAPTION else 'delete the line'}"
+        )
     found = ", ".join(str(key) for key in row)
     raise ValueError(f"{table} record {line} has no {names[0]!r} (it has: {found})")
