@@ -62,7 +62,7 @@ def test_training_on_moves_what_is_not_frozen(frozen, tmp_path, monkeypatch):
         [
             *("train", "configs/siglip2_naflex_finetune.py"),
             *("--workdir", str(tmp_path), f"init={GOLDEN / 'siglip2_b'}"),
-            *("data.train.path=data/sample", "data.rows=2", "mesh.data=1"),
+            *("data.train.path=data/sample", "data.rows=4", "mesh.data=1"),
             *("data.budgets=16,36", "data.row_tokens=64", "eval.budgets=16"),
             *("train.steps=2", "optim.warmup_steps=0", "optim.lr=0.01"),
             *("optim.text_lr=1", f"optim.{frozen}_lr=0"),
@@ -91,7 +91,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(
     command = [
         *("train", "configs/siglip2_naflex_finetune.py", f"init={folder}"),
         *("--workdir", str(tmp_path / "run"), "data.train.path=data/sample"),
-        *("data.rows=2", "mesh.data=1", "data.budgets=16,36", "data.row_tokens=64"),
+        *("data.rows=4", "mesh.data=1", "data.budgets=16,36", "data.row_tokens=64"),
         *("eval.budgets=16", "train.steps=1", "optim.warmup_steps=0"),
     ]
     assert main(command) == 0
