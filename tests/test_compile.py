@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+from navit import flops
 from navit.compile import schedule, topology
 from navit.compile.kernels import Kernel
-from navit.compile.report import _parts, part_of
+from navit.compile.program import Program
+from navit.compile.report import _parts, compile_program, part_of, table
 
 # ruff: noqa: E501
 PROGRAM = """HloModule jit_step
@@ -144,9 +147,23 @@ def test_a_step_compiles_for_a_slice(tmp_path, gradients):
     assert sums == {dtype}
 
 
-@pytest.mark.slow
-def test_what_does_not_fit_says_so(tmp_path):
-    mesh = ("mesh.data=1", "mesh.fsdp=4", "model.attention=xla")
-    done, (found,) = compile_quickstart(tmp_path, "data.rows=262144", *mesh)
-    assert done.returncode == 1 and not found["fits"]
-    assert "does NOT fit in 16.0 GiB" in done.stdout
+class _TooLarge:
+    def compile(self, compiler_options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17.2G of 15.75G hbm")
+
+
+def test_what_does_not_fit_says_so():
+    program = Program(
+        lowered=_TooLarge(),
+        counts=flops.Counts(),
+        flops=flops.Flops(),
+        rows=8,
+        row_tokens=256,
+        devices=4,
+        device_kind="TPU v5 lite",
+        parameters=2**20,
+        optimizer=2**21,
+    )
+    found = compile_program(program, "v5e:2x2", dump=None)
+    assert not found.fits and found.memory["parameters"] == 1
+    assert "does NOT fit in 16.0 GiB\nRESOURCE_EXHAUSTED: 17.2G" in table(found)
