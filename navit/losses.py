@@ -146,16 +146,9 @@ def _total(
     return _with_gradients(images, texts, scale, bias, real, rules, ring)[0]
 
 
-def _forward(*args):  # type: ignore[no-untyped-def]
-    return _with_gradients(*args)
-
-
 def _backward(rules, ring, gradients, above):  # type: ignore[no-untyped-def]
     del rules, ring
     return (*(above * gradient for gradient in gradients), None)
-
-
-_total.defvjp(_forward, _backward)
 
 
 def _with_gradients(
@@ -178,6 +171,9 @@ def _with_gradients(
         in_specs=(rows, rows, one, one, rows),
         out_specs=(one, (rows, rows, one, one)),
     )(images, texts, scale, bias, real)
+
+
+_total.defvjp(_with_gradients, _backward)
 
 
 def _gathered(images, texts, scale, bias, real, *, axes):  # type: ignore[no-untyped-def]

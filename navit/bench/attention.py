@@ -40,8 +40,6 @@ from navit.sharding import make_mesh
 IMPLEMENTATIONS = ("xla", "unpack")
 ROWS = {"xla": (1024,), "splash": (256, 512, 1024), "splash_skip": (2048, 4096, 8192)}
 TOKENS = 16_384
-# Cycles a second.
-CLOCKS = {"v5e": 1.5e9, "v6e": 1.75e9, "v5p": 1.75e9}
 
 
 def main() -> None:
@@ -115,8 +113,9 @@ def _line(
 
 def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:
     """One process for each line: libtpu reads where to write its schedules but once."""
-    if name.partition(":")[0] not in CLOCKS:
-        raise SystemExit(f"--topology {name}: the clock is known of {[*CLOCKS]} alone")
+    known = [kind for kind, chip in topology.CHIPS.items() if chip.clock]
+    if name.partition(":")[0] not in known:
+        raise SystemExit(f"--topology {name}: the clock is known of {known} alone")
     cases = only.split(",") if only else [f"{i}:{n}" for i in ROWS for n in ROWS[i]]
     print(
         f"{heads} heads of {width}, {TOKENS} tokens, {name}; milliseconds by schedule"
@@ -134,7 +133,7 @@ def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:
 def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
     topology.prepare(str(dump))
     implementation, _, row = case.partition(":")
-    n, clock = int(row), CLOCKS[name.partition(":")[0]] / 1000
+    n, clock = int(row), (topology.chip(name).clock or 0.0) / 1000
     mesh, rules = make_mesh(MeshConfig(), topology.devices(name))
     assert mesh is not None
     start = time.perf_counter()

@@ -54,10 +54,10 @@ def train_program(config: Config, devices: list[Any]) -> Program:
       ValueError: if the config does not fit the devices.
     """
     mesh, rules = _mesh(config, devices)
-    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"])
-    rows, slots, captions = _planned(config)
-    groups = config.data.rows // (config.data.caption_rows or 1)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        check_rows(config, rules.size("batch"))
+        rows, slots, captions = _planned(config)
+        groups = config.data.rows // (config.data.caption_rows or 1)
         optimizer = make_optimizer(config.optim, config.train.steps)
         state: TrainState = _place(
             mesh, jax.eval_shape(lambda: init_state(config, optimizer, rules))
@@ -99,17 +99,16 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
     """
     mesh, rules = _mesh(config, devices)
     on_each = max(1, (config.eval.batch_tokens or 16_384) // budget)
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
-    data = DataConfig(
-        budgets=(budget,),
-        row_tokens=budget,
-        rows=on_each * split,
-        slots=1,
-        max_upscale=config.data.max_upscale,
-    )
-    config = dataclasses.replace(config, data=data)
-    rows, slots, _ = _planned(config)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        data = DataConfig(
+            budgets=(budget,),
+            row_tokens=budget,
+            rows=on_each * rules.size("batch"),
+            slots=1,
+            max_upscale=config.data.max_upscale,
+        )
+        config = dataclasses.replace(config, data=data)
+        rows, slots, _ = _planned(config)
         model: TwoTower = _place(
             mesh,
             jax.eval_shape(lambda: TwoTower(config.model, rules, rngs=nnx.Rngs(0))),

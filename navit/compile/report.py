@@ -13,19 +13,11 @@ import jax
 
 from navit import flops
 from navit.compile import schedule
+from navit.compile import topology as topologies
 from navit.compile.kernels import Kernel, kernel_cycles
 from navit.compile.program import Program
 
-_MIB, _GIB = 2**20, 2**30
-
-# By part of `device_kind`: memory of one device in GiB, and the clock in Hz that the
-# compiler's cycles count. Google's data sheets; the clocks follow from the peaks.
-_CHIPS: dict[str, tuple[float, float | None]] = {
-    "TPU v5 lite": (16.0, 1.5e9),
-    "TPU v5": (95.0, 1.75e9),
-    "TPU v6 lite": (32.0, 1.75e9),
-    "TPU7x": (96.0, None),
-}
+_MIB = 2**20
 
 PARTS = (
     *("attention", "mlp", "embedding", "head", "vision, other"),
@@ -89,7 +81,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         if "RESOURCE_EXHAUSTED" not in error and "memory" not in error:
             raise
     seconds = time.perf_counter() - start
-    limit, clock = _chip(program.device_kind)
+    limit, clock = topologies.chip(topology)
     peak = flops.peak(program.device_kind)
     total_flops = program.flops.total / program.devices
     memory = {
@@ -204,13 +196,6 @@ def table(report: Report) -> str:
 
 def to_json(report: Report) -> dict[str, Any]:
     return dataclasses.asdict(report)
-
-
-def _chip(device_kind: str) -> tuple[float, float | None]:
-    for name, chip in _CHIPS.items():
-        if name in device_kind:
-            return chip
-    raise ValueError(f"nothing is known of the memory of {device_kind!r}")
 
 
 def _parts(

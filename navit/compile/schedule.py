@@ -51,7 +51,6 @@ class Operation:
     name: str
     opcode: str
     scope: str
-    shape: str
     cycles: int
     products: float
     runs: int
@@ -103,7 +102,7 @@ def _walk(
         match = _OPERATION.match(line)
         if not match:
             continue
-        name, shape, opcode = match.groups()
+        name, _, opcode = match.groups()
         if opcode == "while":
             found = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line)
             assert found is not None
@@ -131,7 +130,6 @@ def _walk(
             name=name,
             opcode=opcode,
             scope=scope,
-            shape=shape,
             cycles=count,
             products=_products(computations, called) if not count else 0.0,
             runs=runs,

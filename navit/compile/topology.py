@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 # Read when libtpu loads: no metadata server, no lock file, no log files, no warnings.
 _QUIET = {
@@ -19,7 +19,30 @@ _QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 
-_NAME = re.compile(r"(v5e|v5p|v6e|tpu7x):(\d+)x(\d+)(?:x(\d+))?")
+
+class Chip(NamedTuple):
+    """Of one jax device: memory in GiB, and what the compiler's cycles are to a second.
+
+    Google's data sheets; the clocks follow from the peaks.
+    """
+
+    memory: float
+    clock: float | None
+
+
+CHIPS = {
+    "v5e": Chip(16.0, 1.5e9),
+    "v5p": Chip(95.0, 1.75e9),
+    "v6e": Chip(32.0, 1.75e9),
+    "tpu7x": Chip(96.0, None),
+}
+
+_NAME = re.compile(rf"({'|'.join(CHIPS)}):(\d+)x(\d+)(?:x(\d+))?")
+
+
+def chip(name: str) -> Chip:
+    """The chip of a slice such as "v5e:16x16"."""
+    return CHIPS[name.partition(":")[0]]
 
 
 def prepare(dump: str | None = None) -> None:

@@ -68,8 +68,8 @@ def train(
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
     mesh, rules = make_mesh(config.mesh)
-    check_rows(config, mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
     with use_mesh(mesh):
+        check_rows(config, rules.size("batch"))
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
             state = _start(config, data, workdir, rules, checkpoints, initial)
