@@ -58,29 +58,21 @@ class Rules:
         """Split by rows alone, whatever the other axes were."""
         return self("batch", *(None,) * (ndim - 1))
 
-    def gather(self, params: Any, dtype: Any) -> Any:
-        """Undoes `embed` on a tree of parameters; what `tensor` splits stays split.
+    def gather(self, p: jax.Array, dtype: Any) -> jax.Array:
+        """Undoes `embed` on a parameter; what `tensor` splits stays split.
 
-        Matrices are cast to the compute dtype first, so that half the bytes travel. The
-        gradient of a matrix is summed over the devices once, in the dtype `gradients`,
-        and only to where the parameter's shards are.
+        It is cast to the compute dtype first, so that half the bytes travel. Its
+        gradient is summed over the devices once, in the dtype `gradients`, and only to
+        where the parameter's shards are.
         """
-
-        def whole(p: jax.Array) -> jax.Array:
-            if p.ndim < 2:
-                return p  # vectors are whole everywhere
-            if self.batch is None:
-                return p.astype(dtype)
-            return _whole(self, jax.typeof(p).sharding.spec, dtype, p)
-
-        return jax.tree.map(whole, params)
+        if self.batch is None:
+            return p.astype(dtype)
+        return _whole(self, jax.typeof(p).sharding.spec, dtype, p)
 
     def spread(self, x: jax.Array) -> jax.Array:
         """Readies a replicated array for products with rows; for its gradient see
         `gather`."""
-        if self.batch is None:
-            return x
-        return _whole(self, jax.typeof(x).sharding.spec, x.dtype, x)
+        return self.gather(x, x.dtype)
 
     def replicate(self, x: jax.Array) -> jax.Array:
         """Gathers an activation from all devices: communication, said out loud."""
@@ -159,6 +151,8 @@ def make_mesh(
         mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
     else:
         mesh = jax.make_mesh(shape, tuple(sizes), devices=devices[:used])
+    if used == 1:
+        return mesh, Rules()
     return mesh, Rules(
         ("data", "fsdp"),
         embed="fsdp" if sizes["fsdp"] > 1 else None,

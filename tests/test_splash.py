@@ -12,9 +12,22 @@ from navit.model.attention import _choice, attention
 from navit.model.splash import splash, splash_skip, visited
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
+
+
+def separate(kernel, **options):
+    """The kernel as a function of three arrays."""
+
+    def attend(q, k, v, segment_ids):
+        qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q, k, v)], -1)
+        width = dict(width=q.shape[-1])
+        return kernel(qkv, segment_ids, **width, **options).reshape(q.shape)
+
+    return attend
+
+
 KERNELS = {
-    "splash": functools.partial(splash, **SIMULATED),
-    "splash_skip": functools.partial(splash_skip, queries=128, keys=128, **SIMULATED),
+    "splash": separate(splash, **SIMULATED),
+    "splash_skip": separate(splash_skip, queries=128, keys=128, **SIMULATED),
 }
 
 
@@ -71,7 +84,7 @@ def test_equals_the_dense_mask_in_value_and_gradients(kernel, case, rng):
 )
 def test_block_sizes_do_not_matter(blocks, rng):
     args = arrays(rng, [row_of(100, 150, 50, tokens=512)], 2, 64)
-    attend = functools.partial(splash_skip, **blocks, **SIMULATED)
+    attend = separate(splash_skip, **blocks, **SIMULATED)
     out, gradients = with_gradients(attend, *args)
     dense = functools.partial(attention, implementation="xla")
     expected, of_dense = with_gradients(dense, *args)
@@ -160,7 +173,9 @@ def test_remat_can_save_what_the_backward_pass_needs(kernel, capsys):
     policy = jax.checkpoint_policies.save_only_these_names("attention")
 
     def saved(policy):
-        attend = jax.checkpoint(lambda q: kernel(q, q, q, segments), policy=policy)
+        attend = jax.checkpoint(
+            lambda q: separate(kernel)(q, q, q, segments), policy=policy
+        )
         jax.ad_checkpoint.print_saved_residuals(attend, x)
         return capsys.readouterr().out.count("named 'attention'")
 
@@ -174,11 +189,11 @@ def test_errors_name_what_is_wrong():
         kernel(x, x, x, jnp.ones((1, n), jnp.int32))
 
     with pytest.raises(ValueError, match="multiple of 128 tokens, not 200"):
-        call(splash, 200)
+        call(separate(splash), 200)
     with pytest.raises(ValueError, match="multiple of 128 tokens, not 1100"):
-        call(splash_skip, 1100)
+        call(separate(splash_skip), 1100)
     with pytest.raises(ValueError, match=r'2048 tokens .* use "splash_skip"'):
-        call(splash, 2048)
+        call(separate(splash), 2048)
     with pytest.raises(ValueError, match=r"'splash' is a TPU kernel, .* a cpu"):
         call(functools.partial(attention, implementation="splash"), 128)
 

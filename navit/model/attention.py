@@ -60,45 +60,105 @@ def attention(
       ValueError: for an unknown implementation, "unpack" without its bounds, or a TPU
         kernel on another platform or for a row that it does not take.
     """
-    if segment_ids is None:
-        return checkpoint_name(jax.nn.dot_product_attention(q, k, v), SAVED)
-    if implementation is None:
-        less = _less_work(max_segments, max_segment_tokens, q.shape[1])
-        implementation = _choice(platform(), q.shape[1], less)
-    if implementation in _KERNELS:
-        if platform() != "tpu":
-            raise ValueError(
-                f"implementation={implementation!r} is a TPU kernel, and this runs on "
-                f'a {platform()}: use None, "xla" or "unpack"'
-            )
-        # Its backward pass names what it saves by itself.
-        return _per_shard(_KERNELS[implementation], q, k, v, segment_ids)
-    if implementation == "xla":
-        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return checkpoint_name(out, SAVED)
-    if implementation == "unpack":
-        if max_segments is None or max_segment_tokens is None:
-            raise ValueError(
-                'implementation="unpack" needs max_segments and max_segment_tokens, '
-                f"not {max_segments} and {max_segment_tokens}"
-            )
-        if max_segments == 1:
-            out = _per_shard(_row_by_row, q, k, v, segment_ids > 0)
-        else:
-            unpack = functools.partial(_unpack, s=max_segments, m=max_segment_tokens)
-            out = _per_shard(unpack, q, k, v, segment_ids)
-        return checkpoint_name(out, SAVED)
-    raise ValueError(
-        f'implementation {implementation!r} is not one of None, "xla", "unpack", '
-        '"splash", "splash_skip"'
+    width = q.shape[-1]
+    attend = _attend(
+        *(q.shape[1], width, segment_ids is None),
+        *(implementation, max_segments, max_segment_tokens),
     )
+
+    def packed(q: Array, k: Array, v: Array, *ids: Array) -> Array:
+        qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q, k, v)], -1)
+        return attend(qkv, *ids).reshape(q.shape)
+
+    ids = () if segment_ids is None else (segment_ids,)
+    return _per_shard(packed, q, k, v, *ids)
+
+
+def attention_qkvpacked(
+    qkv: Float[Array, "b n c"],
+    segment_ids: Int[Array, "b n"] | None,
+    *,
+    width: int,
+    implementation: str | None = None,
+    max_segments: int | None = None,
+    max_segment_tokens: int | None = None,
+) -> Float[Array, "b n d"]:
+    """`attention` of one array, as one product makes it and a TPU's kernels read it.
+
+    Args:
+      qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
+        Where heads are split over devices, so are they on each device.
+      width: channels of a head.
+    """
+    attend = _attend(
+        *(qkv.shape[1], width, segment_ids is None),
+        *(implementation, max_segments, max_segment_tokens),
+    )
+    ids = () if segment_ids is None else (segment_ids,)
+    return _per_shard(attend, qkv, *ids)
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {
     "splash": splash,
     "splash_skip": splash_skip,
 }
+
+
+def _attend(
+    row_tokens: int,
+    width: int,
+    whole_rows: bool,
+    implementation: str | None,
+    max_segments: int | None,
+    max_segment_tokens: int | None,
+) -> Callable[..., Array]:
+    """What one device does with qkv, and segment ids if there are any."""
+    if whole_rows:
+        return functools.partial(_dense, width=width)
+    if implementation is None:
+        less = _less_work(max_segments, max_segment_tokens, row_tokens)
+        implementation = _choice(platform(), row_tokens, less)
+    if implementation in _KERNELS:
+        if platform() != "tpu":
+            raise ValueError(
+                f"implementation={implementation!r} is a TPU kernel, and this runs on "
+                f'a {platform()}: use None, "xla" or "unpack"'
+            )
+        return functools.partial(_KERNELS[implementation], width=width)
+    if implementation == "xla":
+        return functools.partial(_dense, width=width)
+    if implementation == "unpack":
+        if max_segments is None or max_segment_tokens is None:
+            raise ValueError(
+                'implementation="unpack" needs max_segments and max_segment_tokens, '
+                f"not {max_segments} and {max_segment_tokens}"
+            )
+        return functools.partial(
+            _unpack, width=width, s=max_segments, m=max_segment_tokens
+        )
+    raise ValueError(
+        f'implementation {implementation!r} is not one of None, "xla", "unpack", '
+        '"splash", "splash_skip"'
+    )
+
+
+def _heads(qkv: Float[Array, "b n c"], width: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, `[b, n, h, k]` each."""
+    q, k, v = (x.reshape(*x.shape[:2], -1, width) for x in jnp.split(qkv, 3, -1))
+    return q, k, v
+
+
+def _dense(
+    qkv: Float[Array, "b n c"],
+    segment_ids: Int[Array, "b n"] | None = None,
+    *,
+    width: int,
+) -> Float[Array, "b n d"]:
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    out = jax.nn.dot_product_attention(*_heads(qkv, width), mask=mask)
+    return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
 
 
 def _choice(platform: str, row_tokens: int, less_unpacked: bool) -> str:
@@ -128,12 +188,11 @@ def _less_work(segments: int | None, tokens: int | None, row_tokens: int) -> boo
 
 def _per_shard(attend: Callable[..., Array], *args: Array) -> Array:
     """Rows do not see one another, nor do heads: each device attends to its own."""
-    spec = jax.typeof(args[0]).sharding.spec
-    rows, heads = (*spec, None, None, None)[0:3:2]
+    rows, _, heads = (*jax.typeof(args[0]).sharding.spec, None, None, None)[:3]
     if rows is None and heads is None:
         return attend(*args)
     whole = jax.P(rows, None, heads)
-    specs = tuple(whole if x.ndim == 4 else jax.P(rows) for x in args)
+    specs = tuple(whole if x.ndim > 2 else jax.P(rows) for x in args)
     args = tuple(jax.reshard(x, s) for x, s in zip(args, specs, strict=True))
     # check_vma: a kernel does not say over which axes its results vary.
     mapped: Any = jax.shard_map(
@@ -180,15 +239,17 @@ def _row_by_row(
 
 
 def _unpack(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
+    qkv: Float[Array, "b n c"],
     segment_ids: Int[Array, "b n"],
     *,
+    width: int,
     s: int,
     m: int,
-) -> Float[Array, "b n h k"]:
-    b, n, h, width = q.shape
+) -> Float[Array, "b n d"]:
+    if s == 1:
+        out = _row_by_row(*_heads(qkv, width), segment_ids > 0)
+        return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
+    b, n = segment_ids.shape
     m = min(m, n)
     # Tokens in the order of their segments, padding last: holds for segments in any
     # order, contiguous or not.
@@ -208,14 +269,10 @@ def _unpack(
     within = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, m - 1)
     target = slot * m + within
 
-    def unpacked(x: Float[Array, "b n h k"]) -> Float[Array, "bs m h k"]:
-        x = _move(x.reshape(b, n, h * width), token, keep, target, real)
-        return x.reshape(b * s, m, h, width)
-
-    out = _row_by_row(
-        unpacked(q), unpacked(k), unpacked(v), filled.reshape(b * s, m)
-    ).reshape(b, s * m, h * width)
-    return _move(out, target, real, token, keep).reshape(q.shape)
+    unpacked = _move(qkv, token, keep, target, real).reshape(b * s, m, -1)
+    out = _row_by_row(*_heads(unpacked, width), filled.reshape(b * s, m))
+    out = out.reshape(b, s * m, -1)
+    return checkpoint_name(_move(out, target, real, token, keep), SAVED)
 
 
 @jax.custom_vjp

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
+from navit.model.fused_mlp import Weights, fits, fused_mlp
 from navit.sharding import Rules, platform
 
-# (q, k, v) -> the attended values, `[b, n, h, k]` each.
-Attend = Callable[[Array, Array, Array], Array]
+# `navit.model.attention.attention_qkvpacked` with this batch's segments.
+Attend = Callable[..., Array]
 
 _LINEAR_INIT = jax.nn.initializers.xavier_uniform()
 _BIAS_INIT = jax.nn.initializers.zeros
@@ -29,21 +31,32 @@ def compute_dtype(name: str) -> Any:
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose bias is added, and its gradient summed, in float32."""
+    """`nnx.Linear` that gathers its kernel where it is split over devices, and whose
+    bias is added, and its gradient summed, in float32."""
+
+    def __init__(self, *sizes: int, rules: Rules, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.rules = rules
 
     def __call__(
         self, inputs: Float[Array, "... i"], out_sharding: jax.P | None = None
     ) -> Float[Array, "... o"]:
-        x = inputs.astype(self.dtype)
-        contract = (((x.ndim - 1,), (0,)), ((), ()))
-        y = jax.lax.dot_general(
-            x, self.kernel[...].astype(self.dtype), contract, out_sharding=out_sharding
-        )
+        kernel = self.rules.gather(self.kernel[...], self.dtype)
+        y = _product(inputs.astype(self.dtype), kernel, out_sharding)
         if self.bias is None:
             return y
         # The gradient of a wide output is summed as it is made.
         add = _add_bias if self.out_features <= self.in_features else _plus
         return add(y, self.bias[...])
+
+
+def _product(
+    x: Float[Array, "... i"],
+    kernel: Float[Array, "i o"],
+    out_sharding: jax.P | None = None,
+) -> Float[Array, "... o"]:
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, kernel, contract, out_sharding=out_sharding)
 
 
 def _plus(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
@@ -98,6 +111,7 @@ def linear(
         dtype=dtype,
         kernel_init=init,
         bias_init=bias,
+        rules=rules,
         rngs=rngs,
     )
 
@@ -136,6 +150,29 @@ class Mlp(nnx.Module):
         x = jax.nn.gelu(self.up(x), approximate=True)
         return self.down(x, out_sharding=self.rules.rows(x.ndim))
 
+    def fits(self, x: Float[Array, "b n d"]) -> bool:
+        """Whether this MLP has kernels, here and for x."""
+        hidden, axes = self.up.out_features, self.rules.batch_axes
+        return self.rules.tensor is None and fits(x, hidden, axes)
+
+    def fused(self, norm: Any, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """`x + self(norm(x))` by a TPU's kernels."""
+
+        def vector(layer: Any, size: int) -> Array:
+            return jnp.zeros(size) if layer.bias is None else layer.bias[...]
+
+        up, down = (
+            self.rules.gather(layer.kernel[...], x.dtype)
+            for layer in (self.up, self.down)
+        )
+        width, hidden = up.shape
+        weights = Weights(
+            *(norm.scale[...], vector(norm, width)),
+            *(up, vector(self.up, hidden)),
+            *(down, vector(self.down, width)),
+        )
+        return fused_mlp(x, weights, axes=self.rules.batch_axes)
+
 
 class SelfAttention(nnx.Module):
     """Multi-head attention; what may see what is the caller's `attend`."""
@@ -169,17 +206,59 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], attend: Attend
     ) -> Float[Array, "b n d"]:
-        heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
-        split = self.rules("batch", None, "tensor", None)
-        q, k, v = (
-            jax.lax.reshape(f(x), heads, out_sharding=split)
-            for f in (self.query, self.key, self.value)
+        width = x.shape[-1] // self.num_heads
+        if self.query_norm is None or self.key_norm is None:
+            qkv = self._project(x)
+        else:
+            heads = (*x.shape[:-1], self.num_heads, width)
+            split = self.rules("batch", None, "tensor", None)
+            q, k = (
+                norm(jax.lax.reshape(layer(x), heads, out_sharding=split))
+                for norm, layer in (
+                    (self.query_norm, self.query),
+                    (self.key_norm, self.key),
+                )
+            )
+            v = self.value(x)
+            split = self.rules("batch", None, "tensor")
+            q, k = (jax.lax.reshape(y, v.shape, out_sharding=split) for y in (q, k))
+            qkv = self._side_by_side(q, k, v)
+        return self.out(attend(qkv, width=width), out_sharding=self.rules.rows(x.ndim))
+
+    def _project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n c"]:
+        """Queries, keys and values by one product."""
+        layers = (self.query, self.key, self.value)
+        kernel = self._side_by_side(*(layer.kernel[...] for layer in layers))
+        kernel = self.rules.gather(kernel, self.query.dtype)
+        qkv = _product(x.astype(kernel.dtype), kernel)
+        biases = [layer.bias[...] for layer in layers if layer.bias is not None]
+        return _add_bias(qkv, self._side_by_side(*biases)) if biases else qkv
+
+    def _side_by_side(self, *arrays: Array) -> Array:
+        """Along the last axis; where `tensor` splits it, on each device."""
+        shards = self.rules.size("tensor")
+        if shards == 1:
+            return jnp.concatenate(arrays, -1)
+        *shape, width = arrays[0].shape
+        axes = (*jax.typeof(arrays[0]).sharding.spec, *[None] * len(shape))[
+            : len(shape)
+        ]
+        apart = (*shape, shards, width // shards)
+        split = jax.P(*axes, self.rules.tensor, None)
+        arrays = tuple(jax.lax.reshape(x, apart, out_sharding=split) for x in arrays)
+        return jax.lax.reshape(
+            jnp.stack(arrays, -2),
+            (*shape, len(arrays) * width),
+            out_sharding=jax.P(*axes, self.rules.tensor),
         )
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        together = self.rules("batch", None, "tensor")
-        x = jax.lax.reshape(attend(q, k, v), x.shape, out_sharding=together)
-        return self.out(x, out_sharding=self.rules.rows(x.ndim))
+
+
+def _row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Keeps a TPU's compiler from laying tokens along lanes, as it likes to for norms:
+    then it copies them around every kernel."""
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 class Block(nnx.Module):
@@ -211,8 +290,11 @@ class Block(nnx.Module):
     ) -> Float[Array, "b n d"]:
         # Scopes name the parts in profiles and in `navit compile`.
         with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), attend)
+            x = _row_major(x)
+            x = _row_major(x + self.attention(self.attention_norm(x), attend))
         with jax.named_scope("mlp"):
+            if self.mlp.fits(x):
+                return self.mlp.fused(self.mlp_norm, x)
             return x + self.mlp(self.mlp_norm(x))
 
 
@@ -260,7 +342,7 @@ class Encoder(nnx.Module):
         self, x: Float[Array, "b n d"], attend: Attend
     ) -> Float[Array, "b n d"]:
         def step(x: Array, block: Block) -> tuple[Array, None]:
-            return self.rules.gather(block, self.dtype)(x, attend), None
+            return block(x, attend), None
 
         if self.remat != "none":
             policy = {

@@ -62,16 +62,16 @@ class MapHead(nnx.Module):
         rules: Rules,
         rngs: nnx.Rngs,
     ) -> None:
-        self.num_heads, self.rules, self.dtype = num_heads, rules, dtype
+        self.num_heads, self.rules = num_heads, rules
         shared = dict(use_bias=use_bias, dtype=dtype, rngs=rngs)
-        make = functools.partial(linear, width, width, rules=rules, **shared)
+        make = functools.partial(linear, width, width, **shared)
         init = jax.nn.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, width), jnp.float32))
         # Not split: it meets the probe alone, and no row.
-        self.query = make(names=(None, None))
-        self.key = make(names=("embed", None))
-        self.value = make(names=("embed", None))
-        self.out = make(names=(None, "embed"))
+        self.query = make(names=(None, None), rules=Rules())
+        self.key = make(names=("embed", None), rules=rules)
+        self.value = make(names=("embed", None), rules=rules)
+        self.out = make(names=(None, "embed"), rules=rules)
         self.norm = layer_norm(width, **shared)
         self.mlp = Mlp(width, mlp_dim, rules=rules, **shared)
 
@@ -79,16 +79,15 @@ class MapHead(nnx.Module):
         self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]
     ) -> Float[Array, "b s d"]:
         h, width = self.num_heads, x.shape[-1]
-        gather = functools.partial(self.rules.gather, dtype=self.dtype)
         q = self.rules.spread(self.query(self.probe[...]).reshape(h, width // h))
-        k = gather(self.key)(x).reshape(*x.shape[:2], h, width // h)
+        k = self.key(x).reshape(*x.shape[:2], h, width // h)
         logits = jnp.einsum("hk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)
         logits = logits * (width // h) ** -0.5
         weights = _segment_softmax(logits, member).astype(x.dtype)
-        values = gather(self.value)(x).reshape(k.shape) * weights[..., None]
+        values = self.value(x).reshape(k.shape) * weights[..., None]
         pooled = _segment_sum(values.reshape(x.shape), member).astype(x.dtype)
-        pooled = gather(self.out)(pooled)
-        return pooled + gather(self.mlp)(self.norm(pooled))
+        pooled = self.out(pooled)
+        return pooled + self.mlp(self.norm(pooled))
 
 
 def _segment_sum(

@@ -42,6 +42,7 @@ class Blocks:
     """How a kernel cuts up its work.
 
     Attributes:
+      width: channels of a head.
       heads: computed together; their channels stand side by side in one block.
       queries: in one step of the grid. A multiple of 128 that divides the row.
       keys: in one turn of the loop within a step. The same.
@@ -52,6 +53,7 @@ class Blocks:
       interpret: run on any device, slowly: for tests.
     """
 
+    width: int
     heads: int
     queries: int
     keys: int
@@ -62,20 +64,21 @@ class Blocks:
 
 
 def splash(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
+    qkv: Float[Array, "b n c"],
     segment_ids: Int[Array, "b n"],
     *,
+    width: int,
     interpret: bool | pltpu.InterpretParams = False,
     **blocks: int,
-) -> Float[Array, "b n h k"]:
+) -> Float[Array, "b n d"]:
     """Attention within segments on a TPU, a whole row in one block.
 
     Work grows with n squared; no row is too short for it, and none of up to 1024 tokens
     gains by skipping. Segments may stand in any order.
 
     Args:
+      qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
+      width: channels of a head.
       interpret: `pltpu.InterpretParams()` runs the kernel on a CPU, for tests
         (`interpret=True` does not know all that a TPU does).
       blocks: other sizes than those chosen, see `Blocks`.
@@ -83,7 +86,7 @@ def splash(
     Raises:
       ValueError: if the row is no multiple of 128 tokens, or longer than 1024.
     """
-    n = q.shape[1]
+    n = qkv.shape[1]
     if n > WHOLE_ROW:
         raise ValueError(
             f"a row of {n} tokens is longer than the {WHOLE_ROW} that "
@@ -91,18 +94,17 @@ def splash(
         )
     _check_row(n, "splash")
     plan = dict(queries=n, keys=n) | blocks
-    return _attend(q, k, v, segment_ids, _blocks(q, interpret, **plan))
+    return _attend(qkv, segment_ids, _blocks(qkv, width, interpret, **plan))
 
 
 def splash_skip(
-    q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
+    qkv: Float[Array, "b n c"],
     segment_ids: Int[Array, "b n"],
     *,
+    width: int,
     interpret: bool | pltpu.InterpretParams = False,
     **blocks: int,
-) -> Float[Array, "b n h k"]:
+) -> Float[Array, "b n d"]:
     """Attention within segments on a TPU that skips what no segment needs.
 
     A block of queries visits the keys from the first to the last block that holds one
@@ -111,15 +113,15 @@ def splash_skip(
     is with padding anywhere. Blocks of nothing but padding are 0.
 
     Args:
-      interpret, blocks: see `splash`.
+      qkv, width, interpret, blocks: see `splash`.
 
     Raises:
       ValueError: if the row is no multiple of 128 tokens.
     """
-    n = q.shape[1]
+    n = qkv.shape[1]
     _check_row(n, "splash_skip")
     plan = dict(queries=block_size(n), keys=block_size(n)) | blocks
-    return _attend(q, k, v, segment_ids, _blocks(q, interpret, **plan))
+    return _attend(qkv, segment_ids, _blocks(qkv, width, interpret, **plan))
 
 
 def block_size(row_tokens: int) -> int:
@@ -158,8 +160,8 @@ def _check_row(n: int, name: str) -> None:
         )
 
 
-def _blocks(q: Array, interpret: Any, **sizes: int) -> Blocks:
-    _, n, h, width = q.shape
+def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
+    n, h = qkv.shape[1], qkv.shape[2] // (3 * width)
     groups = [g for g in range(1, h + 1) if h % g == 0]
     # Heads at a time: two fill the gaps in one another's schedule, and more those that
     # short rows leave. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
@@ -172,50 +174,57 @@ def _blocks(q: Array, interpret: Any, **sizes: int) -> Blocks:
         chunk=min(512, sizes["queries"]),
         chunk_backward=min(256, sizes["queries"]),
     )
-    return Blocks(**(plan | sizes), lanes=bool(lanes), interpret=interpret)
+    return Blocks(**(plan | sizes), width=width, lanes=bool(lanes), interpret=interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, segment_ids: Array, blocks: Blocks) -> Array:
-    return _attend_forward(q, k, v, segment_ids, blocks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(qkv: Array, segment_ids: Array, blocks: Blocks) -> Array:
+    return _attend_forward(qkv, segment_ids, blocks)[0]
 
 
 def _attend_forward(
-    q: Array, k: Array, v: Array, segment_ids: Array, blocks: Blocks
+    qkv: Array, segment_ids: Array, blocks: Blocks
 ) -> tuple[Array, tuple[Array, ...]]:
-    call = _Call(q, segment_ids, blocks)
+    call = _Call(qkv, segment_ids, blocks)
     out, lse = call(
         functools.partial(_forward_kernel, call),
-        (call.flat(q), call.flat(k), call.flat(v)),
-        inputs=(call.queries, call.row, call.row),
-        outputs=(call.queries, call.statistics),
+        call.three(qkv),
+        inputs=(call.queries(0), call.row(1), call.row(2)),
+        outputs=(call.queries(0), call.statistics),
+        shapes=(call.shape(1), call.statistics_shape),
         scratch=(),
         work=2,
         name="splash_forward",
     )
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return call.whole(out), (q, k, v, segment_ids, out, lse)
+    return call.flat(out), (qkv, segment_ids, out, lse)
 
 
 def _attend_backward(
     blocks: Blocks, saved: tuple[Array, ...], gradient: Array
 ) -> tuple[Array | None, ...]:
-    q, k, v, segment_ids, out, lse = saved
-    call = _Call(q, segment_ids, blocks)
-    total = pltpu.VMEM((blocks.heads * q.shape[3], q.shape[1]), jnp.float32)
-    found = call(
+    qkv, segment_ids, out, lse = saved
+    call = _Call(qkv, segment_ids, blocks)
+    channels = blocks.heads * call.width
+    total = pltpu.VMEM((channels, call.n), jnp.float32)
+    ready = (3, call.n, channels) if blocks.lanes else (3, channels, call.n)
+    (found,) = call(
         functools.partial(_backward_kernel, call),
-        (*map(call.flat, (q, k, v)), out, call.flat(gradient.astype(q.dtype)), lse),
+        (*call.three(qkv), out, call.flat(gradient.astype(qkv.dtype)), lse),
         inputs=(
-            *(call.queries, call.row, call.row),
-            *(call.queries, call.queries, call.statistics),
+            *(call.queries(0), call.row(1), call.row(2)),
+            *(call.queries(0), call.queries(0), call.statistics),
         ),
-        outputs=(call.queries, call.row, call.row),
-        scratch=(total, total),
+        outputs=(pl.BlockSpec(memory_space=pl.ANY),),
+        shapes=(call.shape(3),),
+        scratch=(
+            *(pltpu.VMEM(ready, qkv.dtype), pltpu.SemaphoreType.DMA((3,))),
+            *(total, total),
+        ),
         work=5,
         name="splash_backward",
     )
-    return (*map(call.whole, found), None)
+    return call.flat(found), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -224,36 +233,53 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _Call:
     """One call's shapes, and what both kernels share."""
 
-    def __init__(self, q: Array, segment_ids: Array, blocks: Blocks) -> None:
-        self.b, self.n, self.h, self.width = q.shape
-        self.dtype, self.blocks = q.dtype, blocks
+    def __init__(self, qkv: Array, segment_ids: Array, blocks: Blocks) -> None:
+        self.b, self.n, channels = qkv.shape
+        self.width = blocks.width
+        self.h = channels // (3 * self.width)
+        self.dtype, self.blocks = qkv.dtype, blocks
         self.segment_ids = segment_ids
-        self.steps = self.n // blocks.queries
+        self.steps, self.groups = self.n // blocks.queries, self.h // blocks.heads
         self.whole_row = self.n == blocks.queries == blocks.keys
         self.scale = self.width**-0.5
-        self.queries = self._spec(blocks.queries, lambda i: i)
-        self.row = self._spec(self.n, lambda i: 0)
         self.statistics = pl.BlockSpec(
             (None, None, blocks.heads, blocks.queries), lambda b, h, i, *_: (b, h, 0, i)
         )
-
-    def _spec(self, tokens: int, index: Any) -> pl.BlockSpec:
-        channels = self.blocks.heads * self.width
-        if self.blocks.lanes:
-            return pl.BlockSpec(
-                (None, tokens, channels), lambda b, h, i, *_: (b, index(i), h)
-            )
-        return pl.BlockSpec(
-            (None, channels, tokens), lambda b, h, i, *_: (b, h, index(i))
+        self.statistics_shape = jax.ShapeDtypeStruct(
+            (self.b, self.groups, blocks.heads, self.n), jnp.float32
         )
 
+    def queries(self, part: int) -> pl.BlockSpec:
+        """A block of tokens and one group of heads; parts 0, 1, 2 are q, k, v."""
+        return self._spec(part, self.blocks.queries, lambda i: i)
+
+    def row(self, part: int) -> pl.BlockSpec:
+        """All tokens of a row, and one group of heads."""
+        return self._spec(part, self.n, lambda i: 0)
+
+    def _spec(self, part: int, tokens: int, block: Any) -> pl.BlockSpec:
+        channels, first = self.blocks.heads * self.width, part * self.groups
+        if self.blocks.lanes:
+            return pl.BlockSpec(
+                (None, tokens, channels), lambda b, h, i, *_: (b, block(i), first + h)
+            )
+        return pl.BlockSpec(
+            (None, channels, tokens), lambda b, h, i, *_: (b, first + h, block(i))
+        )
+
+    def shape(self, parts: int) -> jax.ShapeDtypeStruct:
+        channels = parts * self.h * self.width
+        row = (self.n, channels) if self.blocks.lanes else (channels, self.n)
+        return jax.ShapeDtypeStruct((self.b, *row), self.dtype)
+
     def flat(self, x: Array) -> Array:
-        x = x.reshape(self.b, self.n, self.h * self.width)
+        """To the layout of the blocks, and back."""
         return x if self.blocks.lanes else x.swapaxes(1, 2)
 
-    def whole(self, x: Array) -> Array:
-        x = x if self.blocks.lanes else x.swapaxes(1, 2)
-        return x.reshape(self.b, self.n, self.h, self.width)
+    def three(self, qkv: Array) -> tuple[Array, Array, Array]:
+        """One array thrice: blocks say what is read of it."""
+        flat = self.flat(qkv)
+        return flat, flat, flat
 
     def __call__(
         self,
@@ -262,6 +288,7 @@ class _Call:
         *,
         inputs: tuple[pl.BlockSpec, ...],
         outputs: tuple[pl.BlockSpec, ...],
+        shapes: tuple[jax.ShapeDtypeStruct, ...],
         scratch: tuple[Any, ...],
         work: int,
         name: str,
@@ -271,20 +298,14 @@ class _Call:
         across = jnp.broadcast_to(ids[:, None], (b, SUBLANES, n))
         down = jnp.broadcast_to(ids[:, :, None], (b, n, LANES))
         bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
-        shapes = [
-            jax.ShapeDtypeStruct((b, h // blocks.heads, blocks.heads, n), jnp.float32)
-            if spec is self.statistics
-            else jax.ShapeDtypeStruct(args[0].shape, self.dtype)
-            for spec in outputs
-        ]
         pairs = b * h * n * min(n, WHOLE_ROW)
-        arrays: list[Any] = [*args, *shapes]
+        arrays: list[Any] = [*args[2:], *shapes]
         bytes_moved = sum(x.size * x.dtype.itemsize for x in arrays)
         result: Sequence[Array] = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
-                grid=(b, h // blocks.heads, self.steps),
+                grid=(b, self.groups, self.steps),
                 in_specs=[
                     pl.BlockSpec(
                         (None, SUBLANES, blocks.queries), lambda b, h, i, *_: (b, 0, i)
@@ -295,9 +316,9 @@ class _Call:
                 out_specs=list(outputs),
                 scratch_shapes=scratch,
             ),
-            out_shape=shapes,
+            out_shape=list(shapes),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=self.vmem(),
             ),
             cost_estimate=pl.CostEstimate(
@@ -311,12 +332,12 @@ class _Call:
         return result
 
     def vmem(self) -> int:
-        """Bytes: a row of keys, values and their gradients, twice, and their sums.
+        """Bytes: a row of keys and values twice, its gradients, and the sums of two.
 
         Blocks of logits and what does not fit in registers have 32 MiB.
         """
         channels = self.blocks.heads * self.width
-        of_token = channels * (4 * 2 * jnp.dtype(self.dtype).itemsize + 2 * 4)
+        of_token = channels * ((2 * 2 + 3) * jnp.dtype(self.dtype).itemsize + 2 * 4)
         return self.n * (of_token + 2 * LANES * 4) + 32 * 2**20
 
     def head(self, x: Array, i: int) -> Array:
@@ -434,9 +455,9 @@ def _backward_kernel(
     out: Any,
     gradient: Any,
     lse: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
+    dqkv: Any,
+    ready: Any,
+    sent: Any,
     dk_total: Any,
     dv_total: Any,
 ) -> None:
@@ -474,25 +495,52 @@ def _backward_kernel(
             x = call.dot(kt[h], ds, (1, 0))
             found.append(x if carry is None else carry[i] + x)
         if call.whole_row:
-            call.store(dk, [x / LOG2E for x in dks])
-            call.store(dv, dvs)
-        else:
-            dk_total[:, keys] += jnp.concatenate(dks)
-            dv_total[:, keys] += jnp.concatenate(dvs)
+            return found, dks, dvs
+        dk_total[:, keys] += jnp.concatenate(dks)
+        dv_total[:, keys] += jnp.concatenate(dvs)
         return found
 
-    start = None
-    if not call.whole_row:
+    # Gradients go out from `ready`, while the next group of heads is worked on.
+    row, group, step = (pl.program_id(i) for i in range(3))
+
+    def copies() -> list[Any]:
+        channels = g * width
+        found = []
+        for part in range(3):
+            start = part * call.h * width + group * channels
+            at = pl.ds(pl.multiple_of(start, math.gcd(channels, LANES)), channels)
+            to = dqkv.at[row, :, at] if call.blocks.lanes else dqkv.at[row, at]
+            found.append(pltpu.make_async_copy(ready.at[part], to, sent.at[part]))
+        return found
+
+    def wait() -> None:
+        for copy in copies():
+            copy.wait()
+
+    def send(dks: list[Array], dvs: list[Array]) -> None:
+        call.store(ready.at[1], [x / LOG2E for x in dks])
+        call.store(ready.at[2], dvs)
+        for copy in copies():
+            copy.start()
+
+    start, n = None, len(chunks)
+    if call.whole_row:
+        found, dks, dvs = call.over_keys(bounds, visit, None)
+    else:
         start = [jnp.zeros((width, chunk), jnp.float32)] * len(work)
-    found = call.over_keys(bounds, visit, start)
-    n = len(chunks)
+        found = call.over_keys(bounds, visit, start)
+    pl.when((group > 0) & (step == 0))(wait)
     heads = [jnp.concatenate(found[h * n : (h + 1) * n], 1) for h in range(g)]
+    queries = pl.ds(step * call.blocks.queries, call.blocks.queries)
+    dq = ready.at[0, queries] if call.blocks.lanes else ready.at[0, :, queries]
     call.store(dq, [x * call.scale for x in heads])
+    if call.whole_row:
+        send(dks, dvs)
+    else:
+        rows = [slice(h * width, (h + 1) * width) for h in range(g)]
 
-    if not call.whole_row:
-
-        @pl.when(pl.program_id(2) == call.steps - 1)
+        @pl.when(step == call.steps - 1)
         def _() -> None:
-            rows = [slice(h * width, (h + 1) * width) for h in range(g)]
-            call.store(dk, [dk_total[x] / LOG2E for x in rows])
-            call.store(dv, [dv_total[x] for x in rows])
+            send([dk_total[x] for x in rows], [dv_total[x] for x in rows])
+
+    pl.when((group == call.groups - 1) & (step == call.steps - 1))(wait)

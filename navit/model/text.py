@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.config import ModelConfig
-from navit.model.attention import attention
+from navit.model.attention import attention_qkvpacked
 from navit.model.encoder import Encoder, compute_dtype, linear
 from navit.sharding import Rules
 
@@ -79,10 +79,9 @@ class Text(nnx.Module):
                 f"token_ids {token_ids.shape} must have {self.config.length} tokens "
                 "each: the last position is pooled, so pad to the trained length"
             )
-        gather = functools.partial(self.rules.gather, dtype=self.dtype)
         with jax.named_scope("embedding"):
-            table = gather(self.embedding[...])
+            table = self.rules.gather(self.embedding[...], self.dtype)
             x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
             x = x.astype(jnp.float32) + self.position[...]
-        x = self.encoder(x, functools.partial(attention, segment_ids=None))
-        return gather(self.head)(x[:, -1]).astype(jnp.float32)
+        x = self.encoder(x, functools.partial(attention_qkvpacked, segment_ids=None))
+        return self.head(x[:, -1]).astype(jnp.float32)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from navit.batch import PackedImages
 from navit.config import ModelConfig
-from navit.model.attention import attention
+from navit.model.attention import attention_qkvpacked
 from navit.model.encoder import Encoder, compute_dtype, linear
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
 from navit.model.positions import PositionEmbedding
@@ -106,16 +106,15 @@ class Vision(nnx.Module):
         patches, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
         slots = grids.shape[1]
         real = (segment_ids > 0)[..., None]
-        gather = functools.partial(self.rules.gather, dtype=self.dtype)
 
         coords = jnp.where(real, coords, 0)
         with jax.named_scope("embedding"):
-            x = gather(self.patch)(_normalize(patches, real).astype(self.dtype))
+            x = self.patch(_normalize(patches, real).astype(self.dtype))
             x = x.astype(jnp.float32) + self.position(coords, _own(grids, segment_ids))
         x = self.encoder(
             jnp.where(real, x, 0.0),
             functools.partial(
-                attention,
+                attention_qkvpacked,
                 segment_ids=segment_ids,
                 implementation=self.implementation,
                 max_segments=slots,
@@ -134,12 +133,12 @@ class Vision(nnx.Module):
             pool = mean_pool if self.config.pool == "mean" else max_pool
             pooled = pool(x, member)
         if self.projection is not None:
-            pooled = gather(self.projection)(pooled)
+            pooled = self.projection(pooled)
         filled = (grids[..., :1] > 0).astype(jnp.float32)
         pooled = pooled.astype(jnp.float32) * filled
         logits = None
         if self.classifier is not None:
-            logits = gather(self.classifier)(pooled).astype(jnp.float32)
+            logits = self.classifier(pooled).astype(jnp.float32)
         return VisionOutput(x, pooled, logits)
 
 

@@ -1,0 +1,100 @@
+"""The MLP's TPU kernels, in Pallas' simulation of a TPU on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from navit.model.fused_mlp import Weights, _chunks, fits, fused_mlp
+
+simulated = functools.partial(fused_mlp, interpret=pltpu.InterpretParams())
+
+
+def reference(x, w):
+    x = x.astype(jnp.float32)
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    y = (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale + w.bias
+    y = jax.nn.gelu(y @ w.up.astype(jnp.float32) + w.up_bias, approximate=True)
+    return x + y @ w.down.astype(jnp.float32) + w.down_bias
+
+
+def example(rng, width, hidden, dtype=jnp.float32):
+    def normal(*shape, std=1.0):
+        return jnp.asarray(rng.normal(scale=std, size=shape), jnp.float32)
+
+    weights = Weights(
+        *(1 + normal(width, std=0.2), normal(width, std=0.2)),
+        *(normal(width, hidden, std=width**-0.5).astype(dtype), normal(hidden)),
+        *(normal(hidden, width, std=hidden**-0.5).astype(dtype), normal(width)),
+    )
+    x, above = normal(2, 2, 128, width).astype(dtype)
+    return x, weights, above
+
+
+def with_gradients(f, x, weights, above):
+    y, back = jax.vjp(f, x, weights)
+    return y, *back(above.astype(y.dtype))
+
+
+# Hidden channels in one step, in two, and in two with padding.
+@pytest.mark.parametrize("width, hidden", [(128, 512), (256, 1024), (128, 720)])
+def test_equals_plain_jax_in_value_and_gradients(width, hidden, rng):
+    args = example(rng, width, hidden)
+    found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+def test_bfloat16_stays_close(rng):
+    args = example(rng, 128, 512, jnp.bfloat16)
+    found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype or a.dtype == jnp.bfloat16
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+def test_tokens_do_not_see_each_other(rng):
+    x, weights, _ = example(rng, 128, 512)
+    changed = x.at[0, :50].set(-7e3)
+    before, after = simulated(x, weights), simulated(changed, weights)
+    np.testing.assert_array_equal(before[0, 50:], after[0, 50:])
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_many_devices_equal_one(rng):
+    x, weights, above = example(rng, 128, 512)
+    expected = with_gradients(simulated, x, weights, above)
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    axes = ("data", "fsdp")
+    with jax.set_mesh(jax.make_mesh((1, 2), axes, axis_types=explicit)):
+        rows = jax.P(axes)
+        x, above = (jax.reshard(y, rows) for y in (x, above))
+        whole = jax.P(None, None, reduced=set(axes))
+
+        def total(x, weights):
+            # As the layers do: matrices are gathered for each device to use.
+            up, down = (jax.reshard(w, whole) for w in (weights.up, weights.down))
+            y = simulated(x, weights._replace(up=up, down=down), axes=axes)
+            return (y * above).sum()
+
+        dx, found = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
+    for a, b in zip(
+        jax.tree.leaves((dx, found)), jax.tree.leaves(expected[1:]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    "hidden, padded, channels",
+    [(3072, 3072, 512), (4304, 4352, 256), (4096, 4096, 512), (192, 256, 256)],
+)
+def test_hidden_channels_are_cut_with_little_padding(hidden, padded, channels):
+    assert _chunks(hidden) == (padded, channels)
+
+
+def test_they_run_on_tpus_alone():
+    assert not fits(jnp.zeros((2, 128, 128)), 512, ())
