@@ -103,7 +103,9 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         operations = schedule.operations(compiled.as_text())
         collectives = _collectives(operations)
         if dump is not None and clock is not None:
-            unpriced = sum(op.products > 0 and not op.cycles for op in operations)
+            unpriced = sum(
+                op.products > 0 and not (op.cycles or op.kernel) for op in operations
+            )
             parts = _parts(operations, kernel_cycles(dump), clock, peak or 0.0)
     if dump is not None:
         for file in dump.iterdir():
@@ -210,7 +212,10 @@ def _parts(
         seconds = op.cycles / clock
         if op.kernel and op.name in kernels:
             kernel = kernels[op.name]
-            seconds = kernel.cycles(kernel.steps or 0) / clock
+            taken = op.taken if len(op.taken) == len(kernel.branches) else None
+            seconds = kernel.cycles(kernel.steps or 0, taken=taken) / clock
+            if peak:  # bundles do not wait for the matrix units; the chip would
+                seconds = max(seconds, op.products / peak)
         elif not op.cycles and peak:
             seconds = op.products / peak
         out[part_of(op.scope)] += 1e3 * seconds * op.runs

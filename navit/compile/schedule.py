@@ -41,10 +41,12 @@ class Operation:
       scope: where it was written: the names of the functions and scopes around it.
       cycles: expected of one run; 0 where the compiler says nothing.
       products: floating point operations of its matrix products, where it has no
-        cycles: those that the compiler fused with communication.
+        cycles: those that the compiler fused with communication, and of kernels that
+        count theirs.
       runs: how many times it runs in a step.
       kernel: the name of a Pallas kernel, which has no cycles either
         (`navit.compile.kernels`).
+      taken: of a kernel that says so, the share of its steps that runs each branch.
       collectives: what it sends, an operation of its own or fused into this one.
     """
 
@@ -55,6 +57,7 @@ class Operation:
     products: float
     runs: int
     kernel: str
+    taken: tuple[float, ...]
     collectives: tuple[Collective, ...]
 
 
@@ -87,9 +90,11 @@ def operations(hlo: str) -> list[Operation]:
             computations[current] = []
             entry = current if match[1] else entry
         elif line.rstrip() == "}" or line.startswith("}, execution_thread"):
-            current = ""  # a kernel's metadata may begin a line with } too
-        elif current:
+            current = ""
+        elif current and line[:1].isspace():
             computations[current].append(line)
+        elif current and line:  # a kernel's metadata has lines of its own
+            computations[current][-1] += line
     if not entry:
         raise ValueError("this is no optimized HLO text: it has no ENTRY")
     return list(_walk(computations, entry, 1))
@@ -116,9 +121,13 @@ def _walk(
             continue
         cycles = _first(r'"estimated_cycles":"(\d+)"', line)
         scope = _first(r'op_name="([^"]*)"', line)
-        kernel = ""
+        taken: tuple[float, ...] = ()
+        kernel, products = "", 0.0
         if 'custom_call_target="tpu_custom_call"' in line:
             kernel = _first(r'kernel_name="?([\w.\-]+)', line) or name
+            if shares := _first(r'"taken":\s*"([^"]*)"', line):
+                taken = tuple(float(x) for x in shares.split())
+                products = float(_first(r'"flops":"(\d+)"', line) or 0)
         sent = list(_sent(line, runs, scope))
         if opcode == "fusion":
             for each in called:
@@ -131,9 +140,10 @@ def _walk(
             opcode=opcode,
             scope=scope,
             cycles=count,
-            products=_products(computations, called) if not count else 0.0,
+            products=products or (0.0 if count else _products(computations, called)),
             runs=runs,
             kernel=kernel,
+            taken=taken,
             collectives=tuple(sent),
         )
 

@@ -13,7 +13,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
-from navit.model.fused_mlp import Weights, fits, fused_mlp
+from navit.model.fused import (
+    EPSILON,
+    MlpWeights,
+    ProjectWeights,
+    fits,
+    fused_mlp,
+    norm_project,
+)
 from navit.sharding import Rules, platform
 
 # `navit.model.attention.attention_qkvpacked` with this batch's segments.
@@ -123,7 +130,9 @@ def _split(name: str | None) -> str | None:
 
 def layer_norm(width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> Any:
     """LayerNorm with epsilon 1e-6, computed in float32."""
-    return nnx.LayerNorm(width, epsilon=1e-6, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    return nnx.LayerNorm(
+        width, epsilon=EPSILON, use_bias=use_bias, dtype=dtype, rngs=rngs
+    )
 
 
 class Mlp(nnx.Module):
@@ -146,32 +155,30 @@ class Mlp(nnx.Module):
         self.up = make(width, mlp_dim, names=("embed", "tensor"))
         self.down = make(mlp_dim, width, names=("tensor", "embed"))
 
-    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        x = jax.nn.gelu(self.up(x), approximate=True)
-        return self.down(x, out_sharding=self.rules.rows(x.ndim))
+    def __call__(
+        self, norm: nnx.LayerNorm, x: Float[Array, "b n d"]
+    ) -> Float[Array, "b n d"]:
+        """`x + mlp(norm(x))`."""
+        rules = self.rules
+        hidden = self.up.out_features
+        if rules.tensor is None and fits(x, hidden, rules.batch_axes):
+            width = x.shape[-1]
+            up, down = (
+                rules.gather(layer.kernel[...], x.dtype)
+                for layer in (self.up, self.down)
+            )
+            weights = MlpWeights(
+                *(_vector(norm.scale, width), _vector(norm.bias, width)),
+                *(up, _vector(self.up.bias, hidden)),
+                *(down, _vector(self.down.bias, width)),
+            )
+            return fused_mlp(x, weights, axes=rules.batch_axes)
+        y = jax.nn.gelu(self.up(norm(x)), approximate=True)
+        return x + self.down(y, out_sharding=rules.rows(x.ndim))
 
-    def fits(self, x: Float[Array, "b n d"]) -> bool:
-        """Whether this MLP has kernels, here and for x."""
-        hidden, axes = self.up.out_features, self.rules.batch_axes
-        return self.rules.tensor is None and fits(x, hidden, axes)
 
-    def fused(self, norm: Any, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        """`x + self(norm(x))` by a TPU's kernels."""
-
-        def vector(layer: Any, size: int) -> Array:
-            return jnp.zeros(size) if layer.bias is None else layer.bias[...]
-
-        up, down = (
-            self.rules.gather(layer.kernel[...], x.dtype)
-            for layer in (self.up, self.down)
-        )
-        width, hidden = up.shape
-        weights = Weights(
-            *(norm.scale[...], vector(norm, width)),
-            *(up, vector(self.up, hidden)),
-            *(down, vector(self.down, width)),
-        )
-        return fused_mlp(x, weights, axes=self.rules.batch_axes)
+def _vector(param: Any, size: int) -> Float[Array, " d"]:
+    return jnp.zeros(size) if param is None else param[...]
 
 
 class SelfAttention(nnx.Module):
@@ -204,35 +211,48 @@ class SelfAttention(nnx.Module):
         self.key_norm = norm() if qk_norm else None
 
     def __call__(
-        self, x: Float[Array, "b n d"], attend: Attend
+        self, norm: nnx.LayerNorm, x: Float[Array, "b n d"], attend: Attend
     ) -> Float[Array, "b n d"]:
-        width = x.shape[-1] // self.num_heads
-        if self.query_norm is None or self.key_norm is None:
-            qkv = self._project(x)
-        else:
-            heads = (*x.shape[:-1], self.num_heads, width)
-            split = self.rules("batch", None, "tensor", None)
-            q, k = (
-                norm(jax.lax.reshape(layer(x), heads, out_sharding=split))
-                for norm, layer in (
-                    (self.query_norm, self.query),
-                    (self.key_norm, self.key),
-                )
+        """`x + attention(norm(x))`."""
+        rules, width = self.rules, x.shape[-1] // self.num_heads
+        axes = rules.batch_axes
+        if self.query_norm is not None and self.key_norm is not None:
+            qkv = self._normalized(norm(x))
+        elif rules.tensor is None and fits(x, 3 * x.shape[-1], axes):
+            (kernel, bias), size = self._joined(x.dtype), x.shape[-1]
+            weights = ProjectWeights(
+                *(_vector(norm.scale, size), _vector(norm.bias, size)),
+                *(kernel, _vector(bias, 3 * size)),
             )
-            v = self.value(x)
-            split = self.rules("batch", None, "tensor")
-            q, k = (jax.lax.reshape(y, v.shape, out_sharding=split) for y in (q, k))
-            qkv = self._side_by_side(q, k, v)
-        return self.out(attend(qkv, width=width), out_sharding=self.rules.rows(x.ndim))
+            qkv, x = norm_project(x, weights, axes=axes)
+        else:
+            kernel, bias = self._joined(x.dtype)
+            qkv = _product(norm(x), kernel)
+            qkv = qkv if bias is None else _add_bias(qkv, bias)
+        out = self.out(attend(qkv, width=width), out_sharding=rules.rows(x.ndim))
+        return x + out
 
-    def _project(self, x: Float[Array, "b n d"]) -> Float[Array, "b n c"]:
-        """Queries, keys and values by one product."""
+    def _joined(self, dtype: Any) -> tuple[Float[Array, "d c"], Array | None]:
+        """The kernel and bias of one product for queries, keys and values."""
         layers = (self.query, self.key, self.value)
         kernel = self._side_by_side(*(layer.kernel[...] for layer in layers))
-        kernel = self.rules.gather(kernel, self.query.dtype)
-        qkv = _product(x.astype(kernel.dtype), kernel)
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
-        return _add_bias(qkv, self._side_by_side(*biases)) if biases else qkv
+        bias = self._side_by_side(*biases) if biases else None
+        return self.rules.gather(kernel, dtype), bias
+
+    def _normalized(self, x: Float[Array, "b n d"]) -> Float[Array, "b n c"]:
+        """Queries and keys with a norm of their own in each head."""
+        heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
+        apart = self.rules("batch", None, "tensor", None)
+        together = self.rules("batch", None, "tensor")
+
+        def normalized(layer: Linear, norm: Any) -> Array:
+            y = norm(jax.lax.reshape(layer(x), heads, out_sharding=apart))
+            return jax.lax.reshape(y, x.shape, out_sharding=together)
+
+        q = normalized(self.query, self.query_norm)
+        k = normalized(self.key, self.key_norm)
+        return self._side_by_side(q, k, self.value(x))
 
     def _side_by_side(self, *arrays: Array) -> Array:
         """Along the last axis; where `tensor` splits it, on each device."""
@@ -290,12 +310,9 @@ class Block(nnx.Module):
     ) -> Float[Array, "b n d"]:
         # Scopes name the parts in profiles and in `navit compile`.
         with jax.named_scope("attention"):
-            x = _row_major(x)
-            x = _row_major(x + self.attention(self.attention_norm(x), attend))
+            x = self.attention(self.attention_norm, _row_major(x), attend)
         with jax.named_scope("mlp"):
-            if self.mlp.fits(x):
-                return self.mlp.fused(self.mlp_norm, x)
-            return x + self.mlp(self.mlp_norm(x))
+            return self.mlp(self.mlp_norm, _row_major(x))
 
 
 class Encoder(nnx.Module):

@@ -87,7 +87,7 @@ class MapHead(nnx.Module):
         values = self.value(x).reshape(k.shape) * weights[..., None]
         pooled = _segment_sum(values.reshape(x.shape), member).astype(x.dtype)
         pooled = self.out(pooled)
-        return pooled + self.mlp(self.norm(pooled))
+        return self.mlp(self.norm, pooled)
 
 
 def _segment_sum(

@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 # The name under which remat policies find what the backward pass needs.
 SAVED = "attention"
 # The longest row that `splash` takes: its program grows with the square.
-WHOLE_ROW = 1024
+WHOLE_ROW = 1152
 LANES, SUBLANES = 128, 8
 LOG2E = math.log2(math.e)
 # Of what is masked. Less than any maximum can be, so that a block with nothing visible

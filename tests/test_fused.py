@@ -1,4 +1,4 @@
-"""The MLP's TPU kernels, in Pallas' simulation of a TPU on the CPU."""
+"""The TPU kernels around attention, in Pallas' simulation of a TPU on the CPU."""
 
 import functools
 
@@ -8,16 +8,28 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from navit.model.fused_mlp import Weights, _chunks, fits, fused_mlp
+from navit.model.fused import (
+    MlpWeights,
+    ProjectWeights,
+    _chunks,
+    fits,
+    fused_mlp,
+    norm_project,
+)
 
-simulated = functools.partial(fused_mlp, interpret=pltpu.InterpretParams())
+SIMULATED = dict(interpret=pltpu.InterpretParams())
+simulated = functools.partial(fused_mlp, **SIMULATED)
+
+
+def norm(x, w):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale + w.bias
 
 
 def reference(x, w):
     x = x.astype(jnp.float32)
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    y = (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale + w.bias
-    y = jax.nn.gelu(y @ w.up.astype(jnp.float32) + w.up_bias, approximate=True)
+    y = norm(x, w) @ w.up.astype(jnp.float32) + w.up_bias
+    y = jax.nn.gelu(y, approximate=True)
     return x + y @ w.down.astype(jnp.float32) + w.down_bias
 
 
@@ -25,7 +37,7 @@ def example(rng, width, hidden, dtype=jnp.float32):
     def normal(*shape, std=1.0):
         return jnp.asarray(rng.normal(scale=std, size=shape), jnp.float32)
 
-    weights = Weights(
+    weights = MlpWeights(
         *(1 + normal(width, std=0.2), normal(width, std=0.2)),
         *(normal(width, hidden, std=width**-0.5).astype(dtype), normal(hidden)),
         *(normal(hidden, width, std=hidden**-0.5).astype(dtype), normal(width)),
@@ -44,6 +56,24 @@ def with_gradients(f, x, weights, above):
 def test_equals_plain_jax_in_value_and_gradients(width, hidden, rng):
     args = example(rng, width, hidden)
     found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("width, outputs", [(128, 384), (256, 768), (128, 720)])
+def test_the_projection_equals_plain_jax_in_value_and_gradients(width, outputs, rng):
+    x, mlp, above = example(rng, width, outputs)
+    weights = ProjectWeights(*mlp[:4])
+    weight = jnp.asarray(rng.normal(size=(2, 128, outputs)), jnp.float32)
+
+    def plain(x, w):
+        return norm(x, w) @ w.kernel + w.kernel_bias, x
+
+    def run(f):
+        y, back = jax.vjp(f, x, weights)
+        return y, back((weight, above))
+
+    found, expected = run(functools.partial(norm_project, **SIMULATED)), run(plain)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 
