@@ -25,10 +25,10 @@ def get_config() -> Config:
             train=Folder(split="train"),
             eval=Folder(split="eval"),
             budgets=(128, 256, 576, 784, 1024),
-            row_tokens=1024,
+            row_tokens=1152,
             rows=32,
             slots=4,
-            caption_rows=4,
+            caption_rows=8,
         ),
         # Weights that others trained are not decayed, and move slowly.
         optim=OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.0, text_lr=0.0),

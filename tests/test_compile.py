@@ -1,5 +1,6 @@
 """navit compile: what the TPU compiler says of a step, read and summed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -74,6 +75,29 @@ def test_times_are_cycles_of_every_run_and_kernels():
     assert found["attention"] == pytest.approx(12 * 500e-6)
     assert found["loss"] == pytest.approx(1024 / 1e12 * 1e3)
     assert sum(found.values()) == pytest.approx(12 * 600e-6 + 1024e-9)
+
+
+def test_a_kernel_says_which_steps_run_its_branches():
+    """Its metadata has lines of its own in the program."""
+    said = PROGRAM.replace(
+        'custom_call_target="tpu_custom_call", ',
+        'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
+        '\n"taken":"0.5 0.1"\n}}, cost={"flops":"4000000"} ',
+    )
+    (op,) = (x for x in schedule.operations(said) if x.kernel)
+    assert op.taken == (0.5, 0.1) and op.runs == 12
+    assert op.scope == "jit(f)/vision/attention/k"
+    kernel = Kernel(turn=50, steps=10, fill=0, body=50, branches=(20, 10), around=0)
+
+    def attention(kernel, peak):
+        found = _parts([op], {"kernel.1": kernel}, clock=1e9, peak=peak)
+        return found["attention"] / 12 * 1e6
+
+    assert attention(kernel, 1e14) == pytest.approx(10 * (50 - 10 - 9))
+    # Never less than the matrix units need; all branches where they are not the same.
+    assert attention(kernel, 4e12) == pytest.approx(1000)
+    other = dataclasses.replace(kernel, branches=(20,))
+    assert attention(other, 1e14) == pytest.approx(500)
 
 
 def test_text_that_is_no_program_is_an_error():

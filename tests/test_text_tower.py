@@ -6,7 +6,8 @@ from flax import nnx
 from helpers import tiny_config
 
 from navit.input.text import encode
-from navit.model.text import Text
+from navit.model import text
+from navit.model.text import Text, captions_beside
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,23 @@ def test_texts_do_not_see_each_other(tower):
     table = np.asarray(gradient.embedding[...])
     used = np.isin(np.arange(len(table)), np.asarray(ids[1]))
     assert (table[~used] == 0).all() and np.abs(table[used]).min(-1).max() > 0
+
+
+def test_captions_side_by_side_are_as_they_are_alone(tower, monkeypatch):
+    """As a TPU's kernels take them: segments of a row."""
+    ids = jnp.asarray(encode(["one", "two", "three", "four"], 24))
+    alone = tower(ids)
+    monkeypatch.setattr(text, "captions_beside", lambda count, length: 2)
+    np.testing.assert_allclose(tower(ids), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "count, length, beside", [(8, 64, 4), (14, 64, 2), (17, 64, 0), (3, 256, 1)]
+)
+def test_captions_of_a_row(monkeypatch, count, length, beside):
+    assert captions_beside(count, length) == 0  # for TPUs alone
+    monkeypatch.setattr(text, "platform", lambda: "tpu")
+    assert captions_beside(count, length) == beside
 
 
 def test_wrong_length_is_an_error(tower):

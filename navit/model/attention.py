@@ -44,7 +44,7 @@ def attention(
           at a time so that the logits stay in a CPU's cache, and puts the result back;
           exact, and 2 to 17 times as fast on a CPU (`navit.bench.attention`). Needs
           the two bounds.
-        * "splash": a TPU kernel that takes a whole row of up to 1024 tokens in one
+        * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
           block; wins for every such row.
         * "splash_skip": a TPU kernel that visits only blocks with a segment in common;
           work grows with the sum of squared lengths. For longer rows. Both kernels

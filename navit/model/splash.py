@@ -73,7 +73,7 @@ def splash(
 ) -> Float[Array, "b n d"]:
     """Attention within segments on a TPU, a whole row in one block.
 
-    Work grows with n squared; no row is too short for it, and none of up to 1024 tokens
+    Work grows with n squared; no row is too short for it, and none of up to 1152 tokens
     gains by skipping. Segments may stand in any order.
 
     Args:
@@ -84,7 +84,7 @@ def splash(
       blocks: other sizes than those chosen, see `Blocks`.
 
     Raises:
-      ValueError: if the row is no multiple of 128 tokens, or longer than 1024.
+      ValueError: if the row is no multiple of 128 tokens, or longer than 1152.
     """
     n = qkv.shape[1]
     if n > WHOLE_ROW:

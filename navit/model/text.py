@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Int
 from navit.config import ModelConfig
 from navit.model.attention import attention_qkvpacked
 from navit.model.encoder import Encoder, compute_dtype, linear
-from navit.sharding import Rules
+from navit.model.splash import LANES
+from navit.sharding import Rules, platform
+
+# Tokens of a row of captions: as long as keeps a TPU busy, no longer.
+_ROW_TOKENS = 256
 
 
 class Text(nnx.Module):
@@ -83,5 +87,30 @@ class Text(nnx.Module):
             table = self.rules.gather(self.embedding[...], self.dtype)
             x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
             x = x.astype(jnp.float32) + self.position[...]
-        x = self.encoder(x, functools.partial(attention_qkvpacked, segment_ids=None))
-        return self.head(x[:, -1]).astype(jnp.float32)
+        count, length = token_ids.shape
+        beside = captions_beside(count // self.rules.size("batch"), length)
+        segment_ids = None
+        if beside:
+            rows = (count // beside, beside * length)
+            x = jax.lax.reshape(
+                x, (*rows, x.shape[-1]), out_sharding=self.rules.rows(x.ndim)
+            )
+            segments = jnp.repeat(jnp.arange(1, beside + 1), length)
+            segment_ids = jnp.broadcast_to(segments, rows)
+        attend = functools.partial(attention_qkvpacked, segment_ids=segment_ids)
+        x = self.encoder(x, attend)
+        x = x[:, length - 1 :: length]  # the last position of each caption
+        x = jax.lax.reshape(x, (count, x.shape[-1]), out_sharding=self.rules.rows(2))
+        return self.head(x).astype(jnp.float32)
+
+
+def captions_beside(count: int, length: int) -> int:
+    """How many of a device's captions make a row for a TPU's attention kernel.
+
+    0 where there is none: on other platforms, or for numbers that do not fit.
+    """
+    if platform() != "tpu":
+        return 0
+    most = max(1, _ROW_TOKENS // length)
+    fit = (g for g in range(most, 0, -1) if count % g == 0 and g * length % LANES == 0)
+    return next(fit, 0)
