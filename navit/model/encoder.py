@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
@@ -273,14 +272,6 @@ class SelfAttention(nnx.Module):
         )
 
 
-def _row_major(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Keeps a TPU's compiler from laying tokens along lanes, as it likes to for norms:
-    then it copies them around every kernel."""
-    if platform() != "tpu":
-        return x
-    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
 class Block(nnx.Module):
     """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -310,9 +301,9 @@ class Block(nnx.Module):
     ) -> Float[Array, "b n d"]:
         # Scopes name the parts in profiles and in `navit compile`.
         with jax.named_scope("attention"):
-            x = self.attention(self.attention_norm, _row_major(x), attend)
+            x = self.attention(self.attention_norm, x, attend)
         with jax.named_scope("mlp"):
-            return self.mlp(self.mlp_norm, _row_major(x))
+            return self.mlp(self.mlp_norm, x)
 
 
 class Encoder(nnx.Module):
