@@ -60,8 +60,11 @@ def test_equals_plain_jax_in_value_and_gradients(width, hidden, rng):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("width, outputs", [(128, 384), (256, 768), (128, 720)])
-def test_the_projection_equals_plain_jax_in_value_and_gradients(width, outputs, rng):
+def test_the_projection_equals_plain_jax_in_value_and_gradients(
+    width, outputs, transposed, rng
+):
     x, mlp, above = example(rng, width, outputs)
     weights = ProjectWeights(*mlp[:4])
     weight = jnp.asarray(rng.normal(size=(2, 128, outputs)), jnp.float32)
@@ -73,7 +76,8 @@ def test_the_projection_equals_plain_jax_in_value_and_gradients(width, outputs, 
         y, back = jax.vjp(f, x, weights)
         return y, back((weight, above))
 
-    found, expected = run(functools.partial(norm_project, **SIMULATED)), run(plain)
+    kernel = functools.partial(norm_project, transposed=transposed, **SIMULATED)
+    found, expected = run(kernel), run(plain)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 

@@ -20,6 +20,7 @@ from navit.model.fused import (
     fused_mlp,
     norm_project,
 )
+from navit.model.splash import LANES, heads_fill_lanes
 from navit.sharding import Rules, platform
 
 # `navit.model.attention.attention_qkvpacked` with this batch's segments.
@@ -223,7 +224,10 @@ class SelfAttention(nnx.Module):
                 *(_vector(norm.scale, size), _vector(norm.bias, size)),
                 *(kernel, _vector(bias, 3 * size)),
             )
-            qkv, x = norm_project(x, weights, axes=axes)
+            below = x.shape[1] % LANES == 0 and not heads_fill_lanes(
+                self.num_heads, width
+            )
+            qkv, x = norm_project(x, weights, transposed=below, axes=axes)
         else:
             kernel, bias = self._joined(x.dtype)
             qkv = _product(norm(x), kernel)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from navit.sharding import platform
 
-LANES, EPSILON = 128, 1e-6
+LANES, SUBLANES, EPSILON = 128, 16, 1e-6
 # Of one step: tokens, and channels of the widest array.
 _TOKENS, _CHANNELS = 512, 512
 _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -57,12 +57,14 @@ class Plan:
       axes: the mesh axes that rows are split over.
       tokens: of one block.
       channels: of the widest array, in one step.
+      transposed: the product is written, and its gradient read, as `[b, f, n]`.
       interpret: run on any device, slowly: for tests.
     """
 
     axes: tuple[str, ...]
     tokens: int
     channels: int
+    transposed: bool
     interpret: Any
 
 
@@ -105,6 +107,7 @@ def norm_project(
     x: Float[Array, "b n d"],
     weights: ProjectWeights,
     *,
+    transposed: bool = False,
     axes: tuple[str, ...] = (),
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "b n f"], Float[Array, "b n d"]]:
@@ -112,23 +115,35 @@ def norm_project(
     gradients is made here too.
 
     Args:
+      transposed: the product lies in memory as `[b, f, n]`, for who reads it so. Rows
+        must be of a multiple of 128 tokens.
       axes, interpret: see `fused_mlp`.
     """
-    return _project(_plan(x, weights.kernel, axes, interpret), x, weights)
+    plan = _plan(x, weights.kernel, axes, interpret, transposed)
+    return _project(plan, x, weights)
 
 
-def _plan(x: Array, matrix: Array, axes: tuple[str, ...], interpret: Any) -> Plan:
-    tokens = _block_tokens(x, axes)
+def _plan(
+    x: Array,
+    matrix: Array,
+    axes: tuple[str, ...],
+    interpret: Any,
+    transposed: bool = False,
+) -> Plan:
+    tokens = _divisor(x.shape[1]) if transposed else _block_tokens(x, axes)
     assert tokens is not None, "see fits()"
-    return Plan(axes, tokens, _chunks(matrix.shape[1])[1], interpret)
+    return Plan(axes, tokens, _chunks(matrix.shape[1])[1], transposed, interpret)
 
 
 def _block_tokens(x: Array, axes: tuple[str, ...]) -> int | None:
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape[axis] for axis in axes)
-    local = x.shape[0] * x.shape[1] // devices
-    sizes = (_TOKENS, _TOKENS // 2, LANES)
-    return next((size for size in sizes if local % size == 0), None)
+    return _divisor(x.shape[0] * x.shape[1] // devices)
+
+
+def _divisor(tokens: int) -> int | None:
+    sizes = range(_TOKENS, 0, -LANES)
+    return next((size for size in sizes if tokens % size == 0), None)
 
 
 def _chunks(hidden: int) -> tuple[int, int]:
@@ -223,7 +238,8 @@ def _project_forward(
 ) -> tuple[tuple[Array, Array], tuple[Array, ProjectWeights]]:
     def local(x: Array, weights: ProjectWeights) -> Array:
         call = _Call(plan, x, weights, _pad_project)
-        shape = (call.flat.shape[0], call.hidden)
+        b, n, _ = x.shape
+        shape = (b, call.hidden, n) if plan.transposed else (b * n, call.hidden)
         (y,) = call(
             functools.partial(_project_forward_kernel, call),
             (),
@@ -234,7 +250,8 @@ def _project_forward(
             taken=(call.once,),
             name="project_forward",
         )
-        return y[:, : weights.kernel.shape[1]].reshape(*x.shape[:2], -1)
+        y = y.swapaxes(1, 2) if plan.transposed else y.reshape(b, n, -1)
+        return y[..., : weights.kernel.shape[1]]
 
     return (_on_each_device(plan, local, weights)(x, weights), x), (x, weights)
 
@@ -250,10 +267,14 @@ def _project_backward(
         call = _Call(plan, x, weights, _pad_project)
         width, hidden = call.width, call.hidden
         cut = weights.kernel.shape[1]
-        gradient = gradient.reshape(-1, cut)
         if hidden > cut:
-            gradient = jnp.pad(gradient, ((0, 0), (0, hidden - cut)))
-        whole = ((width, hidden), (1, hidden), (2, width))
+            gradient = jnp.pad(gradient, ((0, 0), (0, 0), (0, hidden - cut)))
+        if plan.transposed:
+            gradient = gradient.swapaxes(1, 2)
+        else:
+            gradient = gradient.reshape(-1, hidden)
+        matrix = (hidden, width) if plan.transposed else (width, hidden)
+        whole = (matrix, (1, hidden), (2, width))
         dx, kernel, kernel_bias, vectors = call(
             functools.partial(_project_backward_kernel, call),
             (gradient, above.reshape(call.flat.shape)),
@@ -267,6 +288,7 @@ def _project_backward(
             taken=(call.once, 1 / call.grid[0], call.once / call.grid[0], call.once),
             name="project_backward",
         )
+        kernel = kernel.T if plan.transposed else kernel
         found = ProjectWeights(
             vectors[0], vectors[1], kernel[:, :cut], kernel_bias[0, :cut]
         )
@@ -351,6 +373,16 @@ class _Call:
         self.once = 1 / self.grid[1]
         self.tokens = pl.BlockSpec((plan.tokens, self.width), lambda i, j: (i, 0))
         self.channels = pl.BlockSpec((plan.tokens, plan.channels), lambda i, j: (i, j))
+        if plan.transposed:
+            a_row = x.shape[1] // plan.tokens
+            self.channels = pl.BlockSpec(
+                (None, plan.channels, plan.tokens),
+                lambda i, j: (i // a_row, j, i % a_row),
+            )
+            self.weights = self.weights._replace(
+                kernel=self.weights.kernel.T,
+                kernel_bias=self.weights.kernel_bias[:, None],
+            )
 
     def whole(self, shape: tuple[int, ...]) -> pl.BlockSpec:
         """Stays in vector memory from the first step to the last."""
@@ -421,15 +453,6 @@ class _Call:
     def norm(self, x: Any, scale: Any, bias: Any, normed: Any) -> None:
         standard, _ = _standardize(x[...])
         normed[...] = (standard * scale[...] + bias[...]).astype(self.dtype)
-
-    def clear(self, *sums: Any) -> None:
-        """Before the first block of tokens: the chunks of this step."""
-
-        @pl.when(pl.program_id(0) == 0)
-        def _() -> None:
-            for each in sums:
-                shape = (each.shape[0], self.plan.channels)
-                each[:, self.chunk()] = jnp.zeros(shape, jnp.float32)
 
     def norm_backward(
         self, x: Any, scale: Any, d_normed: Array, above: Array, dx: Any
@@ -515,7 +538,10 @@ def _mlp_backward_kernel(
         call.norm(x, scale, bias, normed)
         total[...] = jnp.zeros_like(total)
 
-    call.clear(d_up, d_down, d_up_bias)
+    @pl.when(block == 0)
+    def _start() -> None:
+        for sums in (d_up, d_down, d_up_bias):
+            sums[:, at] = jnp.zeros((sums.shape[0], call.plan.channels), jnp.float32)
 
     @pl.when((block == 0) & (step == 0))
     def _clear() -> None:
@@ -556,7 +582,10 @@ def _project_forward_kernel(
         call.norm(x, scale, bias, normed)
 
     at = call.chunk()
-    made = call.dot(normed[...], kernel[:, at], (1, 0)) + kernel_bias[:, at]
+    if call.plan.transposed:
+        made = call.dot(kernel[at], normed[...], (1, 1)) + kernel_bias[at]
+    else:
+        made = call.dot(normed[...], kernel[:, at], (1, 0)) + kernel_bias[:, at]
     y[...] = made.astype(call.dtype)
 
 
@@ -578,21 +607,32 @@ def _project_backward_kernel(
 ) -> None:
     del kernel_bias
     block, step, at = pl.program_id(0), pl.program_id(1), call.chunk()
+    along = (at,) if call.plan.transposed else (slice(None), at)
 
     @pl.when(step == 0)
     def _() -> None:
         call.norm(x, scale, bias, normed)
         total[...] = jnp.zeros_like(total)
 
-    call.clear(d_kernel, d_kernel_bias)
+    @pl.when(block == 0)
+    def _start() -> None:
+        d_kernel[along] = jnp.zeros_like(d_kernel[along])
+        d_kernel_bias[:, at] = jnp.zeros((1, call.plan.channels), jnp.float32)
 
     @pl.when((block == 0) & (step == 0))
     def _clear() -> None:
         d_vectors[...] = jnp.zeros_like(d_vectors)
 
-    d_kernel_bias[:, at] += gradient[...].astype(jnp.float32).sum(0, keepdims=True)
-    total[...] += call.dot(gradient[...], kernel[:, at], (1, 1))
-    d_kernel[:, at] += call.dot(normed[...], gradient[...], (0, 0))
+    if call.plan.transposed:
+        # A product turns the sums over lanes as they are kept.
+        ones = jnp.ones((SUBLANES, call.plan.tokens), call.dtype)
+        d_kernel_bias[:, at] += call.dot(ones, gradient[...], (1, 1))[:1]
+        total[...] += call.dot(gradient[...], kernel[at], (0, 0))
+        d_kernel[at] += call.dot(gradient[...], normed[...], (1, 0))
+    else:
+        d_kernel_bias[:, at] += gradient[...].astype(jnp.float32).sum(0, keepdims=True)
+        total[...] += call.dot(gradient[...], kernel[:, at], (1, 1))
+        d_kernel[:, at] += call.dot(normed[...], gradient[...], (0, 0))
 
     @pl.when(step == call.grid[1] - 1)
     def _last() -> None:

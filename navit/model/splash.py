@@ -160,6 +160,11 @@ def _check_row(n: int, name: str) -> None:
         )
 
 
+def heads_fill_lanes(heads: int, width: int) -> bool:
+    """Whether the kernels read `[b, n, h * k]`; else `[b, h * k, n]`."""
+    return any(heads % g == 0 and g * width % LANES == 0 for g in range(1, 5))
+
+
 def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     n, h = qkv.shape[1], qkv.shape[2] // (3 * width)
     groups = [g for g in range(1, h + 1) if h % g == 0]
@@ -174,7 +179,12 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
         chunk=min(512, sizes["queries"]),
         chunk_backward=min(256, sizes["queries"]),
     )
-    return Blocks(**(plan | sizes), width=width, lanes=bool(lanes), interpret=interpret)
+    return Blocks(
+        **(plan | sizes),
+        width=width,
+        lanes=heads_fill_lanes(h, width),
+        interpret=interpret,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
