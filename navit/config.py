@@ -185,6 +185,8 @@ class ModelConfig:
 
     `dtype="auto"` is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
     slower. Parameters, softmax and losses are float32 always.
+    `fused` lets TPUs run the norms and products around attention as kernels of their
+    own, where they fit (`navit/model/fused.py`).
     `init_scale` is exp(t') and `init_bias` is b of the SigLIP paper's section 3.
     """
 
@@ -196,6 +198,7 @@ class ModelConfig:
     attention: Literal["auto", "xla", "unpack", "splash", "splash_skip"] = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     scan_unroll: int = 1
+    fused: bool = True
 
     def __post_init__(self) -> None:
         _positive(self, "init_scale", "scan_unroll")

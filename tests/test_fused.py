@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from navit.model import encoder
+from navit.model.attention import attention_qkvpacked
 from navit.model.fused import (
     MlpWeights,
     ProjectWeights,
@@ -16,6 +19,7 @@ from navit.model.fused import (
     fused_mlp,
     norm_project,
 )
+from navit.sharding import Rules
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
 simulated = functools.partial(fused_mlp, **SIMULATED)
@@ -132,3 +136,33 @@ def test_hidden_channels_are_cut_with_little_padding(hidden, padded, channels):
 
 def test_they_run_on_tpus_alone():
     assert not fits(jnp.zeros((2, 128, 128)), 512, ())
+
+
+@pytest.mark.parametrize("num_heads", [2, 4])
+def test_a_block_is_the_same_with_kernels(num_heads, rng, monkeypatch):
+    """With `[b, n, f]` between the product and attention, and with `[b, f, n]`."""
+    shared = dict(use_bias=True, dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0))
+    block = encoder.Block(128, 512, num_heads, qk_norm=False, **shared)
+    x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
+    segments = jnp.repeat(jnp.asarray([[1, 2], [1, 0]]), 64, axis=1)
+
+    @nnx.jit
+    def run(block, x):
+        def total(block, x):
+            attend = functools.partial(attention_qkvpacked, segment_ids=segments)
+            return (block(x, attend) ** 2).sum()
+
+        return nnx.value_and_grad(total, argnums=(0, 1))(block, x)
+
+    expected = run(block, x)
+    monkeypatch.setattr(encoder, "fits", lambda *args: True)
+    monkeypatch.setattr(encoder, "heads_fill_lanes", lambda *args: num_heads == 2)
+    for name in ("fused_mlp", "norm_project"):
+        kernel = functools.partial(getattr(encoder, name), **SIMULATED)
+        monkeypatch.setattr(encoder, name, kernel)
+    jax.clear_caches()
+    found = run(block, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # The exact gradient of a key's bias is 0.
+        atol = 1e-5 * max(1, np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)

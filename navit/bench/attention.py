@@ -34,11 +34,15 @@ from navit.compile import kernels, schedule, topology
 from navit.config import MeshConfig
 from navit.input.packing import pack
 from navit.model import splash
-from navit.model.attention import attention
+from navit.model.attention import attention, attention_qkvpacked
 from navit.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "unpack")
-ROWS = {"xla": (1024,), "splash": (256, 512, 1024), "splash_skip": (2048, 4096, 8192)}
+ROWS = {
+    "xla": (1024,),
+    "splash": (256, 512, 1024, 1152),
+    "splash_skip": (2048, 4096, 8192),
+}
 TOKENS = 16_384
 
 
@@ -140,21 +144,20 @@ def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
     place = jax.NamedSharding(mesh, rules("batch") or jax.P())
     # As a projection leaves them.
     b, make = TOKENS // n, functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    qkv = make((b, n, 3 * heads * width), jnp.bfloat16)
     x, ids = make((b, n, heads * width), jnp.bfloat16), make((b, n), jnp.int32)
 
-    def both(
-        q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, gradient: jax.Array
-    ) -> object:
-        def attend(*args: jax.Array) -> jax.Array:
-            q, k, v = (y.reshape(b, n, heads, width) for y in args)
-            out = attention(q, k, v, ids, implementation=implementation)
-            return out.reshape(b, n, heads * width)
+    def both(qkv: jax.Array, ids: jax.Array, gradient: jax.Array) -> object:
+        def attend(qkv: jax.Array) -> jax.Array:
+            return attention_qkvpacked(
+                qkv, ids, width=width, implementation=implementation
+            )
 
-        out, back = jax.vjp(attend, q, k, v)
+        out, back = jax.vjp(attend, qkv)
         return out, back(gradient)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(both).lower(x, x, x, ids, x)
+        lowered = jax.jit(both).lower(qkv, ids, x)
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     operations = schedule.operations(compiled.as_text() or "")

@@ -136,7 +136,10 @@ def layer_norm(width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> Any
 
 
 class Mlp(nnx.Module):
-    """Two linear layers around a tanh-approximated GELU."""
+    """Two linear layers around a tanh-approximated GELU.
+
+    `fused`: with its norm and its residual by a TPU's kernels, where they fit.
+    """
 
     def __init__(
         self,
@@ -147,11 +150,12 @@ class Mlp(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
+        fused: bool = True,
     ) -> None:
         make = functools.partial(
             linear, use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs
         )
-        self.rules = rules
+        self.rules, self.fused = rules, fused and rules.tensor is None
         self.up = make(width, mlp_dim, names=("embed", "tensor"))
         self.down = make(mlp_dim, width, names=("tensor", "embed"))
 
@@ -161,7 +165,7 @@ class Mlp(nnx.Module):
         """`x + mlp(norm(x))`."""
         rules = self.rules
         hidden = self.up.out_features
-        if rules.tensor is None and fits(x, hidden, rules.batch_axes):
+        if self.fused and fits(x, hidden, rules.batch_axes):
             width = x.shape[-1]
             up, down = (
                 rules.gather(layer.kernel[...], x.dtype)
@@ -194,8 +198,9 @@ class SelfAttention(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
+        fused: bool = True,
     ) -> None:
-        self.num_heads = num_heads
+        self.num_heads, self.fused = num_heads, fused and rules.tensor is None
         make = functools.partial(
             linear, use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs
         )
@@ -218,7 +223,7 @@ class SelfAttention(nnx.Module):
         axes = rules.batch_axes
         if self.query_norm is not None and self.key_norm is not None:
             qkv = self._normalized(norm(x))
-        elif rules.tensor is None and fits(x, 3 * x.shape[-1], axes):
+        elif self.fused and fits(x, 3 * x.shape[-1], axes):
             (kernel, bias), size = self._joined(x.dtype), x.shape[-1]
             weights = ProjectWeights(
                 *(_vector(norm.scale, size), _vector(norm.bias, size)),
@@ -290,11 +295,13 @@ class Block(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
+        fused: bool = True,
     ) -> None:
         norm = functools.partial(
             layer_norm, width, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
-        shared = dict(use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs)
+        shared: Any = dict(use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs)
+        shared |= dict(fused=fused)
         self.attention_norm = norm()
         self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm, **shared)
         self.mlp_norm = norm()
@@ -334,6 +341,7 @@ class Encoder(nnx.Module):
         self.remat, self.unroll = config.remat, config.scan_unroll
         self.rules, self.dtype = rules, compute_dtype(config.dtype)
         shared = dict(use_bias=use_bias, dtype=self.dtype)
+        fused = config.fused
 
         @jax.vmap
         def make(key: jax.Array) -> Block:
@@ -344,6 +352,7 @@ class Encoder(nnx.Module):
                 qk_norm=qk_norm,
                 rules=rules,
                 rngs=nnx.Rngs(key),
+                fused=fused,
                 **shared,
             )
 
