@@ -65,7 +65,7 @@ def test_equals_plain_jax_in_value_and_gradients(width, hidden, rng):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("width, outputs", [(128, 384), (256, 768), (128, 720)])
+@pytest.mark.parametrize("width, outputs", [(128, 384), (256, 768), (128, 256)])
 def test_the_projection_equals_plain_jax_in_value_and_gradients(
     width, outputs, transposed, rng
 ):

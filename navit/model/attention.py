@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from navit.model.splash import LANES, SAVED, WHOLE_ROW, splash, splash_skip
+from navit.model.splash import (
+    LANES,
+    SAVED,
+    WHOLE_ROW,
+    Segments,
+    splash,
+    splash_skip,
+    spread,
+)
 from navit.sharding import platform
 
 _log = logging.getLogger(__name__)
@@ -70,13 +78,12 @@ def attention(
         qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q, k, v)], -1)
         return attend(qkv, *ids).reshape(q.shape)
 
-    ids = () if segment_ids is None else (segment_ids,)
-    return _per_shard(packed, q, k, v, *ids)
+    return _per_shard(packed, (q, k, v), segment_ids)
 
 
 def attention_qkvpacked(
     qkv: Float[Array, "b n c"],
-    segment_ids: Int[Array, "b n"] | None,
+    segment_ids: Int[Array, "b n"] | Segments | None,
     *,
     width: int,
     implementation: str | None = None,
@@ -88,14 +95,21 @@ def attention_qkvpacked(
     Args:
       qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
         Where heads are split over devices, so are they on each device.
+      segment_ids: or what `prepared` made of them.
       width: channels of a head.
     """
     attend = _attend(
         *(qkv.shape[1], width, segment_ids is None),
         *(implementation, max_segments, max_segment_tokens),
     )
-    ids = () if segment_ids is None else (segment_ids,)
-    return _per_shard(attend, qkv, *ids)
+    if isinstance(segment_ids, Segments) and attend.func not in _KERNELS.values():
+        segment_ids = segment_ids.ids
+    return _per_shard(attend, (qkv,), segment_ids)
+
+
+def prepared(segment_ids: Int[Array, "b n"]) -> Int[Array, "b n"] | Segments:
+    """What a TPU's kernels would else make of segment ids anew in every layer."""
+    return spread(segment_ids) if platform() == "tpu" else segment_ids
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {
@@ -111,7 +125,7 @@ def _attend(
     implementation: str | None,
     max_segments: int | None,
     max_segment_tokens: int | None,
-) -> Callable[..., Array]:
+) -> functools.partial[Array]:
     """What one device does with qkv, and segment ids if there are any."""
     if whole_rows:
         return functools.partial(_dense, width=width)
@@ -186,19 +200,27 @@ def _less_work(segments: int | None, tokens: int | None, row_tokens: int) -> boo
     return segments * tokens**2 <= row_tokens**2
 
 
-def _per_shard(attend: Callable[..., Array], *args: Array) -> Array:
+def _per_shard(
+    attend: Callable[..., Array],
+    arrays: tuple[Array, ...],
+    segment_ids: Array | Segments | None,
+) -> Array:
     """Rows do not see one another, nor do heads: each device attends to its own."""
-    rows, _, heads = (*jax.typeof(args[0]).sharding.spec, None, None, None)[:3]
+    rows, _, heads = (*jax.typeof(arrays[0]).sharding.spec, None, None, None)[:3]
+    ids = () if segment_ids is None else (segment_ids,)
     if rows is None and heads is None:
-        return attend(*args)
-    whole = jax.P(rows, None, heads)
-    specs = tuple(whole if x.ndim > 2 else jax.P(rows) for x in args)
-    args = tuple(jax.reshard(x, s) for x, s in zip(args, specs, strict=True))
+        return attend(*arrays, *ids)
+    whole, by_row = jax.P(rows, None, heads), jax.P(rows)
+    arrays = jax.tree.map(lambda x: jax.reshard(x, whole), arrays)
+    ids = jax.tree.map(lambda x: jax.reshard(x, by_row), ids)
     # check_vma: a kernel does not say over which axes its results vary.
     mapped: Any = jax.shard_map(
-        attend, in_specs=specs, out_specs=whole, check_vma=False
+        attend,
+        in_specs=(*(whole for _ in arrays), *(by_row for _ in ids)),
+        out_specs=whole,
+        check_vma=False,
     )
-    return mapped(*args)
+    return mapped(*arrays, *ids)
 
 
 def _row_by_row(

@@ -25,7 +25,7 @@ from navit.sharding import platform
 
 LANES, SUBLANES, EPSILON = 128, 16, 1e-6
 # Of one step: tokens, and channels of the widest array.
-_TOKENS, _CHANNELS = 512, 512
+_TOKENS, _CHANNELS = 1024, 512
 _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
@@ -45,8 +45,8 @@ class ProjectWeights(NamedTuple):
 
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
-    kernel: Float[Array, "d f"]
-    kernel_bias: Float[Array, " f"]
+    kernel: Float[Array, "d c"]
+    kernel_bias: Float[Array, " c"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
       axes: the mesh axes that rows are split over.
       tokens: of one block.
       channels: of the widest array, in one step.
-      transposed: the product is written, and its gradient read, as `[b, f, n]`.
+      transposed: the projection is written, and its gradient read, as `[b, c, n]`.
       interpret: run on any device, slowly: for tests.
     """
 
@@ -100,7 +100,10 @@ def fused_mlp(
       axes: the mesh axes that b is split over.
       interpret: `pltpu.InterpretParams()` runs the kernels on a CPU, for tests.
     """
-    return _mlp(_plan(x, weights.up, axes, interpret), x, weights)
+    tokens = _block_tokens(x, axes)
+    assert tokens is not None, "see fits()"
+    channels = _chunks(weights.up.shape[1])[1]
+    return _mlp(Plan(axes, tokens, channels, False, interpret), x, weights)
 
 
 def norm_project(
@@ -110,29 +113,20 @@ def norm_project(
     transposed: bool = False,
     axes: tuple[str, ...] = (),
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[Float[Array, "b n f"], Float[Array, "b n d"]]:
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
     """`norm(x) @ kernel + bias`, and x for the residual: so that the sum of its two
-    gradients is made here too.
+    gradients is made here too. c is a multiple of d.
 
     Args:
-      transposed: the product lies in memory as `[b, f, n]`, for who reads it so. Rows
+      transposed: the product lies in memory as `[b, c, n]`, for who reads it so. Rows
         must be of a multiple of 128 tokens.
       axes, interpret: see `fused_mlp`.
     """
-    plan = _plan(x, weights.kernel, axes, interpret, transposed)
-    return _project(plan, x, weights)
-
-
-def _plan(
-    x: Array,
-    matrix: Array,
-    axes: tuple[str, ...],
-    interpret: Any,
-    transposed: bool = False,
-) -> Plan:
     tokens = _divisor(x.shape[1]) if transposed else _block_tokens(x, axes)
     assert tokens is not None, "see fits()"
-    return Plan(axes, tokens, _chunks(matrix.shape[1])[1], transposed, interpret)
+    # Queries, keys and values are three chunks.
+    plan = Plan(axes, tokens, x.shape[-1], transposed, interpret)
+    return _project(plan, x, weights)
 
 
 def _block_tokens(x: Array, axes: tuple[str, ...]) -> int | None:
@@ -173,7 +167,7 @@ def _mlp_forward(
     plan: Plan, x: Array, weights: MlpWeights
 ) -> tuple[Array, tuple[Array, MlpWeights]]:
     def local(x: Array, weights: MlpWeights) -> Array:
-        call = _Call(plan, x, weights, _pad_mlp)
+        call = _Call(plan, x, _padded(plan, weights))
         (y,) = call(
             functools.partial(_mlp_forward_kernel, call),
             (),
@@ -195,7 +189,7 @@ def _mlp_backward(
     def local(
         x: Array, weights: MlpWeights, gradient: Array
     ) -> tuple[Array, MlpWeights]:
-        call = _Call(plan, x, weights, _pad_mlp)
+        call = _Call(plan, x, _padded(plan, weights))
         width, hidden = call.width, call.hidden
         whole = ((width, hidden), (width, hidden), (1, hidden), (3, width))
         dx, up, down, up_bias, vectors = call(
@@ -237,7 +231,7 @@ def _project_forward(
     plan: Plan, x: Array, weights: ProjectWeights
 ) -> tuple[tuple[Array, Array], tuple[Array, ProjectWeights]]:
     def local(x: Array, weights: ProjectWeights) -> Array:
-        call = _Call(plan, x, weights, _pad_project)
+        call = _Call(plan, x, weights)
         b, n, _ = x.shape
         shape = (b, call.hidden, n) if plan.transposed else (b * n, call.hidden)
         (y,) = call(
@@ -250,8 +244,7 @@ def _project_forward(
             taken=(call.once,),
             name="project_forward",
         )
-        y = y.swapaxes(1, 2) if plan.transposed else y.reshape(b, n, -1)
-        return y[..., : weights.kernel.shape[1]]
+        return y.swapaxes(1, 2) if plan.transposed else y.reshape(b, n, -1)
 
     return (_on_each_device(plan, local, weights)(x, weights), x), (x, weights)
 
@@ -264,11 +257,8 @@ def _project_backward(
     def local(
         x: Array, weights: ProjectWeights, gradient: Array, above: Array
     ) -> tuple[Array, ProjectWeights]:
-        call = _Call(plan, x, weights, _pad_project)
+        call = _Call(plan, x, weights)
         width, hidden = call.width, call.hidden
-        cut = weights.kernel.shape[1]
-        if hidden > cut:
-            gradient = jnp.pad(gradient, ((0, 0), (0, 0), (0, hidden - cut)))
         if plan.transposed:
             gradient = gradient.swapaxes(1, 2)
         else:
@@ -289,9 +279,7 @@ def _project_backward(
             name="project_backward",
         )
         kernel = kernel.T if plan.transposed else kernel
-        found = ProjectWeights(
-            vectors[0], vectors[1], kernel[:, :cut], kernel_bias[0, :cut]
-        )
+        found = ProjectWeights(vectors[0], vectors[1], kernel, kernel_bias[0])
         return dx.reshape(x.shape), _like(found, weights)
 
     x, weights = saved
@@ -340,34 +328,24 @@ def _like(found: Any, weights: Any) -> Any:
     return jax.tree.map(lambda g, w: g.astype(w.dtype), found, weights)
 
 
-def _pad_mlp(weights: MlpWeights, more: int) -> MlpWeights:
-    # With zeros: gelu(0) = 0.
-    return weights._replace(
+def _padded(plan: Plan, weights: MlpWeights) -> MlpWeights:
+    more = -weights.up.shape[1] % plan.channels
+    if not more:
+        return weights
+    return weights._replace(  # with zeros: gelu(0) = 0
         up=jnp.pad(weights.up, ((0, 0), (0, more))),
         up_bias=jnp.pad(weights.up_bias, (0, more)),
         down=jnp.pad(weights.down, ((0, more), (0, 0))),
     )
 
 
-def _pad_project(weights: ProjectWeights, more: int) -> ProjectWeights:
-    return weights._replace(
-        kernel=jnp.pad(weights.kernel, ((0, 0), (0, more))),
-        kernel_bias=jnp.pad(weights.kernel_bias, (0, more)),
-    )
-
-
 class _Call:
     """One call's shapes, and what the kernels share."""
 
-    def __init__(self, plan: Plan, x: Array, weights: Any, pad: Any) -> None:
-        self.plan, self.dtype = plan, x.dtype
+    def __init__(self, plan: Plan, x: Array, weights: Any) -> None:
+        self.plan, self.dtype, self.weights = plan, x.dtype, weights
         self.flat = x.reshape(-1, x.shape[-1])
-        self.width, hidden = weights[2].shape
-        more = -hidden % plan.channels
-        self.hidden, self.weights = (
-            hidden + more,
-            pad(weights, more) if more else weights,
-        )
+        self.width, self.hidden = weights[2].shape
         self.grid = (self.flat.shape[0] // plan.tokens, self.hidden // plan.channels)
         # The share of steps that are the first, or the last, of a block of tokens.
         self.once = 1 / self.grid[1]

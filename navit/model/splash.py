@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,25 @@ LOG2E = math.log2(math.e)
 # Of what is masked. Less than any maximum can be, so that a block with nothing visible
 # adds exactly 0, whatever values it holds.
 _HIDDEN, _LOWEST = -3e38, -1e30
+
+
+class Segments(NamedTuple):
+    """Segment ids, and as the kernels read them: along rows, and down columns."""
+
+    ids: Int[Array, "b n"]
+    across: Int[Array, "b r n"]
+    down: Int[Array, "b n l"]
+
+
+def spread(segment_ids: Int[Array, "b n"]) -> Segments:
+    """Once for all layers."""
+    b, n = segment_ids.shape
+    ids = segment_ids.astype(jnp.int32)
+    return Segments(
+        ids,
+        jnp.broadcast_to(ids[:, None], (b, SUBLANES, n)),
+        jnp.broadcast_to(ids[:, :, None], (b, n, LANES)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Blocks:
 
 def splash(
     qkv: Float[Array, "b n c"],
-    segment_ids: Int[Array, "b n"],
+    segment_ids: Int[Array, "b n"] | Segments,
     *,
     width: int,
     interpret: bool | pltpu.InterpretParams = False,
@@ -94,12 +113,13 @@ def splash(
         )
     _check_row(n, "splash")
     plan = dict(queries=n, keys=n) | blocks
-    return _attend(qkv, segment_ids, _blocks(qkv, width, interpret, **plan))
+    segments = segment_ids if isinstance(segment_ids, Segments) else spread(segment_ids)
+    return _attend(qkv, segments, _blocks(qkv, width, interpret, **plan))
 
 
 def splash_skip(
     qkv: Float[Array, "b n c"],
-    segment_ids: Int[Array, "b n"],
+    segment_ids: Int[Array, "b n"] | Segments,
     *,
     width: int,
     interpret: bool | pltpu.InterpretParams = False,
@@ -121,7 +141,8 @@ def splash_skip(
     n = qkv.shape[1]
     _check_row(n, "splash_skip")
     plan = dict(queries=block_size(n), keys=block_size(n)) | blocks
-    return _attend(qkv, segment_ids, _blocks(qkv, width, interpret, **plan))
+    segments = segment_ids if isinstance(segment_ids, Segments) else spread(segment_ids)
+    return _attend(qkv, segments, _blocks(qkv, width, interpret, **plan))
 
 
 def block_size(row_tokens: int) -> int:
@@ -188,14 +209,14 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(qkv: Array, segment_ids: Array, blocks: Blocks) -> Array:
-    return _attend_forward(qkv, segment_ids, blocks)[0]
+def _attend(qkv: Array, segments: Segments, blocks: Blocks) -> Array:
+    return _attend_forward(qkv, segments, blocks)[0]
 
 
 def _attend_forward(
-    qkv: Array, segment_ids: Array, blocks: Blocks
-) -> tuple[Array, tuple[Array, ...]]:
-    call = _Call(qkv, segment_ids, blocks)
+    qkv: Array, segments: Segments, blocks: Blocks
+) -> tuple[Array, tuple[Any, ...]]:
+    call = _Call(qkv, segments, blocks)
     out, lse = call(
         functools.partial(_forward_kernel, call),
         call.three(qkv),
@@ -207,14 +228,14 @@ def _attend_forward(
         name="splash_forward",
     )
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
-    return call.flat(out), (qkv, segment_ids, out, lse)
+    return call.flat(out), (qkv, segments, out, lse)
 
 
 def _attend_backward(
-    blocks: Blocks, saved: tuple[Array, ...], gradient: Array
+    blocks: Blocks, saved: tuple[Any, ...], gradient: Array
 ) -> tuple[Array | None, ...]:
-    qkv, segment_ids, out, lse = saved
-    call = _Call(qkv, segment_ids, blocks)
+    qkv, segments, out, lse = saved
+    call = _Call(qkv, segments, blocks)
     channels = blocks.heads * call.width
     total = pltpu.VMEM((channels, call.n), jnp.float32)
     ready = (3, call.n, channels) if blocks.lanes else (3, channels, call.n)
@@ -243,12 +264,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _Call:
     """One call's shapes, and what both kernels share."""
 
-    def __init__(self, qkv: Array, segment_ids: Array, blocks: Blocks) -> None:
+    def __init__(self, qkv: Array, segments: Segments, blocks: Blocks) -> None:
         self.b, self.n, channels = qkv.shape
         self.width = blocks.width
         self.h = channels // (3 * self.width)
         self.dtype, self.blocks = qkv.dtype, blocks
-        self.segment_ids = segment_ids
+        self.segments = segments
         self.steps, self.groups = self.n // blocks.queries, self.h // blocks.heads
         self.whole_row = self.n == blocks.queries == blocks.keys
         self.scale = self.width**-0.5
@@ -304,9 +325,7 @@ class _Call:
         name: str,
     ) -> Sequence[Array]:
         b, n, h, blocks = self.b, self.n, self.h, self.blocks
-        ids = self.segment_ids.astype(jnp.int32)
-        across = jnp.broadcast_to(ids[:, None], (b, SUBLANES, n))
-        down = jnp.broadcast_to(ids[:, :, None], (b, n, LANES))
+        ids, across, down = self.segments
         bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
         pairs = b * h * n * min(n, WHOLE_ROW)
         arrays: list[Any] = [*args[2:], *shapes]

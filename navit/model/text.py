@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.config import ModelConfig
-from navit.model.attention import attention_qkvpacked
+from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder, compute_dtype, linear
 from navit.model.splash import LANES
 from navit.sharding import Rules, platform
@@ -96,7 +96,7 @@ class Text(nnx.Module):
                 x, (*rows, x.shape[-1]), out_sharding=self.rules.rows(x.ndim)
             )
             segments = jnp.repeat(jnp.arange(1, beside + 1), length)
-            segment_ids = jnp.broadcast_to(segments, rows)
+            segment_ids = prepared(jnp.broadcast_to(segments, rows))
         attend = functools.partial(attention_qkvpacked, segment_ids=segment_ids)
         x = self.encoder(x, attend)
         x = x[:, length - 1 :: length]  # the last position of each caption

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from navit.batch import PackedImages
 from navit.config import ModelConfig
-from navit.model.attention import attention_qkvpacked
+from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder, compute_dtype, linear
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
 from navit.model.positions import PositionEmbedding
@@ -115,7 +115,7 @@ class Vision(nnx.Module):
             jnp.where(real, x, 0.0),
             functools.partial(
                 attention_qkvpacked,
-                segment_ids=segment_ids,
+                segment_ids=prepared(segment_ids),
                 implementation=self.implementation,
                 max_segments=slots,
                 max_segment_tokens=max_image_tokens,
