@@ -28,7 +28,7 @@ def get_config() -> Config:
             row_tokens=1152,
             rows=32,
             slots=4,
-            caption_rows=8,
+            caption_rows=4,
         ),
         # Weights that others trained are not decayed, and move slowly.
         optim=OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.0, text_lr=0.0),

@@ -138,30 +138,67 @@ def test_they_run_on_tpus_alone():
     assert not fits(jnp.zeros((2, 128, 128)), 512, ())
 
 
-@pytest.mark.parametrize("num_heads", [2, 4])
-def test_a_block_is_the_same_with_kernels(num_heads, rng, monkeypatch):
-    """With `[b, n, f]` between the product and attention, and with `[b, f, n]`."""
-    shared = dict(use_bias=True, dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0))
-    block = encoder.Block(128, 512, num_heads, qk_norm=False, **shared)
+def test_the_projection_on_many_devices_equals_one(rng):
+    x, mlp, _ = example(rng, 128, 384)
+    weights = ProjectWeights(*mlp[:4])
+    axes = ("data", "fsdp")
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+
+    def total(x, weights, **options):
+        y, x = norm_project(x, weights, transposed=True, **options, **SIMULATED)
+        return (y**2).sum() + (x * 3).sum()
+
+    expected = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
+    with jax.set_mesh(jax.make_mesh((1, 2), axes, axis_types=explicit)):
+
+        def sharded(x, weights):
+            whole = jax.P(None, None, reduced=set(axes))
+            kernel = jax.reshard(weights.kernel, whole)
+            return total(x, weights._replace(kernel=kernel), axes=axes)
+
+        x = jax.reshard(x, jax.P(axes))
+        found = jax.jit(jax.grad(sharded, argnums=(0, 1)))(x, weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_has_no_kernel_is_an_error(rng):
+    x, mlp, _ = example(rng, 128, 320)
+    with pytest.raises(ValueError, match=r"no kernel for .* kernel \(128, 320\)"):
+        norm_project(x, ProjectWeights(*mlp[:4]), **SIMULATED)
+    with pytest.raises(ValueError, match=r"no kernel for x .* 320 hidden"):
+        simulated(x[:, :100], mlp)
+
+
+@pytest.mark.parametrize("num_heads, use_bias", [(2, True), (4, True), (2, False)])
+def test_a_block_is_the_same_with_kernels(num_heads, use_bias, rng, monkeypatch):
+    """With `[b, n, c]` between the product and attention, and with `[b, c, n]`."""
+    shared = dict(dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0), fused=True)
+    block = encoder.Block(
+        128, 512, num_heads, qk_norm=False, use_bias=use_bias, **shared
+    )
     x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2], [1, 0]]), 64, axis=1)
 
-    @nnx.jit
-    def run(block, x):
+    def run():
         def total(block, x):
             attend = functools.partial(attention_qkvpacked, segment_ids=segments)
             return (block(x, attend) ** 2).sum()
 
-        return nnx.value_and_grad(total, argnums=(0, 1))(block, x)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(block, x)
 
-    expected = run(block, x)
+    expected, called = run(), []
     monkeypatch.setattr(encoder, "fits", lambda *args: True)
     monkeypatch.setattr(encoder, "heads_fill_lanes", lambda *args: num_heads == 2)
-    for name in ("fused_mlp", "norm_project"):
-        kernel = functools.partial(getattr(encoder, name), **SIMULATED)
-        monkeypatch.setattr(encoder, name, kernel)
-    jax.clear_caches()
-    found = run(block, x)
+    for kernel in (fused_mlp, norm_project):
+
+        def seen(*args, kernel=kernel, **options):
+            called.append(kernel)
+            return kernel(*args, **options, **SIMULATED)
+
+        monkeypatch.setattr(encoder, kernel.__name__, seen)
+    found = run()
+    assert called == [norm_project, fused_mlp]
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # The exact gradient of a key's bias is 0.
         atol = 1e-5 * max(1, np.abs(b).max())

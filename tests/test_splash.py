@@ -80,10 +80,15 @@ def test_equals_the_dense_mask_in_value_and_gradients(kernel, case, rng):
 
 
 @pytest.mark.parametrize(
-    "blocks", [dict(queries=256, keys=128), dict(queries=128, keys=256, chunk=128)]
+    "tokens, blocks",
+    [
+        (512, dict(queries=256, keys=128)),
+        (512, dict(queries=128, keys=256, chunk=128)),
+        (768, dict(queries=384, keys=384)),
+    ],
 )
-def test_block_sizes_do_not_matter(blocks, rng):
-    args = arrays(rng, [row_of(100, 150, 50, tokens=512)], 2, 64)
+def test_block_sizes_do_not_matter(tokens, blocks, rng):
+    args = arrays(rng, [row_of(100, 150, 200, tokens=tokens)], 2, 64)
     attend = separate(splash_skip, **blocks, **SIMULATED)
     out, gradients = with_gradients(attend, *args)
     dense = functools.partial(attention, implementation="xla")

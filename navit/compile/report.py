@@ -103,10 +103,12 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         operations = schedule.operations(compiled.as_text())
         collectives = _collectives(operations)
         if dump is not None and clock is not None:
+            kernels = kernel_cycles(dump)
             unpriced = sum(
-                op.products > 0 and not (op.cycles or op.kernel) for op in operations
+                op.name not in kernels if op.kernel else op.products > 0 == op.cycles
+                for op in operations
             )
-            parts = _parts(operations, kernel_cycles(dump), clock, peak or 0.0)
+            parts = _parts(operations, kernels, clock, peak or 0.0)
     if dump is not None:
         for file in dump.iterdir():
             file.unlink()
@@ -178,7 +180,8 @@ def table(report: Report) -> str:
         lines.append(f"  {'total':16}{step:>12.2f}")
         if report.unpriced:
             lines.append(
-                f"  ({report.unpriced} products without a price count at the peak)"
+                f"  ({report.unpriced} operations without a price count at the peak, "
+                "kernels that do not say their products as nothing)"
             )
         lines.append(
             f"model {report.model_tflops:.3f} TFLOP a device, on real tokens alone: "

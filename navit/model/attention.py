@@ -70,7 +70,7 @@ def attention(
     """
     width = q.shape[-1]
     attend = _attend(
-        *(q.shape[1], width, segment_ids is None),
+        *(q.shape[1], q.shape[2] * width, width, segment_ids is None),
         *(implementation, max_segments, max_segment_tokens),
     )
 
@@ -99,7 +99,7 @@ def attention_qkvpacked(
       width: channels of a head.
     """
     attend = _attend(
-        *(qkv.shape[1], width, segment_ids is None),
+        *(qkv.shape[1], qkv.shape[2] // 3, width, segment_ids is None),
         *(implementation, max_segments, max_segment_tokens),
     )
     if isinstance(segment_ids, Segments) and attend.func not in _KERNELS.values():
@@ -120,6 +120,7 @@ _KERNELS: dict[str, Callable[..., Array]] = {
 
 def _attend(
     row_tokens: int,
+    channels: int,
     width: int,
     whole_rows: bool,
     implementation: str | None,
@@ -132,6 +133,8 @@ def _attend(
     if implementation is None:
         less = _less_work(max_segments, max_segment_tokens, row_tokens)
         implementation = _choice(platform(), row_tokens, less)
+        if implementation in _KERNELS and channels % 16:
+            implementation = "xla"  # a TPU cuts arrays at multiples of 16
     if implementation in _KERNELS:
         if platform() != "tpu":
             raise ValueError(

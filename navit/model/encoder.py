@@ -24,7 +24,7 @@ from navit.model.splash import LANES, heads_fill_lanes
 from navit.sharding import Rules, platform
 
 # `navit.model.attention.attention_qkvpacked` with this batch's segments.
-Attend = Callable[..., Array]
+Attend = Callable[..., Array]  # (qkv, *, width)
 
 _LINEAR_INIT = jax.nn.initializers.xavier_uniform()
 _BIAS_INIT = jax.nn.initializers.zeros
@@ -150,7 +150,7 @@ class Mlp(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
-        fused: bool = True,
+        fused: bool,
     ) -> None:
         make = functools.partial(
             linear, use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs
@@ -198,7 +198,7 @@ class SelfAttention(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
-        fused: bool = True,
+        fused: bool,
     ) -> None:
         self.num_heads, self.fused = num_heads, fused and rules.tensor is None
         make = functools.partial(
@@ -267,6 +267,10 @@ class SelfAttention(nnx.Module):
         shards = self.rules.size("tensor")
         if shards == 1:
             return jnp.concatenate(arrays, -1)
+        if self.num_heads % shards:
+            raise ValueError(
+                f"{self.num_heads} heads cannot be split over mesh.tensor={shards}"
+            )
         *shape, width = arrays[0].shape
         axes = (*jax.typeof(arrays[0]).sharding.spec, *[None] * len(shape))[
             : len(shape)
@@ -295,7 +299,7 @@ class Block(nnx.Module):
         dtype: Any,
         rules: Rules,
         rngs: nnx.Rngs,
-        fused: bool = True,
+        fused: bool,
     ) -> None:
         norm = functools.partial(
             layer_norm, width, use_bias=use_bias, dtype=dtype, rngs=rngs
@@ -322,7 +326,8 @@ class Encoder(nnx.Module):
 
     `config.remat`: "none" keeps every activation for the backward pass, "dots" the
     outputs of matrix products with parameters, "attention" each block's input and what
-    attention's backward pass needs, "full" each block's input alone.
+    attention's backward pass needs, "full" each block's input alone. A TPU's kernels
+    (`fused`) always make their products again, and "dots" then keeps almost nothing.
     """
 
     def __init__(

@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from navit.model.splash import LANES
 from navit.sharding import platform
 
-LANES, SUBLANES, EPSILON = 128, 16, 1e-6
+EPSILON = 1e-6
 # Of one step: tokens, and channels of the widest array.
 _TOKENS, _CHANNELS = 1024, 512
 _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -76,13 +77,10 @@ def fits(x: Array, hidden: int, axes: tuple[str, ...]) -> bool:
     Args:
       hidden: channels of the widest array.
     """
-    if platform() != "tpu" or x.shape[-1] % LANES or not _block_tokens(x, axes):
+    if platform() != "tpu" or x.shape[-1] % LANES:
         return False
-    info = pltpu.get_tpu_info()
     # The gradients of a chip's two cores would have to be summed.
-    if info.num_cores > 1:
-        return False
-    return _vmem(x.shape[-1], hidden, x.dtype) < 0.9 * info.vmem_capacity_bytes
+    return pltpu.get_tpu_info().num_cores == 1 and bool(_tokens(x, hidden, axes))
 
 
 def fused_mlp(
@@ -100,10 +98,12 @@ def fused_mlp(
       axes: the mesh axes that b is split over.
       interpret: `pltpu.InterpretParams()` runs the kernels on a CPU, for tests.
     """
-    tokens = _block_tokens(x, axes)
-    assert tokens is not None, "see fits()"
-    channels = _chunks(weights.up.shape[1])[1]
-    return _mlp(Plan(axes, tokens, channels, False, interpret), x, weights)
+    hidden = weights.up.shape[1]
+    tokens = _tokens(x, hidden, axes)
+    if not tokens:
+        raise ValueError(f"no kernel for x {x.shape} and {hidden} hidden channels")
+    plan = Plan(axes, tokens, _chunks(hidden)[1], False, interpret)
+    return _mlp(plan, x, weights)
 
 
 def norm_project(
@@ -122,22 +122,26 @@ def norm_project(
         must be of a multiple of 128 tokens.
       axes, interpret: see `fused_mlp`.
     """
-    tokens = _divisor(x.shape[1]) if transposed else _block_tokens(x, axes)
-    assert tokens is not None, "see fits()"
+    width, channels = weights.kernel.shape
+    tokens = _tokens(x, channels, axes, in_rows=transposed)
+    if not tokens or channels % width:
+        raise ValueError(f"no kernel for x {x.shape} and kernel {(width, channels)}")
     # Queries, keys and values are three chunks.
-    plan = Plan(axes, tokens, x.shape[-1], transposed, interpret)
-    return _project(plan, x, weights)
+    return _project(Plan(axes, tokens, width, transposed, interpret), x, weights)
 
 
-def _block_tokens(x: Array, axes: tuple[str, ...]) -> int | None:
+def _tokens(x: Array, hidden: int, axes: tuple[str, ...], in_rows: bool = False) -> int:
+    """Of one block: what divides a device's tokens, or a row's, and has room; or 0."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape[axis] for axis in axes)
-    return _divisor(x.shape[0] * x.shape[1] // devices)
-
-
-def _divisor(tokens: int) -> int | None:
-    sizes = range(_TOKENS, 0, -LANES)
-    return next((size for size in sizes if tokens % size == 0), None)
+    count = x.shape[1] if in_rows else x.shape[0] * x.shape[1] // devices
+    room = math.inf
+    if platform() == "tpu":
+        room = 0.9 * pltpu.get_tpu_info().vmem_capacity_bytes
+    for size in range(_TOKENS, 0, -LANES):
+        if count % size == 0 and _vmem(size, x.shape[-1], hidden, x.dtype) < room:
+            return size
+    return 0
 
 
 def _chunks(hidden: int) -> tuple[int, int]:
@@ -149,13 +153,14 @@ def _chunks(hidden: int) -> tuple[int, int]:
     return hidden + more, -size
 
 
-def _vmem(width: int, hidden: int, dtype: Any) -> int:
-    """Bytes of the widest backward kernel: weights, gradients, blocks twice."""
+def _vmem(tokens: int, width: int, hidden: int, dtype: Any) -> int:
+    """Bytes of the MLP's backward kernel: weights, gradients, blocks twice. The
+    projection's has one matrix of the two."""
     size = jnp.dtype(dtype).itemsize
     hidden, channels = _chunks(hidden)
     matrices = 2 * width * hidden * (size + 4)
-    blocks = _TOKENS * width * (3 * 2 * size + size + 3 * 4)
-    return matrices + blocks + 12 * _TOKENS * channels * 4 + 4 * 2**20
+    blocks = tokens * width * (3 * 2 * size + size + 3 * 4)
+    return matrices + blocks + 12 * tokens * channels * 4 + 4 * 2**20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -400,7 +405,9 @@ class _Call:
             ],
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary", "arbitrary"),
-                vmem_limit_bytes=_vmem(self.width, self.hidden, self.dtype),
+                vmem_limit_bytes=_vmem(
+                    self.plan.tokens, self.width, self.hidden, self.dtype
+                ),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=products * 2 * count * self.width * self.hidden,
@@ -603,7 +610,7 @@ def _project_backward_kernel(
 
     if call.plan.transposed:
         # A product turns the sums over lanes as they are kept.
-        ones = jnp.ones((SUBLANES, call.plan.tokens), call.dtype)
+        ones = jnp.ones((16, call.plan.tokens), call.dtype)
         d_kernel_bias[:, at] += call.dot(ones, gradient[...], (1, 1))[:1]
         total[...] += call.dot(gradient[...], kernel[at], (0, 0))
         d_kernel[at] += call.dot(gradient[...], normed[...], (1, 0))

@@ -73,7 +73,7 @@ class MapHead(nnx.Module):
         self.value = make(names=("embed", None), rules=rules)
         self.out = make(names=(None, "embed"), rules=rules)
         self.norm = layer_norm(width, **shared)
-        self.mlp = Mlp(width, mlp_dim, rules=rules, **shared)
+        self.mlp = Mlp(width, mlp_dim, rules=rules, fused=False, **shared)
 
     def __call__(
         self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]

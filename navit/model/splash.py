@@ -65,7 +65,7 @@ class Blocks:
       heads: computed together; their channels stand side by side in one block.
       queries: in one step of the grid. A multiple of 128 that divides the row.
       keys: in one turn of the loop within a step. The same.
-      chunk: queries whose logits are computed at once.
+      chunk, chunk_backward: queries whose logits are computed at once.
       lanes: heads are read side by side, in the layout `[b, n, h * k]`; else below one
         another, `[b, h * k, n]`, which wastes nothing where few heads do not fill 128
         lanes (72 channels a head).
@@ -183,7 +183,12 @@ def _check_row(n: int, name: str) -> None:
 
 def heads_fill_lanes(heads: int, width: int) -> bool:
     """Whether the kernels read `[b, n, h * k]`; else `[b, h * k, n]`."""
-    return any(heads % g == 0 and g * width % LANES == 0 for g in range(1, 5))
+    return bool(_lane_groups(heads, width))
+
+
+def _lane_groups(heads: int, width: int) -> list[int]:
+    """Numbers of heads, not too many for one block, that fill 128 lanes."""
+    return [g for g in range(1, 5) if heads % g == 0 and g * width % LANES == 0]
 
 
 def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
@@ -192,9 +197,13 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     # Heads at a time: two fill the gaps in one another's schedule, and more those that
     # short rows leave. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
     enough = max(2, min(WHOLE_ROW // n, 4))
-    lanes = [g for g in groups if g * width % LANES == 0 and g <= 4]
-    below = [g for g in groups if g * width % (2 * SUBLANES) == 0]
-    fit = lanes or below or [h]
+    lanes = _lane_groups(h, width)
+    fit = lanes or [g for g in groups if g * width % (2 * SUBLANES) == 0]
+    if not fit or qkv.shape[2] % (3 * width):
+        raise ValueError(
+            f"{qkv.shape[2]} channels are not queries, keys and values of heads of "
+            f'{width} that TPU kernels take: use "xla"'
+        )
     plan = dict(
         heads=next((g for g in fit if g >= enough), fit[-1]),
         chunk=min(512, sizes["queries"]),
@@ -203,7 +212,7 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     return Blocks(
         **(plan | sizes),
         width=width,
-        lanes=heads_fill_lanes(h, width),
+        lanes=bool(lanes),
         interpret=interpret,
     )
 
@@ -237,7 +246,10 @@ def _attend_backward(
     qkv, segments, out, lse = saved
     call = _Call(qkv, segments, blocks)
     channels = blocks.heads * call.width
-    total = pltpu.VMEM((channels, call.n), jnp.float32)
+    # A whole row needs no sums over blocks.
+    total = pltpu.VMEM(
+        (SUBLANES, LANES) if call.whole_row else (channels, call.n), jnp.float32
+    )
     ready = (3, call.n, channels) if blocks.lanes else (3, channels, call.n)
     (found,) = call(
         functools.partial(_backward_kernel, call),
@@ -326,7 +338,9 @@ class _Call:
     ) -> Sequence[Array]:
         b, n, h, blocks = self.b, self.n, self.h, self.blocks
         ids, across, down = self.segments
-        bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
+        bounds = jnp.zeros(1, jnp.int32)  # all, if the block is the row
+        if not self.whole_row:
+            bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
         pairs = b * h * n * min(n, WHOLE_ROW)
         arrays: list[Any] = [*args[2:], *shapes]
         bytes_moved = sum(x.size * x.dtype.itemsize for x in arrays)
@@ -368,6 +382,11 @@ class _Call:
         channels = self.blocks.heads * self.width
         of_token = channels * ((2 * 2 + 3) * jnp.dtype(self.dtype).itemsize + 2 * 4)
         return self.n * (of_token + 2 * LANES * 4) + 32 * 2**20
+
+    def cut(self, chunk: int) -> list[slice]:
+        """The queries of a block, in chunks; the last may be shorter."""
+        end = self.blocks.queries
+        return [slice(i, min(i + chunk, end)) for i in range(0, end, chunk)]
 
     def head(self, x: Array, i: int) -> Array:
         """`[n, k]` of one head of a block."""
@@ -420,7 +439,7 @@ def _forward_kernel(
     call: _Call, bounds: Any, across: Any, down: Any, q: Any, k: Any, v: Any, *out: Any
 ) -> None:
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk
-    chunks = [slice(i, i + chunk) for i in range(0, call.blocks.queries, chunk)]
+    chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
     scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
     qt = [call.head_below(scaled, h) for h in range(g)]
@@ -453,10 +472,13 @@ def _forward_kernel(
 
     start = None
     if not call.whole_row:
-        low = jnp.full((1, chunk), _LOWEST, jnp.float32)
-        start = [(low, jnp.zeros((width + 2 * SUBLANES, chunk), jnp.float32))] * len(
-            work
-        )
+        start = [
+            (
+                jnp.full((1, c.stop - c.start), _LOWEST, jnp.float32),
+                jnp.zeros((width + 2 * SUBLANES, c.stop - c.start), jnp.float32),
+            )
+            for _, c in work
+        ]
     found = call.over_keys(bounds, visit, start)
     values, statistics = [], []
     for top, total in found:
@@ -491,7 +513,7 @@ def _backward_kernel(
     dv_total: Any,
 ) -> None:
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk_backward
-    chunks = [slice(i, i + chunk) for i in range(0, call.blocks.queries, chunk)]
+    chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
     scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
     product = out[...].astype(jnp.float32) * gradient[...].astype(jnp.float32)
@@ -556,7 +578,7 @@ def _backward_kernel(
     if call.whole_row:
         found, dks, dvs = call.over_keys(bounds, visit, None)
     else:
-        start = [jnp.zeros((width, chunk), jnp.float32)] * len(work)
+        start = [jnp.zeros((width, c.stop - c.start), jnp.float32) for _, c in work]
         found = call.over_keys(bounds, visit, start)
     pl.when((group > 0) & (step == 0))(wait)
     heads = [jnp.concatenate(found[h * n : (h + 1) * n], 1) for h in range(g)]

@@ -35,6 +35,7 @@ class Text(nnx.Module):
         assert c is not None
         self.config, self.rules = c, rules
         self.dtype = compute_dtype(config.dtype)
+        self.kernels = config.attention != "xla"
         init = jax.nn.initializers.normal(stddev=c.width**-0.5)
         self.embedding = nnx.Param(
             init(
@@ -88,7 +89,9 @@ class Text(nnx.Module):
             x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
             x = x.astype(jnp.float32) + self.position[...]
         count, length = token_ids.shape
-        beside = captions_beside(count // self.rules.size("batch"), length)
+        beside = 0
+        if self.kernels:
+            beside = captions_beside(count // self.rules.size("batch"), length)
         segment_ids = None
         if beside:
             rows = (count // beside, beside * length)
