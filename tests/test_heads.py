@@ -60,7 +60,7 @@ def test_map_is_a_softmax_of_the_probe(rng):
     logits = np.einsum("hk,nhk->nh", q, k) / 2
     weights = np.exp(logits) / np.exp(logits).sum(0)
     pooled = head.out(jnp.einsum("nh,nhk->hk", weights, v).reshape(1, 8))
-    expected = (pooled + head.mlp(head.norm(pooled)))[0]
+    expected = head.mlp(head.norm, pooled[None])[0, 0]
     found = head(x, jnp.ones((1, 9, 1)))[0, 0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

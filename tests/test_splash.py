@@ -59,7 +59,7 @@ def with_gradients(attend, q, k, v, segments, weight):
 CASES = {
     "heads of 64": (2, 64, [row_of(100, 120), row_of(256), row_of()]),
     "heads of 96": (4, 96, [row_of(1, 254)]),
-    "heads of 72": (1, 72, [row_of(20, 130, 90)]),
+    "heads of 72": (2, 72, [row_of(20, 130, 90)]),
     "any order": (1, 128, [np.repeat([3, 0, 1, 0, 3, 2, 0, 9], 32)]),
 }
 
