@@ -206,7 +206,9 @@ def _taken(
         return None
     once = 1 / _blocks(row_tokens)
     # The backward pass clears its sums in the first step, and writes them in the last.
-    return {1: [turns], 3: [once, turns, once]}[len(kernel.branches)]
+    # Forward there is the loop, and for some rows a few bundles beside it.
+    found: dict[int, list[float]] = {1: [turns], 2: [turns, 1], 3: [once, turns, once]}
+    return found[len(kernel.branches)]
 
 
 if __name__ == "__main__":

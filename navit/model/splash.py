@@ -92,8 +92,8 @@ def splash(
 ) -> Float[Array, "b n d"]:
     """Attention within segments on a TPU, a whole row in one block.
 
-    Work grows with n squared; no row is too short for it, and none of up to 1152 tokens
-    gains by skipping. Segments may stand in any order.
+    Work grows with n squared; no row is too short for it, and rows of up to 1152 tokens
+    gain nothing by skipping (`navit.bench.attention`). Segments may stand in any order.
 
     Args:
       qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
