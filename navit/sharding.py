@@ -69,11 +69,6 @@ class Rules:
             return p.astype(dtype)
         return _whole(self, jax.typeof(p).sharding.spec, dtype, p)
 
-    def spread(self, x: jax.Array) -> jax.Array:
-        """Readies a replicated array for products with rows; for its gradient see
-        `gather`."""
-        return self.gather(x, x.dtype)
-
     def replicate(self, x: jax.Array) -> jax.Array:
         """Gathers an activation from all devices: communication, said out loud."""
         return x if self.batch is None else jax.reshard(x, jax.P())

@@ -11,14 +11,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from navit.model import encoder
 from navit.model.attention import attention_qkvpacked
-from navit.model.fused import (
-    MlpWeights,
-    ProjectWeights,
-    _chunks,
-    fits,
-    fused_mlp,
-    norm_project,
-)
+from navit.model.fused import chunks, fits
+from navit.model.fused_mlp import MlpWeights, fused_mlp
+from navit.model.norm_project import ProjectWeights, norm_project
 from navit.sharding import Rules
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
@@ -131,7 +126,7 @@ def test_many_devices_equal_one(rng):
     [(3072, 3072, 512), (4304, 4352, 256), (4096, 4096, 512), (192, 256, 256)],
 )
 def test_hidden_channels_are_cut_with_little_padding(hidden, padded, channels):
-    assert _chunks(hidden) == (padded, channels)
+    assert chunks(hidden) == (padded, channels)
 
 
 def test_they_run_on_tpus_alone():

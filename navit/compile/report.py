@@ -105,7 +105,9 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         if dump is not None and clock is not None:
             kernels = kernel_cycles(dump)
             unpriced = sum(
-                op.name not in kernels if op.kernel else op.products > 0 == op.cycles
+                op.name not in kernels
+                if op.kernel
+                else bool(op.products) and not op.cycles
                 for op in operations
             )
             parts = _parts(operations, kernels, clock, peak or 0.0)

@@ -12,14 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
-from navit.model.fused import (
-    EPSILON,
-    MlpWeights,
-    ProjectWeights,
-    fits,
-    fused_mlp,
-    norm_project,
-)
+from navit.model.fused import EPSILON, fits
+from navit.model.fused_mlp import MlpWeights, fused_mlp
+from navit.model.norm_project import ProjectWeights, norm_project
 from navit.model.splash import LANES, heads_fill_lanes
 from navit.sharding import Rules, platform
 
@@ -304,8 +299,9 @@ class Block(nnx.Module):
         norm = functools.partial(
             layer_norm, width, use_bias=use_bias, dtype=dtype, rngs=rngs
         )
-        shared: Any = dict(use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs)
-        shared |= dict(fused=fused)
+        shared: Any = dict(
+            use_bias=use_bias, dtype=dtype, rules=rules, rngs=rngs, fused=fused
+        )
         self.attention_norm = norm()
         self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm, **shared)
         self.mlp_norm = norm()

@@ -79,7 +79,8 @@ class MapHead(nnx.Module):
         self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]
     ) -> Float[Array, "b s d"]:
         h, width = self.num_heads, x.shape[-1]
-        q = self.rules.spread(self.query(self.probe[...]).reshape(h, width // h))
+        q = self.query(self.probe[...]).reshape(h, width // h)
+        q = self.rules.gather(q, q.dtype)  # whole everywhere: for its gradient
         k = self.key(x).reshape(*x.shape[:2], h, width // h)
         logits = jnp.einsum("hk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)
         logits = logits * (width // h) ** -0.5

@@ -273,6 +273,18 @@ def _attend_backward(
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
+    """A product in a kernel, over an axis of each; exact for float32."""
+    exact = a.dtype == jnp.float32
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((over[0],), (over[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
 class _Call:
     """One call's shapes, and what both kernels share."""
 
@@ -419,20 +431,10 @@ class _Call:
 
         return jax.lax.fori_loop(bounds[at], bounds[at + 1], step, carry)
 
-    def dot(self, a: Array, b: Array, axes: tuple[int, int]) -> Array:
-        exact = self.dtype == jnp.float32
-        return jax.lax.dot_general(
-            a,
-            b,
-            (((axes[0],), (axes[1],)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if exact else None,
-            preferred_element_type=jnp.float32,
-        )
-
     def logits(self, k: Array, qt: Array, seen_by: Array, seen: Array) -> Array:
         """Of `[keys, queries]`, to base 2; what is hidden is very low."""
         same = jnp.tile(seen, (1, qt.shape[1] // LANES)) == seen_by
-        return jnp.where(same, self.dot(k, qt, (1, 0)), _HIDDEN)
+        return jnp.where(same, dot(k, qt, (1, 0)), _HIDDEN)
 
 
 def _forward_kernel(
@@ -461,12 +463,12 @@ def _forward_kernel(
             top = s.max(0, keepdims=True)
             if carry is None:
                 p = jnp.exp2(s - top).astype(call.dtype)
-                found.append((top, call.dot(vt[h], p, (1, 0))))
+                found.append((top, dot(vt[h], p, (1, 0))))
             else:
                 before, total = carry[i]
                 top = jnp.maximum(top, before)
                 p = jnp.exp2(s - top).astype(call.dtype)
-                total = total * jnp.exp2(before - top) + call.dot(vt[h], p, (1, 0))
+                total = total * jnp.exp2(before - top) + dot(vt[h], p, (1, 0))
                 found.append((top, total))
         return found
 
@@ -539,11 +541,11 @@ def _backward_kernel(
         for i, (h, c) in enumerate(work):
             s = call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
             p = jnp.exp2(s - lse[h : h + 1, c])
-            dp = call.dot(call.head(vb, h), dt[h][:, c], (1, 0))
+            dp = dot(call.head(vb, h), dt[h][:, c], (1, 0))
             ds = (p * (dp - delta[h][:, c])).astype(call.dtype)
-            dvs[h] += call.dot(dt[h][:, c], p.astype(call.dtype), (1, 1))
-            dks[h] += call.dot(qt[h][:, c], ds, (1, 1))
-            x = call.dot(kt[h], ds, (1, 0))
+            dvs[h] += dot(dt[h][:, c], p.astype(call.dtype), (1, 1))
+            dks[h] += dot(qt[h][:, c], ds, (1, 1))
+            x = dot(kt[h], ds, (1, 0))
             found.append(x if carry is None else carry[i] + x)
         if call.whole_row:
             return found, dks, dvs
