@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from navit.batch import PackedImages as PackedImages
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
+    from navit.input.fill import pack as pack
     from navit.input.geometry import grid_for as grid_for
-    from navit.input.pipeline import pack as pack
     from navit.weights import load as load
     from navit.weights import save as save
 
@@ -23,7 +23,7 @@ _HOMES = {
     "PackedImages": "navit.batch",
     "grid_for": "navit.input.geometry",
     "load": "navit.weights",
-    "pack": "navit.input.pipeline",
+    "pack": "navit.input.fill",
     "save": "navit.weights",
 }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
+    from navit import commands  # late, so that --help and mistakes answer at once
+
     try:
-        return args.run(args)
+        return getattr(commands, args.run)(args)
     except _USER_ERRORS as error:
         if args.debug:
             raise
@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parsers = parser.add_subparsers(required=True, metavar="command")
 
-    train = commands.add_parser(
+    train = parsers.add_parser(
         "train",
         help="train a config, then evaluate it over token budgets",
         description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
@@ -98,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--process", type=int, metavar="I", help="which one this is, from 0"
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run="train")
 
-    evaluate = commands.add_parser(
+    evaluate = parsers.add_parser(
         "eval",
         help="evaluate a checkpoint at any token budgets",
         description="Evaluates the latest checkpoint of a work directory with the "
@@ -133,9 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         "fields of the saved config to change, as data.eval.path=~/other; with "
         "released weights model.* too, as model.vision.image_size=384",
     )
-    evaluate.set_defaults(run=_eval)
+    evaluate.set_defaults(run="evaluate")
 
-    embed = commands.add_parser(
+    embed = parsers.add_parser(
         "embed",
         help="embed image files",
         description="Embeds image files of any sizes into OUT, an .npz with `names` "
@@ -167,9 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key.path=value",
         help="a field of the config (repeatable), as model.vision.image_size=384",
     )
-    embed.set_defaults(run=_embed)
+    embed.set_defaults(run="embed")
 
-    index = commands.add_parser(
+    index = parsers.add_parser(
         "index",
         help="read the sizes of a config's images and keep them",
         description="Reads the header of every image of data.train and data.eval, "
@@ -180,9 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--again", action="store_true", help="read every header, whatever is kept"
     )
-    index.set_defaults(run=_index)
+    index.set_defaults(run="index")
 
-    convert = commands.add_parser(
+    convert = parsers.add_parser(
         "convert",
         help="convert weights between Hugging Face, big_vision and navit",
         description="Writes the model at IN, of any format that navit reads, to OUT. "
@@ -200,9 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         "what IN does not say, as model.vision.image_size=384 or "
         "model.text.tokenizer=gemma.model",
     )
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run="convert")
 
-    compile_ = commands.add_parser(
+    compile_ = parsers.add_parser(
         "compile",
         help="compile the training step for a TPU slice, without a TPU",
         description="Compiles CONFIG's training step (or its image tower) with the "
@@ -232,9 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         help="compile in a fraction of the time: whether it fits, and no times",
     )
     compile_.add_argument("--json", type=Path, help="write the figures here too")
-    compile_.set_defaults(run=_compile)
+    compile_.set_defaults(run="compile_")
 
-    plan = commands.add_parser(
+    plan = parsers.add_parser(
         "plan",
         help="show how images would pack into rows of several lengths",
         description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
@@ -253,9 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         help="row lengths in tokens (default: 1024,2048,4096,8192)",
     )
     plan.add_argument("--out", type=Path, help="write the plot here (a .png)")
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run="plan")
 
-    bench = commands.add_parser(
+    bench = parsers.add_parser(
         "bench",
         help="measure the input pipeline of a config",
         description="Measures the input pipeline of CONFIG alone, stage by stage.\n"
@@ -270,7 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--batches", type=int, default=20, help="batches to measure (default: 20)"
     )
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run="bench")
     return parser
 
 
@@ -281,164 +281,6 @@ def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
 
 def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=help)
-
-
-# Heavy imports wait until a command runs, so that --help and mistakes answer at once.
-
-
-def _train(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-
-    config = config_lib.load(args.config, args.overrides)
-    if args.print_config:
-        print(json.dumps(config_lib.to_json(config), indent=2))
-        return 0
-    from navit.train import hosts
-    from navit.train.loop import train
-
-    workdir = args.workdir or Path("runs") / Path(args.config).stem
-    initial = None
-    of_several = (args.coordinator, args.processes, args.process)
-    with hosts.joined(*of_several, debug=args.debug):
-        if config.init:
-            from navit.weights import start
-
-            config, initial = start(config, workdir)
-        return 0 if train(config, workdir, initial) else 130
-
-
-def _eval(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-    from navit.embed import Embedder
-    from navit.evals import budgets
-    from navit.input import pipeline
-    from navit.train.checkpoint import is_workdir
-    from navit.weights import load
-
-    weights, of_model = args.weights.expanduser(), []
-    if not is_workdir(weights):
-        if not args.out and weights.exists():  # before the model takes its time
-            raise ValueError(
-                f"{weights} is no work directory to write into: name a folder for "
-                "budgets.json and budgets.png with --out"
-            )
-        of_model = [x for x in args.overrides if x.startswith("model.")]
-    embedder = load(weights, overrides=of_model)
-    config = config_lib.override(embedder.config, args.overrides)
-    if args.budgets:
-        evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
-        config = dataclasses.replace(config, eval=evaluation)
-    for difference in config_lib.differences(embedder.config, config):
-        if not difference.startswith(("data.", "eval.")):
-            raise ValueError(
-                f"{difference}: the checkpoint was trained otherwise; an evaluation "
-                "may change data.* and eval.*"
-            )
-    embedder = Embedder(embedder.model, config, step=embedder.step)
-    source = pipeline.open_eval_source(config.data)
-    budgets.check(config, source, source)
-    out = args.out or weights
-    budgets.run(embedder, config, source, out, tasks=tuple(args.task))
-    return 0
-
-
-def _embed(args: argparse.Namespace) -> int:
-    from navit.embed import embed_files
-    from navit.weights import load
-
-    missing = [name for name in args.images if not Path(name).exists()]
-    if missing and not args.skip_unreadable:  # before the model takes its time
-        raise FileNotFoundError(f"there is no file {missing[0]}")
-    if args.out.is_dir():
-        raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
-    count = embed_files(
-        load(args.weights, overrides=args.set),
-        args.images,
-        args.out,
-        max_tokens=args.max_tokens,
-        skip_unreadable=args.skip_unreadable,
-    )
-    print(f"wrote {count} embeddings to {args.out}")
-    return 0
-
-
-def _index(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-    from navit.input import pipeline, summary
-
-    data = config_lib.load(args.config, args.overrides).data
-    train = pipeline.open_source(data.train, again=args.again)
-    print(summary.describe("data.train", train))
-    if data.eval is not None:
-        # One index serves all parts of a folder: it is not read twice.
-        same = ("", getattr(data.train, "path", ""))
-        again = args.again and getattr(data.eval, "path", None) not in same
-        source = pipeline.open_eval_source(data, again=again)
-        print(summary.describe("data.eval", source))
-    return 0
-
-
-def _convert(args: argparse.Namespace) -> int:
-    from navit.weights import read, write
-
-    weights = read(args.path, overrides=args.overrides)
-    format = write(weights, args.out.expanduser(), args.format)
-    print(f"wrote {args.out} ({format})")
-    return 0
-
-
-def _compile(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-    from navit.compile import run
-
-    config = config_lib.load(args.config, args.overrides)
-    return run.run(
-        config,
-        args.topology,
-        evaluate=args.evaluate,
-        quick=args.quick,
-        out=args.json,
-    )
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-    from navit.input import pipeline, plan_report
-
-    config = config_lib.load(args.config, args.overrides)
-    source = pipeline.open_source(config.data.train)
-    patch_size = config.model.vision.patch_size
-    most = config.data.most_tokens(patch_size)
-    rows = [x for x in args.rows if x >= most]
-    if short := sorted(set(args.rows) - set(rows)):
-        print(
-            f"not shown: rows of {', '.join(map(str, short))} tokens, as an image may "
-            f"take {most}"
-        )
-    found = plan_report.report(
-        source.sizes,
-        config.data,
-        patch_size=patch_size,
-        row_lengths=rows,
-        parts=pipeline.parts_of(source),
-    )
-    print(
-        f"{len(source)} images, global batch of {config.data.rows} rows of "
-        f"{config.data.row_tokens} tokens"
-    )
-    print(plan_report.table(found, config.data.row_tokens), end="")
-    if args.out:
-        plan_report.plot(found, args.out)
-        print(f"wrote {args.out}")
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from navit import config as config_lib
-    from navit.bench import input as bench_input
-
-    bench_input.run(config_lib.load(args.config, args.overrides), args.batches)
-    return 0
 
 
 def _integers(text: str) -> tuple[int, ...]:

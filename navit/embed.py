@@ -20,7 +20,7 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.files import write_atomic
-from navit.input import geometry, pipeline, pixels, text
+from navit.input import fill, geometry, pixels, text
 from navit.input.plan import pack_rows
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
@@ -118,7 +118,7 @@ class Embedder:
         at_once = self.rows_at_once(max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         fill_rows = functools.partial(
-            pipeline.fill_rows,
+            fill.fill_rows,
             load=load,
             patch_size=patch_size,
             row_tokens=max_tokens,

@@ -13,6 +13,13 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 
+def positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:  # so that nan is refused too
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+
+
 def override(config: T, assignments: Sequence[str]) -> T:
     """Returns a copy of `config` with each `"a.b=value"` applied.
 

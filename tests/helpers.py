@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,14 +34,16 @@ def vision_config(**overrides) -> VisionConfig:
 def make_vision(model: ModelConfig | None = None, seed: int = 0, **overrides) -> Vision:
     """A small image tower whose every parameter is nonzero, norms and biases too."""
     config = model or ModelConfig(vision=vision_config(**overrides), text=None)
-    vision = Vision(config, rngs=nnx.Rngs(seed))
-    leaves, tree = jax.tree.flatten(vision)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+    shapes = jax.eval_shape(lambda: Vision(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        std = (2 / sum(leaf.shape[-2:])) ** 0.5 if "kernel" in name else 0.1
+        values = std * rng.standard_normal(leaf.shape) + ("scale" in name)
+        return jnp.asarray(values, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def pack_grids(rows, row_tokens, slots, patches) -> PackedImages:

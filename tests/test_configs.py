@@ -12,7 +12,7 @@ import pytest
 from navit import config as config_lib
 from navit.batch import Batch, PackedImages
 from navit.input import pipeline
-from navit.input.plan import BatchPlans
+from navit.input.batch_plans import BatchPlans
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules
 from navit.train.state import init_state

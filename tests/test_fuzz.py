@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from navit.config import Config, DataConfig, Folder, ModelConfig, TextConfig
+from navit.input.batch_plans import BatchPlans
 from navit.input.pipeline import open_source, train_batches
-from navit.input.plan import BatchPlans
 
 # Pillow says so of damaged EXIF data and of odd TIFFs.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -29,8 +29,10 @@ from navit.config import (
     VisionConfig,
 )
 from navit.input import pixels
-from navit.input.pipeline import fill_rows, open_eval_source, open_source, train_batches
-from navit.input.plan import BatchPlans, Rows
+from navit.input.batch_plans import BatchPlans
+from navit.input.fill import fill_rows
+from navit.input.pipeline import open_eval_source, open_source, train_batches
+from navit.input.plan import Rows
 from navit.input.synthetic import SyntheticSource
 from navit.input.text import encode
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navit.config import Crop, DataConfig, TokenDrop
-from navit.input import plan
+from navit.input import batch_plans, plan
+from navit.input.batch_plans import BatchPlans
 from navit.input.geometry import grids_for
-from navit.input.plan import BatchPlans, Part, Rows, plan_block
+from navit.input.plan import Part, Rows, plan_block
 
 PATCH = 8
 
@@ -173,7 +174,7 @@ def test_every_block_is_planned_once_and_before_it_is_needed(monkeypatch):
         asked.append((epoch, block))
         return real(*args, epoch=epoch, block=block, **options)
 
-    monkeypatch.setattr(plan, "plan_block", counted)
+    monkeypatch.setattr(batch_plans, "plan_block", counted)
     batches = plans(random_sizes(5, 250), data_config(), steps=10**6)
     assert batches._first_steps[1] > 2 and asked == [(0, 0), (0, 2)]
     last = 2 * batches.steps_per_epoch

@@ -9,7 +9,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from navit.model.attention import _choice, attention
-from navit.model.splash import splash, splash_skip, visited
+from navit.model.splash import splash, splash_skip
+from navit.model.splash_blocks import visited
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
 
@@ -216,4 +217,4 @@ def test_errors_name_what_is_wrong():
     ],
 )
 def test_the_platform_and_the_row_choose(platform, tokens, less, expected):
-    assert _choice(platform, tokens, less) == expected
+    assert _choice(platform, tokens, 768, less) == expected

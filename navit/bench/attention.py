@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from navit.compile import kernels, schedule, topology
+from navit.compile.program import visited_blocks
 from navit.config import MeshConfig
-from navit.input.packing import pack
+from navit.input.plan import pack_rows
 from navit.model import splash
 from navit.model.attention import attention, attention_qkvpacked
 from navit.sharding import make_mesh
@@ -166,7 +167,10 @@ def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
     times = {"forward": 0.0, "backward": 0.0}
     for kernel_name, kernel in kernels.kernel_cycles(dump).items():
         part = "backward" if "backward" in kernel_name else "forward"
-        times[part] += kernel.cycles(taken=_taken(kernel, n, turns)) / clock
+        taken = None
+        if turns is not None:
+            taken = kernels.skipping(kernel, _blocks(n), turns)
+        times[part] += kernel.cycles(taken=taken) / clock
     figures = [*times.values(), other, sum(times.values()) + other]
     analysis = compiled.memory_analysis()
     assert analysis is not None
@@ -186,29 +190,10 @@ def _blocks(row_tokens: int) -> int:
 
 def _turns(row_tokens: int) -> float:
     """Mean blocks of keys that a block of queries visits."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(64, 1025, 100 * row_tokens // 544)
-    rows, _ = pack(lengths.tolist(), row_tokens)
-    ids = np.zeros((len(rows), row_tokens), np.int32)
-    for row, images in zip(ids, rows, strict=True):
-        of_row = np.repeat(np.arange(1, len(images) + 1), lengths[images])
-        row[: len(of_row)] = of_row
-    size = splash.block_size(row_tokens)
-    bounds = np.asarray(splash.visited(jnp.asarray(ids), queries=size, keys=size))
-    return float((bounds[..., 1] - bounds[..., 0]).mean())
-
-
-def _taken(
-    kernel: kernels.Kernel, row_tokens: int, turns: float | None
-) -> list[float] | None:
-    """How often a step runs each branch of the skipping kernels."""
-    if turns is None:
-        return None
-    once = 1 / _blocks(row_tokens)
-    # The backward pass clears its sums in the first step, and writes them in the last.
-    # Forward there is the loop, and for some rows a few bundles beside it.
-    found: dict[int, list[float]] = {1: [turns], 2: [turns, 1], 3: [once, turns, once]}
-    return found[len(kernel.branches)]
+    lengths = np.random.default_rng(0).integers(64, 1025, 100 * row_tokens // 544)
+    grids = np.stack([np.ones_like(lengths), lengths], -1)
+    rows = pack_rows(grids, row_tokens, None)
+    return visited_blocks(rows, row_tokens)
 
 
 if __name__ == "__main__":

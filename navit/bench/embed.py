@@ -28,7 +28,7 @@ from navit import weights
 from navit.config import Config, ModelConfig
 from navit.convert.weights import Weights, shapes_of
 from navit.embed import embed_packed
-from navit.input import pipeline
+from navit.input import fill
 from navit.model import variants
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
@@ -80,7 +80,7 @@ Side = dict[str, Callable[[], np.ndarray]]
 
 
 def _navit(model: Any, images: list[bytes], budget: int) -> Side:
-    packed = pipeline.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
+    packed = fill.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
     rows = model.rows_at_once(budget, len(packed.grids))
     parts = [
         jax.tree.map(lambda x, i=i: x[i : i + rows], packed)

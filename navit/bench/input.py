@@ -28,7 +28,8 @@ from PIL import Image
 
 from navit.config import Config, DataConfig, Folder, TrainConfig
 from navit.input import geometry, pipeline, pixels
-from navit.input.plan import BatchPlans, plan_block
+from navit.input.batch_plans import BatchPlans
+from navit.input.plan import plan_block
 from navit.input.sources import Source
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"

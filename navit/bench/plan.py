@@ -18,7 +18,8 @@ import dataclasses
 import time
 
 from navit.config import DataConfig, Sides
-from navit.input.plan import BatchPlans, plan_block
+from navit.input.batch_plans import BatchPlans
+from navit.input.plan import plan_block
 from navit.input.synthetic import photographs
 
 MIXES = {

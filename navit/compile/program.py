@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -14,14 +15,20 @@ from flax import nnx
 from navit import flops
 from navit.batch import Batch, PackedImages
 from navit.config import Config, DataConfig
-from navit.input.plan import BatchPlans, Rows
+from navit.input.batch_plans import BatchPlans
+from navit.input.plan import Rows
 from navit.input.synthetic import photographs
+from navit.model.splash import block_size
+from navit.model.splash_blocks import LANES, WHOLE_ROW, visited
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh
 from navit.train.checks import check_rows
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
+
+# Rows enough to tell how much attention skips.
+_SOME_ROWS = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Program:
         simulated photographs.
       flops: of the model on those alone, by part.
       rows, row_tokens: of the global batch.
+      visited: blocks of keys that a block of queries visits on average, where rows are
+        so long that attention skips (`navit.model.splash`); None elsewhere.
       parameters, optimizer: bytes on one device.
     """
 
@@ -41,6 +50,7 @@ class Program:
     flops: flops.Flops
     rows: int
     row_tokens: int
+    visited: float | None
     devices: int
     device_kind: str
     parameters: int
@@ -85,6 +95,7 @@ def train_program(config: Config, devices: list[Any]) -> Program:
         flops=flops.train_step(config, counts),
         rows=config.data.rows,
         row_tokens=config.data.row_tokens,
+        visited=_visited(config, rows),
         devices=mesh.size,
         device_kind=devices[0].device_kind,
         parameters=_bytes(state.model),
@@ -126,6 +137,7 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
         flops=flops.forward(config.model, counts),
         rows=data.rows,
         row_tokens=budget,
+        visited=_visited(config, rows),
         devices=mesh.size,
         device_kind=devices[0].device_kind,
         parameters=_bytes(model.vision),
@@ -161,6 +173,24 @@ def _planned(config: Config) -> tuple[Rows, int, int]:
         plans = BatchPlans(sample, data, patch_size=patch_size, steps=1)
         rows = plans[0]
     return rows, plans.slots, plans.captions
+
+
+def visited_blocks(rows: Rows, row_tokens: int) -> float:
+    """Blocks of keys that a block of queries of `splash_skip` visits on average."""
+    some = rows.slice(0, min(len(rows), _SOME_ROWS))
+    ids = np.zeros((len(some), row_tokens), np.int32)
+    for r, (start, stop) in enumerate(itertools.pairwise(some.offsets.tolist())):
+        lengths = some.lengths[start:stop]
+        ids[r, : lengths.sum()] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    size = block_size(row_tokens)
+    bounds = np.asarray(visited(jnp.asarray(ids), queries=size, keys=size))
+    return float((bounds[..., 1] - bounds[..., 0]).mean())
+
+
+def _visited(config: Config, rows: Rows) -> float | None:
+    n = config.data.row_tokens
+    skips = n > WHOLE_ROW or config.model.attention == "splash_skip"
+    return visited_blocks(rows, n) if skips and n % LANES == 0 else None
 
 
 def _counts(config: Config, rows: Rows) -> flops.Counts:

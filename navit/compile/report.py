@@ -14,8 +14,9 @@ import jax
 from navit import flops
 from navit.compile import schedule
 from navit.compile import topology as topologies
-from navit.compile.kernels import Kernel, kernel_cycles
+from navit.compile.kernels import Kernel, kernel_cycles, skipping
 from navit.compile.program import Program
+from navit.model.splash import block_size
 
 _MIB = 2**20
 
@@ -110,7 +111,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
                 else bool(op.products) and not op.cycles
                 for op in operations
             )
-            parts = _parts(operations, kernels, clock, peak or 0.0)
+            parts = _parts(operations, kernels, clock, peak or 0.0, program)
     if dump is not None:
         for file in dump.iterdir():
             file.unlink()
@@ -210,6 +211,7 @@ def _parts(
     kernels: dict[str, Kernel],
     clock: float,
     peak: float,
+    program: Program,
 ) -> dict[str, float]:
     """Milliseconds by part."""
     out = dict.fromkeys(PARTS, 0.0)
@@ -218,6 +220,10 @@ def _parts(
         if op.kernel and op.name in kernels:
             kernel = kernels[op.name]
             taken = op.taken if len(op.taken) == len(kernel.branches) else None
+            skips = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
+            if program.visited is not None and skips:
+                blocks = program.row_tokens // block_size(program.row_tokens)
+                taken = skipping(kernel, blocks, program.visited)
             seconds = kernel.cycles(kernel.steps or 0, taken=taken) / clock
             if peak:  # bundles do not wait for the matrix units; the chip would
                 seconds = max(seconds, op.products / peak)

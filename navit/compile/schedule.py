@@ -93,8 +93,8 @@ def operations(hlo: str) -> list[Operation]:
             current = ""
         elif current and line[:1].isspace():
             computations[current].append(line)
-        elif current and line:  # a kernel's metadata has lines of its own
-            computations[current][-1] += line
+        elif current and line and (found := computations[current]):
+            found[-1] += line  # a kernel's metadata has lines of its own
     if not entry:
         raise ValueError("this is no optimized HLO text: it has no ENTRY")
     return list(_walk(computations, entry, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _write_tensors(weights: Weights, out: Path) -> None:
 
 
 def _tensors(
-    weights: Weights, table: list[Tensor], shapes: dict[str, tuple[int, ...]]
+    weights: Weights, table: list[Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every stored tensor, one of ours in memory at a time."""
     model = weights.model
@@ -189,7 +189,7 @@ def _check(
     path: Path,
     table: list[Tensor],
     model: ModelConfig,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     stored: dict[str, tuple[int, ...]],
 ) -> None:
     expected = {}

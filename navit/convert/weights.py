@@ -9,8 +9,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -57,11 +58,12 @@ class Tensor(NamedTuple):
     part: tuple[int, int] = (0, 1)
 
 
-def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)
+def shapes_of(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Our tensors' names and shapes for a config; nothing is allocated."""
     like = jax.eval_shape(lambda: TwoTower(model, rngs=nnx.Rngs(0)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(like)
-    return {name_of(path): leaf.shape for path, leaf in leaves}
+    return MappingProxyType({name_of(path): leaf.shape for path, leaf in leaves})
 
 
 def name_of(path: tuple) -> str:
@@ -105,7 +107,7 @@ def is_buffer(name: str) -> bool:
 
 def check_shapes(
     path: Path,
-    expected: dict[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
     stored: dict[str, tuple[int, ...]],
 ) -> None:
     """Raises ValueError for the first tensor that is missing, surplus or misshapen."""

@@ -13,7 +13,8 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.files import write_atomic
-from navit.input.plan import BatchPlans, Part, typical_tokens
+from navit.input.batch_plans import BatchPlans
+from navit.input.plan import Part, typical_tokens
 
 # Below this share of padding one image a row is as good, and simpler.
 _LITTLE = 0.02

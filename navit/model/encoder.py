@@ -12,122 +12,22 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
-from navit.model.fused import EPSILON, fits
+from navit.model.fused import fits
 from navit.model.fused_mlp import MlpWeights, fused_mlp
+from navit.model.linear import (
+    Linear,
+    add_bias,
+    compute_dtype,
+    layer_norm,
+    linear,
+    product,
+)
 from navit.model.norm_project import ProjectWeights, norm_project
-from navit.model.splash import LANES, heads_fill_lanes
-from navit.sharding import Rules, platform
+from navit.model.splash_blocks import LANES, heads_fill_lanes
+from navit.sharding import Rules
 
 # `navit.model.attention.attention_qkvpacked` with this batch's segments.
 Attend = Callable[..., Array]  # (qkv, *, width)
-
-_LINEAR_INIT = jax.nn.initializers.xavier_uniform()
-_BIAS_INIT = jax.nn.initializers.zeros
-
-
-def compute_dtype(name: str) -> Any:
-    """Where "auto" is decided: float32 on a CPU, bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if platform() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-class Linear(nnx.Linear):
-    """`nnx.Linear` that gathers its kernel where it is split over devices, and whose
-    bias is added, and its gradient summed, in float32."""
-
-    def __init__(self, *sizes: int, rules: Rules, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.rules = rules
-
-    def __call__(
-        self, inputs: Float[Array, "... i"], out_sharding: jax.P | None = None
-    ) -> Float[Array, "... o"]:
-        kernel = self.rules.gather(self.kernel[...], self.dtype)
-        y = _product(inputs.astype(self.dtype), kernel, out_sharding)
-        if self.bias is None:
-            return y
-        # The gradient of a wide output is summed as it is made.
-        add = _add_bias if self.out_features <= self.in_features else _plus
-        return add(y, self.bias[...])
-
-
-def _product(
-    x: Float[Array, "... i"],
-    kernel: Float[Array, "i o"],
-    out_sharding: jax.P | None = None,
-) -> Float[Array, "... o"]:
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, kernel, contract, out_sharding=out_sharding)
-
-
-def _plus(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
-    return (y.astype(jnp.float32) + bias).astype(y.dtype)
-
-
-_add_bias = jax.custom_vjp(_plus)
-
-
-def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
-    return _plus(y, bias), bias
-
-
-def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
-    # A sum over rows as a matrix product, which a TPU does 20 times as fast; the eight
-    # equal results keep the compiler from making a sum of it again.
-    rows = jnp.ones_like(gradient[..., :8])
-    over = tuple(range(gradient.ndim - 1))
-    alone = jax.sharding.get_abstract_mesh().empty
-    spec = None if alone else jax.P(None, *jax.typeof(bias).sharding.spec)
-    summed = jax.lax.dot_general(
-        rows,
-        gradient,
-        ((over, over), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-        out_sharding=spec,
-    )
-    return gradient, summed[0]
-
-
-_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
-
-
-def linear(
-    inputs: int,
-    outputs: int,
-    *,
-    names: tuple[str | None, str | None],
-    use_bias: bool,
-    dtype: Any,
-    rules: Rules,
-    rngs: nnx.Rngs,
-) -> Linear:
-    """A linear layer whose kernel's axes carry sharding names."""
-    init = functools.partial(_LINEAR_INIT, out_sharding=rules(*names))
-    bias = functools.partial(_BIAS_INIT, out_sharding=rules(_split(names[1])))
-    return Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=init,
-        bias_init=bias,
-        rules=rules,
-        rngs=rngs,
-    )
-
-
-def _split(name: str | None) -> str | None:
-    # A bias is too small to be worth gathering, but goes where its outputs are.
-    return name if name == "tensor" else None
-
-
-def layer_norm(width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> Any:
-    """LayerNorm with epsilon 1e-6, computed in float32."""
-    return nnx.LayerNorm(
-        width, epsilon=EPSILON, use_bias=use_bias, dtype=dtype, rngs=rngs
-    )
 
 
 class Mlp(nnx.Module):
@@ -230,8 +130,8 @@ class SelfAttention(nnx.Module):
             qkv, x = norm_project(x, weights, transposed=below, axes=axes)
         else:
             kernel, bias = self._joined(x.dtype)
-            qkv = _product(norm(x), kernel)
-            qkv = qkv if bias is None else _add_bias(qkv, bias)
+            qkv = product(norm(x), kernel)
+            qkv = qkv if bias is None else add_bias(qkv, bias)
         out = self.out(attend(qkv, width=width), out_sharding=rules.rows(x.ndim))
         return x + out
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from navit.model.splash import LANES
+from navit.model.splash_blocks import LANES, WHOLE_ROW
 from navit.sharding import platform
 
 EPSILON = 1e-6
@@ -71,7 +71,9 @@ def block_tokens(
     room = math.inf
     if platform() == "tpu":
         room = 0.9 * pltpu.get_tpu_info().vmem_capacity_bytes
-    for size in range(_TOKENS, 0, -LANES):
+    # A row in one block fills a matrix unit's columns best.
+    sizes = range(max(_TOKENS, WHOLE_ROW) if in_rows else _TOKENS, 0, -LANES)
+    for size in sizes:
         if count % size == 0 and _vmem(size, x.shape[-1], hidden, x.dtype) < room:
             return size
     return 0
@@ -249,6 +251,11 @@ class Call:
         """The channels of this step."""
         start = pl.program_id(1) * self.plan.channels
         return pl.ds(pl.multiple_of(start, LANES), self.plan.channels)
+
+    def halves(self) -> list[Any]:
+        """The tokens of a block, in two parts where they divide."""
+        half = self.plan.tokens // 2
+        return [pl.ds(0, half), pl.ds(half, half)]
 
     def norm(self, x: Any, scale: Any, bias: Any, normed: Any) -> None:
         standard, _ = _standardize(x[...])

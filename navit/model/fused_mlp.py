@@ -20,7 +20,7 @@ from navit.model.fused import (
     gradients,
     on_each_device,
 )
-from navit.model.splash import dot
+from navit.model.splash_blocks import dot
 
 _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -152,8 +152,18 @@ def _mlp_forward_kernel(
         total[...] = x[...].astype(jnp.float32) + down_bias[...]
 
     at = call.chunk()
-    made = _gelu(dot(normed[...], up[:, at], (1, 0)) + up_bias[:, at])[0]
-    total[...] += dot(made.astype(call.dtype), down[at], (1, 0))
+    matrix, vector = up[:, at], up_bias[:, at]
+
+    def hidden(part: Any) -> Array:
+        return dot(normed[part], matrix, (1, 0)) + vector
+
+    # The next product before this GELU: the units that do them work at once.
+    parts = call.halves()
+    ahead = hidden(parts[0])
+    for i, part in enumerate(parts):
+        made = ahead
+        ahead = hidden(parts[i + 1]) if i + 1 < len(parts) else made
+        total[part] += dot(_gelu(made)[0].astype(call.dtype), down[at], (1, 0))
 
     @pl.when(pl.program_id(1) == call.grid[1] - 1)
     def _last() -> None:

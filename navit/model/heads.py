@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from navit.model.encoder import Mlp, layer_norm, linear
+from navit.model.encoder import Mlp
+from navit.model.linear import layer_norm, linear
 from navit.sharding import Rules
 
 

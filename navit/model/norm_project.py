@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from navit.model.fused import Call, Plan, block_tokens, gradients, on_each_device
-from navit.model.splash import dot
+from navit.model.splash_blocks import dot
 
 
 class ProjectWeights(NamedTuple):

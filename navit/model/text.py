@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from navit.config import ModelConfig
 from navit.model.attention import attention_qkvpacked, prepared
-from navit.model.encoder import Encoder, compute_dtype, linear
-from navit.model.splash import LANES
+from navit.model.encoder import Encoder
+from navit.model.linear import compute_dtype, linear
+from navit.model.splash_blocks import LANES
 from navit.sharding import Rules, platform
 
 # Tokens of a row of captions: as long as keeps a TPU busy, no longer.

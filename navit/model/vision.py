@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 from navit.batch import PackedImages
 from navit.config import ModelConfig
 from navit.model.attention import attention_qkvpacked, prepared
-from navit.model.encoder import Encoder, compute_dtype, linear
+from navit.model.encoder import Encoder
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
+from navit.model.linear import compute_dtype, linear
 from navit.model.positions import PositionEmbedding
 from navit.sharding import Rules
 

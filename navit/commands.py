@@ -1,0 +1,160 @@
+"""What each command does with the arguments of `navit/cli.py`; returns its exit code.
+
+A command imports what it needs, so that a mistake in a config is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from navit import config as config_lib
+
+
+def train(args: argparse.Namespace) -> int:
+    config = config_lib.load(args.config, args.overrides)
+    if args.print_config:
+        print(json.dumps(config_lib.to_json(config), indent=2))
+        return 0
+    from navit.train import hosts, loop
+
+    workdir = args.workdir or Path("runs") / Path(args.config).stem
+    initial = None
+    of_several = (args.coordinator, args.processes, args.process)
+    with hosts.joined(*of_several, debug=args.debug):
+        if config.init:
+            from navit.weights import start
+
+            config, initial = start(config, workdir)
+        return 0 if loop.train(config, workdir, initial) else 130
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from navit.embed import Embedder
+    from navit.evals import budgets
+    from navit.input import pipeline
+    from navit.train.checkpoint import is_workdir
+    from navit.weights import load
+
+    weights, of_model = args.weights.expanduser(), []
+    if not is_workdir(weights):
+        if not args.out and weights.exists():  # before the model takes its time
+            raise ValueError(
+                f"{weights} is no work directory to write into: name a folder for "
+                "budgets.json and budgets.png with --out"
+            )
+        of_model = [x for x in args.overrides if x.startswith("model.")]
+    embedder = load(weights, overrides=of_model)
+    config = config_lib.override(embedder.config, args.overrides)
+    if args.budgets:
+        evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
+        config = dataclasses.replace(config, eval=evaluation)
+    for difference in config_lib.differences(embedder.config, config):
+        if not difference.startswith(("data.", "eval.")):
+            raise ValueError(
+                f"{difference}: the checkpoint was trained otherwise; an evaluation "
+                "may change data.* and eval.*"
+            )
+    embedder = Embedder(embedder.model, config, step=embedder.step)
+    source = pipeline.open_eval_source(config.data)
+    budgets.check(config, source, source)
+    out = args.out or weights
+    budgets.run(embedder, config, source, out, tasks=tuple(args.task))
+    return 0
+
+
+def embed(args: argparse.Namespace) -> int:
+    from navit.embed import embed_files
+    from navit.weights import load
+
+    missing = [name for name in args.images if not Path(name).exists()]
+    if missing and not args.skip_unreadable:  # before the model takes its time
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
+    count = embed_files(
+        load(args.weights, overrides=args.set),
+        args.images,
+        args.out,
+        max_tokens=args.max_tokens,
+        skip_unreadable=args.skip_unreadable,
+    )
+    print(f"wrote {count} embeddings to {args.out}")
+    return 0
+
+
+def index(args: argparse.Namespace) -> int:
+    from navit.input import pipeline, summary
+
+    data = config_lib.load(args.config, args.overrides).data
+    train = pipeline.open_source(data.train, again=args.again)
+    print(summary.describe("data.train", train))
+    if data.eval is not None:
+        # One index serves all parts of a folder: it is not read twice.
+        same = ("", getattr(data.train, "path", ""))
+        again = args.again and getattr(data.eval, "path", None) not in same
+        source = pipeline.open_eval_source(data, again=again)
+        print(summary.describe("data.eval", source))
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    from navit.weights import read, write
+
+    weights = read(args.path, overrides=args.overrides)
+    format = write(weights, args.out.expanduser(), args.format)
+    print(f"wrote {args.out} ({format})")
+    return 0
+
+
+def compile_(args: argparse.Namespace) -> int:
+    from navit.compile import run
+
+    config = config_lib.load(args.config, args.overrides)
+    return run.run(
+        config,
+        args.topology,
+        evaluate=args.evaluate,
+        quick=args.quick,
+        out=args.json,
+    )
+
+
+def plan(args: argparse.Namespace) -> int:
+    from navit.input import pipeline, plan_report
+
+    config = config_lib.load(args.config, args.overrides)
+    source = pipeline.open_source(config.data.train)
+    patch_size = config.model.vision.patch_size
+    most = config.data.most_tokens(patch_size)
+    rows = [x for x in args.rows if x >= most]
+    if short := sorted(set(args.rows) - set(rows)):
+        print(
+            f"not shown: rows of {', '.join(map(str, short))} tokens, as an image may "
+            f"take {most}"
+        )
+    found = plan_report.report(
+        source.sizes,
+        config.data,
+        patch_size=patch_size,
+        row_lengths=rows,
+        parts=pipeline.parts_of(source),
+    )
+    print(
+        f"{len(source)} images, global batch of {config.data.rows} rows of "
+        f"{config.data.row_tokens} tokens"
+    )
+    print(plan_report.table(found, config.data.row_tokens), end="")
+    if args.out:
+        plan_report.plot(found, args.out)
+        print(f"wrote {args.out}")
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    from navit.bench import input as bench_input
+
+    bench_input.run(config_lib.load(args.config, args.overrides), args.batches)
+    return 0
