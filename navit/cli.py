@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and hasattr(args, "overrides") and not any(x.startswith("-") for x in rest):
         args.overrides += rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
     from navit import commands  # late, so that --help and mistakes answer at once
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"navit: {error}", file=sys.stderr)
-        return 1
+        return args.failed
     except KeyboardInterrupt:
         print("navit: stopped", file=sys.stderr)
         return 130
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
     )
+    parser.set_defaults(failed=1)
     parsers = parser.add_subparsers(required=True, metavar="command")
 
     train = parsers.add_parser(
@@ -208,8 +209,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Compiles CONFIG's training step (or its image tower) with the "
         "TPU compiler for a slice that need not be there, and says whether it fits, "
         "how long a step takes by the compiler's own schedule and where, and what the "
-        "devices send one another. Exit code 1: it does not fit. Takes minutes, and "
-        "some 3 GB of memory; needs pip install 'navit[tpu]'.",
+        "devices send one another. Exit code 1: it does not fit; 2: it could not be "
+        "told. Takes minutes, and some 3 GB of memory; needs pip install "
+        "'jax[tpu]'.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit compile configs/siglip2_b16_naflex.py --topology "
         "v5e:4x4 \\\n      data.rows=1024 mesh.fsdp=16 mesh.data=1",
@@ -232,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compile in a fraction of the time: whether it fits, and no times",
     )
     compile_.add_argument("--json", type=Path, help="write the figures here too")
-    compile_.set_defaults(run="compile_")
+    compile_.set_defaults(run="compile_", failed=2)
 
     plan = parsers.add_parser(
         "plan",
@@ -271,6 +273,8 @@ def _parser() -> argparse.ArgumentParser:
         "--batches", type=int, default=20, help="batches to measure (default: 20)"
     )
     bench.set_defaults(run="bench")
+    for each in parsers.choices.values():
+        each.set_defaults(parser=each)
     return parser
 
 
@@ -280,7 +284,9 @@ def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=help)
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help=help
+    )
 
 
 def _integers(text: str) -> tuple[int, ...]:

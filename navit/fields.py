@@ -135,7 +135,16 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     for candidate in (_fit(value, hint), text, (text,), tuple(text.split(","))):
         if _matches(candidate, hint):
             return candidate
-    raise ValueError(f"{path}: expected {_name(hint)}, got {text!r}")
+    raise ValueError(f"{path}: expected {_expected(hint, text)}, got {text!r}")
+
+
+def _expected(hint: Any, text: str) -> str:
+    if typing.get_origin(hint) is not Literal:
+        return _name(hint)
+    words = [str(word) for word in typing.get_args(hint)]
+    near = difflib.get_close_matches(text, words, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"one of {', '.join(words)}{hint}"
 
 
 def _fit(value: Any, hint: Any) -> Any:

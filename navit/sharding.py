@@ -121,7 +121,7 @@ def make_mesh(
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
-        if size == -1 and known > 0:
+        if size == -1 and known > 0 and count % known == 0:
             sizes[axis] = count // known
     used = math.prod(sizes.values())
     all_used = used == count or (jax.process_count() == 1 and used < count)
@@ -129,23 +129,27 @@ def make_mesh(
         given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in sizes)
         raise ValueError(
             f"{given} do not fit {count} devices: they must multiply to that, one of "
-            f"them may be -1, and data must be divisible by mesh.slices={slices}"
+            "them may be -1 for what is left, and data must be divisible by "
+            f"mesh.slices={slices}"
         )
     if used == 1 and single:
         return None, Rules()
     if sizes["tensor"] == 1:
         del sizes["tensor"]
     shape = tuple(sizes.values())
+    # Split: fsdp=8 and tensor=2 share a side of a 4x4 slice.
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
         outer = (slices, *(1 for _ in shape[1:]))
         grid = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices[:used], allow_split_physical_axes=True
         )
-        explicit = (jax.sharding.AxisType.Explicit,) * len(shape)
-        mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
     else:
-        mesh = jax.make_mesh(shape, tuple(sizes), devices=devices[:used])
+        grid = mesh_utils.create_device_mesh(
+            shape, devices[:used], allow_split_physical_axes=True
+        )
+    explicit = (jax.sharding.AxisType.Explicit,) * len(shape)
+    mesh = jax.sharding.Mesh(grid, tuple(sizes), axis_types=explicit)
     if used == 1:
         return mesh, Rules()
     return mesh, Rules(

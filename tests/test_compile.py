@@ -7,13 +7,21 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from navit import flops
 from navit.compile import schedule, topology
-from navit.compile.kernels import Kernel
-from navit.compile.program import Program
-from navit.compile.report import _parts, compile_program, part_of, table
+from navit.compile.kernels import Kernel, skipping
+from navit.compile.program import Program, visited_blocks
+from navit.compile.report import (
+    _communication,
+    _parts,
+    compile_program,
+    part_of,
+    table,
+)
+from navit.input.plan import Rows
 
 # ruff: noqa: E501
 PROGRAM = """HloModule jit_step
@@ -100,6 +108,38 @@ def test_a_kernel_says_which_steps_run_its_branches():
     assert attention(other, 1e14) == pytest.approx(500)
 
 
+def test_attention_that_skips_counts_what_it_visits():
+    (op,) = (x for x in schedule.operations(PROGRAM) if x.kernel)
+    op = dataclasses.replace(op, kernel="splash_backward")
+    kernel = Kernel(turn=50, steps=8, fill=0, body=50, branches=(4, 20, 6), around=0)
+    # Four blocks of queries: sums are cleared and written once; 2.5 turns of the loop.
+    found = _parts([op], {"kernel.1": kernel}, 1e9, 1e12, visited=(4, 2.5))
+    expected = 8 * (20 + 4 / 4 + 2.5 * 20 + 6 / 4)
+    assert found["attention"] / 12 * 1e6 == pytest.approx(expected)
+    with pytest.raises(ValueError, match="4 branches"):
+        skipping(dataclasses.replace(kernel, branches=(1, 2, 3, 4)), 4, 2.5)
+
+
+def test_blocks_visited_are_those_of_the_plan():
+    """Rows of 1536 in blocks of 512: an image of 512 tokens sees its own block."""
+    grids = np.array([[16, 32]] * 6 + [[32, 32]], np.int32)
+    rows = Rows(np.array([0, 3, 6, 7]), np.arange(7), grids)
+    # Two rows of three such; then an image over two blocks, and one of padding.
+    assert visited_blocks(rows, 1536) == pytest.approx((6 * 1 + 2 * 2 + 0) / 9)
+
+
+def test_communication_is_listed_with_its_sums():
+    def sent(mib, count):
+        of = dict(kind="all-gather", dtype="f32", shape=[8], part="mlp")
+        return of | dict(bytes=mib * 2**20, count=count)
+
+    found = _communication([sent(9, 2), sent(0.1, 3)])
+    assert "9.00 x 2    =         18  mlp" in found[1]
+    assert "less than 1 MiB each, 3 in all" in found[2]
+    assert found[3].split() == ["all-gather", "in", "all", "18"]
+    assert _communication([]) == ["no communication"]
+
+
 def test_text_that_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         schedule.operations("HloModule nothing\n")
@@ -130,6 +170,19 @@ def test_a_slice_that_is_none_is_an_error(name):
         topology.devices(name)
 
 
+def test_axes_may_share_a_side_of_a_slice():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    code = (
+        "from navit.compile import topology; topology.prepare();"
+        "from navit.config import MeshConfig; from navit.sharding import make_mesh;"
+        "devices = topology.devices('v6e:4x4');"
+        "print(*(dict(make_mesh(MeshConfig(*axes), devices)[0].shape)"
+        " for axes in ((1, 8, 2), (2, 8, 1), (4, 2, 2))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("'fsdp': 8") == 2, done.stderr
+
+
 def compile_quickstart(tmp_path, *options):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     out = tmp_path / "found.json"
@@ -154,7 +207,10 @@ def test_a_step_compiles_for_a_slice(tmp_path, gradients):
     assert done.returncode == 0, done.stdout
     assert found["fits"] and 0 < found["memory"]["peak"] < found["memory"]["limit"]
     assert found["quick"] and found["milliseconds"] is None
-    assert "no times: compiled in haste" in done.stdout
+    assert "no times: leave out --quick" in done.stdout
+    memory = found["memory"]
+    known = sum(memory[x] for x in ("parameters", "optimizer", "batches"))
+    assert memory["peak"] == pytest.approx(known + memory["activations"], rel=0.02)
     rows, tokens, texts = 2, 256, 24
     for each in found["collectives"]:
         shape = each["shape"]
@@ -183,11 +239,13 @@ def test_what_does_not_fit_says_so():
         flops=flops.Flops(),
         rows=8,
         row_tokens=256,
+        visited=None,
         devices=4,
         device_kind="TPU v5 lite",
         parameters=2**20,
         optimizer=2**21,
+        batch=2**20,
     )
     found = compile_program(program, "v5e:2x2", dump=None)
     assert not found.fits and found.memory["parameters"] == 1
-    assert "does NOT fit in 16.0 GiB\nRESOURCE_EXHAUSTED: 17.2G" in table(found)
+    assert "does NOT fit in 15.75 GiB\nRESOURCE_EXHAUSTED: 17.2G" in table(found)

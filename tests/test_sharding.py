@@ -77,6 +77,8 @@ def test_mesh_that_does_not_fit_is_an_error():
         make_mesh(MeshConfig(data=3, fsdp=3))
     with pytest.raises(ValueError, match="fit 8 devices"):
         make_mesh(MeshConfig(data=-1, fsdp=16))
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3, .* do not fit 8"):
+        make_mesh(MeshConfig(fsdp=3))
     mesh, _ = make_mesh(MeshConfig(data=2, fsdp=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2}
     mesh, _ = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

@@ -23,7 +23,7 @@ from navit.model.splash_blocks import LANES, WHOLE_ROW, visited
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh
-from navit.train.checks import check_rows
+from navit.train.checks import check_devices
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
 
@@ -40,9 +40,9 @@ class Program:
         simulated photographs.
       flops: of the model on those alone, by part.
       rows, row_tokens: of the global batch.
-      visited: blocks of keys that a block of queries visits on average, where rows are
-        so long that attention skips (`navit.model.splash`); None elsewhere.
-      parameters, optimizer: bytes on one device.
+      visited: blocks of queries in a row, and blocks of keys that each visits on
+        average, where attention skips (`navit.model.splash`); None elsewhere.
+      parameters, optimizer, batch: bytes on one device.
     """
 
     lowered: Any
@@ -50,11 +50,12 @@ class Program:
     flops: flops.Flops
     rows: int
     row_tokens: int
-    visited: float | None
+    visited: tuple[int, float] | None
     devices: int
     device_kind: str
     parameters: int
     optimizer: int
+    batch: int
 
 
 def train_program(config: Config, devices: list[Any]) -> Program:
@@ -65,7 +66,7 @@ def train_program(config: Config, devices: list[Any]) -> Program:
     """
     mesh, rules = _mesh(config, devices)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        check_rows(config, rules.size("batch"))
+        check_devices(config, rules)
         rows, slots, captions = _planned(config)
         groups = config.data.rows // (config.data.caption_rows or 1)
         optimizer = make_optimizer(config.optim, config.train.steps)
@@ -100,6 +101,7 @@ def train_program(config: Config, devices: list[Any]) -> Program:
         device_kind=devices[0].device_kind,
         parameters=_bytes(state.model),
         optimizer=_bytes(state.opt_state),
+        batch=_bytes(batch),
     )
 
 
@@ -142,6 +144,7 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
         device_kind=devices[0].device_kind,
         parameters=_bytes(model.vision),
         optimizer=0,
+        batch=_bytes(images),
     )
 
 
@@ -187,10 +190,12 @@ def visited_blocks(rows: Rows, row_tokens: int) -> float:
     return float((bounds[..., 1] - bounds[..., 0]).mean())
 
 
-def _visited(config: Config, rows: Rows) -> float | None:
+def _visited(config: Config, rows: Rows) -> tuple[int, float] | None:
     n = config.data.row_tokens
     skips = n > WHOLE_ROW or config.model.attention == "splash_skip"
-    return visited_blocks(rows, n) if skips and n % LANES == 0 else None
+    if not skips or n % LANES:
+        return None
+    return n // block_size(n), visited_blocks(rows, n)
 
 
 def _counts(config: Config, rows: Rows) -> flops.Counts:

@@ -16,7 +16,6 @@ from navit.compile import schedule
 from navit.compile import topology as topologies
 from navit.compile.kernels import Kernel, kernel_cycles, skipping
 from navit.compile.program import Program
-from navit.model.splash import block_size
 
 _MIB = 2**20
 
@@ -34,7 +33,8 @@ class Report:
 
     Attributes:
       fits: whether it fits; where not, `error` is what the compiler said.
-      memory: of the device, all in MiB: what is needed at the peak, and of what.
+      memory: of the device, all in MiB: what is needed at the peak, and of what. Of
+        batches there are two: the next one is on its way while a step runs.
       milliseconds: of a step, by part; None where the clock is not known, and of a
         quick compile.
       unpriced: operations that the compiler put no price on. Their products are
@@ -89,6 +89,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         "limit": limit * 1024,
         "parameters": program.parameters / _MIB,
         "optimizer": program.optimizer / _MIB,
+        "batches": 2 * program.batch / _MIB,
     }
     parts, unpriced, collectives = None, 0, []
     if compiled is not None:
@@ -100,7 +101,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
             + found.temp_size_in_bytes
         )
         memory["activations"] = found.temp_size_in_bytes / _MIB
-        memory["peak"] = needed / _MIB
+        memory["peak"] = (needed + program.batch) / _MIB
         operations = schedule.operations(compiled.as_text())
         collectives = _collectives(operations)
         if dump is not None and clock is not None:
@@ -111,7 +112,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
                 else bool(op.products) and not op.cycles
                 for op in operations
             )
-            parts = _parts(operations, kernels, clock, peak or 0.0, program)
+            parts = _parts(operations, kernels, clock, peak or 0.0, program.visited)
     if dump is not None:
         for file in dump.iterdir():
             file.unlink()
@@ -163,7 +164,12 @@ def table(report: Report) -> str:
     ]
     memory = report.memory
     if not report.fits:
-        lines += [f"does NOT fit in {memory['limit'] / 1024:.1f} GiB", report.error]
+        lines += [f"does NOT fit in {memory['limit'] / 1024:.2f} GiB", report.error]
+        lines.append(
+            "less memory: train.microbatches=2 and on (the same step in parts), "
+            "model.remat=attention or full, mesh.fsdp over more devices, fewer "
+            "data.rows"
+        )
         if "peak" not in memory:
             return "\n".join(line for line in lines if line) + "\n"
     else:
@@ -172,7 +178,7 @@ def table(report: Report) -> str:
     lines.append("memory of a device (MiB)")
     lines += [f"  {name:16}{value:>12,.0f}" for name, value in memory.items()]
     if report.milliseconds is None or report.step_milliseconds is None:
-        why = "compiled in haste" if report.quick else "its clock is not known"
+        why = "leave out --quick" if report.quick else "the chip's clock is not known"
         lines.append(f"no times: {why}")
     else:
         step = report.step_milliseconds
@@ -192,14 +198,33 @@ def table(report: Report) -> str:
             f"images/s and {report.tokens_per_second:,.0f} tokens/s a device"
         )
         lines.append("a schedule: no stalls, no network; it ranks, it does not time")
-    lines.append("communication of a step, per device")
-    for each in report.collectives:
+    return "\n".join([*lines, *_communication(report.collectives)]) + "\n"
+
+
+def _communication(collectives: list[dict[str, Any]]) -> list[str]:
+    """What is sent, largest first; the small ones of a kind together."""
+    if not collectives:
+        return ["no communication"]
+    total = {id(x): x["count"] * x["bytes"] / _MIB for x in collectives}
+    lines = ["communication, per device: MiB of the arrays, times runs"]
+    small: collections.Counter[str] = collections.Counter()
+    sums: collections.Counter[str] = collections.Counter()
+    for each in collectives:
+        mib = total[id(each)]
+        sums[each["kind"]] += mib
+        if mib < 1:
+            small[each["kind"]] += each["count"]
+            continue
         shape = ",".join(str(x) for x in each["shape"])
         lines.append(
-            f"  {each['kind']:20}{each['dtype'] + '[' + shape + ']':28}"
-            f"{each['count']:>5} x {each['bytes'] / _MIB:>9.2f} MiB  {each['part']}"
+            f"  {each['kind']:20}{each['dtype'] + '[' + shape + ']':24}"
+            f"{each['bytes'] / _MIB:>10.2f} x {each['count']:<4} = {mib:>10,.0f}  "
+            f"{each['part']}"
         )
-    return "\n".join(lines) + "\n"
+    for kind, count in small.items():
+        lines.append(f"  {kind:20}less than 1 MiB each, {count} in all")
+    lines += [f"  {kind:20}{'in all':24}{mib:>30,.0f}" for kind, mib in sums.items()]
+    return lines
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -211,7 +236,7 @@ def _parts(
     kernels: dict[str, Kernel],
     clock: float,
     peak: float,
-    program: Program,
+    visited: tuple[int, float] | None = None,
 ) -> dict[str, float]:
     """Milliseconds by part."""
     out = dict.fromkeys(PARTS, 0.0)
@@ -221,9 +246,8 @@ def _parts(
             kernel = kernels[op.name]
             taken = op.taken if len(op.taken) == len(kernel.branches) else None
             skips = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
-            if program.visited is not None and skips:
-                blocks = program.row_tokens // block_size(program.row_tokens)
-                taken = skipping(kernel, blocks, program.visited)
+            if visited is not None and skips:
+                taken = skipping(kernel, *visited)
             seconds = kernel.cycles(kernel.steps or 0, taken=taken) / clock
             if peak:  # bundles do not wait for the matrix units; the chip would
                 seconds = max(seconds, op.products / peak)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from navit.compile import topology as topologies
@@ -14,6 +18,8 @@ from navit.config import Config
 from navit.files import write_atomic
 
 log = logging.getLogger("navit")
+
+_TICK_SECONDS = 60
 
 
 def run(
@@ -50,13 +56,10 @@ def run(
                 if budget is None
                 else program.eval_program(config, devices, budget)
             )
-            wait = (
-                "minutes"
-                if quick
-                else "ten minutes and more (--quick: fewer, no times)"
-            )
-            log.info("compiling for %s; this takes %s", topology, wait)
-            found = report.compile_program(lowered, topology, dump=dump)
+            long = "minutes" if quick else "ten minutes and more (--quick: fewer)"
+            log.info("compiling for %s; this takes %s", topology, long)
+            with _ticking():
+                found = report.compile_program(lowered, topology, dump=dump)
             print(report.table(found), flush=True)
             reports.append(report.to_json(found))
         if out is not None:
@@ -65,3 +68,21 @@ def run(
     finally:
         if dump is not None:
             shutil.rmtree(dump, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ticking() -> Iterator[None]:
+    """Says now and then that what runs inside still does."""
+    start, done = time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not done.wait(_TICK_SECONDS):
+            log.info("still compiling, %.0f s", time.monotonic() - start)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

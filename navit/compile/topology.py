@@ -21,9 +21,8 @@ _QUIET = {
 
 
 class Chip(NamedTuple):
-    """Of one jax device: memory in GiB, and what the compiler's cycles are to a second.
-
-    Google's data sheets; the clocks follow from the peaks.
+    """Of one jax device: GiB of memory that the compiler leaves to a program, and what
+    its cycles are to a second (from the peaks of Google's data sheets).
     """
 
     memory: float
@@ -31,10 +30,10 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v5e": Chip(16.0, 1.5e9),
-    "v5p": Chip(95.0, 1.75e9),
-    "v6e": Chip(32.0, 1.75e9),
-    "tpu7x": Chip(96.0, None),
+    "v5e": Chip(15.75, 1.5e9),
+    "v5p": Chip(95.74, 1.75e9),
+    "v6e": Chip(31.25, 1.75e9),
+    "tpu7x": Chip(94.75, None),
 }
 
 _NAME = re.compile(rf"({'|'.join(CHIPS)}):(\d+)x(\d+)(?:x(\d+))?")
@@ -85,7 +84,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(
-            "compiling for a TPU needs its compiler: pip install 'navit[tpu]'"
+            "compiling for a TPU needs its compiler: pip install 'jax[tpu]'"
         ) from error
     from jax.experimental import topologies
 
@@ -100,5 +99,8 @@ def devices(name: str, slices: int = 1) -> list[Any]:
             platform="tpu", topology_name=name, **more
         )
     except Exception as error:  # jaxlib raises its own kinds
-        raise ValueError(f"there is no slice {name!r}: {error}") from error
+        known = "1x1, 2x2, 2x4, 4x4, 8x8, 16x16" if flat else "2x2x1, 2x2x2, 4x4x4"
+        raise ValueError(
+            f"the compiler knows no slice {name!r}; {match[1]} has {known} and others"
+        ) from error
     return list(topology.devices)

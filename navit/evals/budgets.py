@@ -94,6 +94,7 @@ def evaluate(
             log.warning("not evaluated: %s (%s)", source.name(index), error)
             into.append(index)
 
+        log.info("%d images at %d tokens", count, budget)
         start = time.perf_counter()
         images = embedder.embed_source(
             source.image,

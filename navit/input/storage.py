@@ -215,7 +215,7 @@ def _filesystem(url: str) -> Any:
     except ImportError:
         raise ValueError(
             f"{url!r} is read through fsspec, which is not installed: pip install "
-            "navit[remote], and what fsspec needs for this protocol (gcsfs, s3fs)"
+            "fsspec, and what fsspec needs for this protocol (gcsfs, s3fs)"
         ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]

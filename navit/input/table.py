@@ -67,7 +67,7 @@ def import_parquet(path: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path} needs pyarrow to be read: pip install navit[parquet]"
+            f"{path} needs pyarrow to be read: pip install pyarrow"
         ) from None
     return pyarrow.parquet
 

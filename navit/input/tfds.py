@@ -26,7 +26,7 @@ class TfdsReader:
         except ImportError:
             raise ValueError(
                 f"the dataset {source.name!r} needs tensorflow_datasets: pip install "
-                "navit[tfds] (TensorFlow is not needed)"
+                "tensorflow-datasets (TensorFlow is not needed)"
             ) from None
         builder = _builder(tfds, source)
         stored = builder.info.file_format.file_suffix

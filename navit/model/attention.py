@@ -62,6 +62,11 @@ def attention(
       ValueError: for an unknown implementation, "unpack" without its bounds, or a TPU
         kernel on another platform or for a row that it does not take.
     """
+    if not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} are not of one shape; heads of "
+            "keys and values that several queries share must be repeated"
+        )
     width = q.shape[-1]
     attend = _attend(
         *(q.shape[1], q.shape[2] * width, width, segment_ids is None),
@@ -137,10 +142,10 @@ def _attend(
     if implementation == "xla":
         return functools.partial(_dense, width=width)
     if implementation == "unpack":
-        if max_segments is None or max_segment_tokens is None:
+        if not max_segments or not max_segment_tokens:
             raise ValueError(
-                'implementation="unpack" needs max_segments and max_segment_tokens, '
-                f"not {max_segments} and {max_segment_tokens}"
+                'implementation="unpack" needs max_segments and max_segment_tokens of '
+                f"at least 1, not {max_segments} and {max_segment_tokens}"
             )
         return functools.partial(
             unpack,

@@ -15,6 +15,7 @@ from navit.config import Config
 from navit.input import text
 from navit.input.sources import Source
 from navit.input.stream import StreamSource
+from navit.sharding import Rules, platform
 from navit.train.step import Metrics
 from navit.train.trackers import check_installed
 
@@ -54,12 +55,12 @@ def _anywhere(source: config_lib.TrainSource) -> Any:
     return dataclasses.replace(source, **blank)
 
 
-def check_before(config: Config, source: Source | StreamSource) -> None:
-    """Says what is legal and rarely meant; refuses what never is.
+def check_config(config: Config) -> None:
+    """Before any data is read: says what is legal and rarely meant, refuses the rest.
 
     Raises:
-      ValueError: if random weights would stay as they are, the tokenizer has more ids
-        than the text tower, or a package to log with is missing.
+      ValueError: if random weights would stay as they are, or a package to log with is
+        missing.
     """
     check_installed(config)
     for name in ("vision_lr", "text_lr"):
@@ -76,6 +77,14 @@ def check_before(config: Config, source: Source | StreamSource) -> None:
             config.train.steps,
             config.train.steps - 1,
         )
+
+
+def check_captions(config: Config, source: Source | StreamSource) -> None:
+    """Says how many captions are cut.
+
+    Raises:
+      ValueError: if the tokenizer has more ids than the text tower.
+    """
     if config.model.text is not None and config.train.loss != "classification":
         captions = _some_captions(source)
         tower = config.model.text
@@ -99,15 +108,35 @@ def _some_captions(source: Source | StreamSource) -> list[str]:
     return [caption for i in some.tolist() for caption in source.captions(i)]
 
 
-def check_rows(config: Config, devices: int) -> None:
-    """Refuses rows, or groups of them, that the devices cannot share.
-
-    Args:
-      devices: those that the rows are split over.
+def check_devices(config: Config, rules: Rules) -> None:
+    """Refuses what the devices of the mesh in use cannot share, or run.
 
     Raises:
-      ValueError: if each device would not have as many, and whole groups.
+      ValueError: if each device would not have as many rows, in whole groups, and as
+        much of every parameter; or for a TPU's kernels elsewhere.
     """
+    name = config.model.attention
+    if name.startswith("splash") and platform() != "tpu":
+        raise ValueError(
+            f"model.attention={name} is a TPU kernel, and this runs on a {platform()}: "
+            "leave it at auto"
+        )
+    _check_rows(config, rules.size("batch"))
+    for tower in ("vision", "text"):
+        sizes = getattr(config.model, tower)
+        for axis, field, devices in (
+            ("fsdp", "width", rules.size("embed")),
+            ("tensor", "num_heads", rules.size("tensor")),
+            ("tensor", "mlp_dim", rules.size("tensor")),
+        ):
+            if sizes is not None and getattr(sizes, field) % devices:
+                raise ValueError(
+                    f"model.{tower}.{field}={getattr(sizes, field)} cannot be split "
+                    f"over mesh.{axis}={devices}: take a divisor"
+                )
+
+
+def _check_rows(config: Config, devices: int) -> None:
     rows, group = config.data.rows, config.data.caption_rows
     if rows % devices:
         raise ValueError(

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from navit import config as config_lib
 from navit.config import Config
 from navit.embed import Embedder
 from navit.evals import budgets
-from navit.files import write_atomic
 from navit.input import pipeline
 from navit.input.sources import Source
 from navit.input.stream import StreamSource
@@ -25,12 +20,18 @@ from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import changes, check_before, check_finite, check_rows
+from navit.train.checks import (
+    check_captions,
+    check_config,
+    check_devices,
+    check_finite,
+)
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, line
 from navit.train.profile import Profile
-from navit.train.state import TrainState, init_state
+from navit.train.start import start
+from navit.train.state import TrainState
 from navit.train.step import make_train_step
 from navit.train.trackers import open_writers
 
@@ -58,21 +59,23 @@ def train(
       ValueError: if `workdir` holds a run of another config or of other data.
       FloatingPointError: if the loss is not finite.
     """
+    check_config(config)
+    mesh, rules = make_mesh(config.mesh)
+    with use_mesh(mesh):
+        check_devices(config, rules)
     source = pipeline.open_train_source(config.data.train)
     data = pipeline.fingerprint(source)
     eval_source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, eval_source)
     log.info("training on %s", source.fingerprint())
     log.info("evaluating on %d images", len(eval_source))
-    check_before(config, source)
+    check_captions(config, source)
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
-    mesh, rules = make_mesh(config.mesh)
     with use_mesh(mesh):
-        check_rows(config, rules.size("batch"))
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
-            state = _start(config, data, workdir, rules, checkpoints, initial)
+            state = start(config, data, workdir, rules, checkpoints, initial)
             with Interruption() as interruption:
                 state = _steps(
                     state,
@@ -159,55 +162,3 @@ def _steps(
     if meter.unreadable:
         log.warning("%d images could not be read in this run", meter.unreadable)
     return state
-
-
-def _start(
-    config: Config,
-    data: str,
-    workdir: Path,
-    rules: Rules,
-    checkpoints: Checkpoints,
-    initial: Callable[[Rules], TwoTower] | None,
-) -> TrainState:
-    """The state to go on from: the latest checkpoint's, or step 0's."""
-    make = functools.partial(
-        init_state, config, make_optimizer(config.optim, config.train.steps), rules
-    )
-    latest = checkpoints.latest_step()
-    hosts.check_same(
-        f"the latest checkpoint in {workdir}, which all share,", f"{latest}"
-    )
-    if latest is None:
-        if hosts.first():
-            saved = json.dumps(config_lib.to_json(config), indent=2) + "\n"
-            write_atomic(workdir / "config.json", saved.encode())
-            _keep_tokenizer(config, workdir)
-        hosts.any_of(False)  # now it is written
-        found = (workdir / "config.json").exists()
-        hosts.check_same(f"{workdir}, which all share, and its config.json", f"{found}")
-        state = jax.jit(make)(model=initial(rules) if initial else None)
-        count = sum(x.size for x in jax.tree.leaves(state.model))
-        log.info("training %.2fM parameters in %s", count / 1e6, workdir)
-        return state
-    if changed := changes(checkpoints.config(), config):
-        raise ValueError(
-            f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): "
-            "choose another --workdir, delete that one, or go back to its settings"
-        )
-    if data != checkpoints.data():
-        raise ValueError(
-            f"{workdir} was trained on {checkpoints.data()}, and data.train now has "
-            f"{data}: put the data back as it was, or choose another --workdir"
-        )
-    if latest >= config.train.steps:
-        log.info("%s is trained to step %d already", workdir, latest)
-    else:
-        log.info("resuming from step %d of %s", latest, workdir)
-    return checkpoints.restore(jax.eval_shape(make))
-
-
-def _keep_tokenizer(config: Config, workdir: Path) -> None:
-    """Copies a tokenizer's file, so that the work directory stands alone."""
-    tokenizer = Path(config.model.text.tokenizer if config.model.text else "")
-    if tokenizer.expanduser().is_file():
-        shutil.copyfile(tokenizer.expanduser(), workdir / tokenizer.name)

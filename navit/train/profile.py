@@ -26,6 +26,7 @@ class Profile:
         window = config.profile_window if hosts.first() else None
         self._first, self._last = window or (0, 0)
         self._folder, self._running = folder, False
+        self._traced = 0
 
     def __enter__(self) -> Profile:
         return self
@@ -34,7 +35,10 @@ class Profile:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            log.info("wrote a trace of steps to %s", self._folder)
+            log.info(
+                "wrote a trace of steps %d to %d to %s",
+                *(self._first, self._traced, self._folder),
+            )
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
@@ -46,6 +50,7 @@ class Profile:
             self._folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(self._folder)
             self._running = True
+        self._traced = step
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
 

@@ -32,7 +32,7 @@ def check_installed(config: Config) -> None:
         if importlib.util.find_spec(package) is None:
             raise ValueError(
                 f"train.log_to={name} needs {package}, which is not installed: pip "
-                f"install navit[{name}]"
+                f"install {package}"
             )
 
 
