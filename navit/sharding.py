@@ -94,8 +94,26 @@ def _whole_backward(
     rules: Rules, spec: jax.P, dtype: Any, like: Any, gradient: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
-    summed = jax.reshard(gradient.astype(rules.gradients), spec)
-    return (summed.astype(like.dtype),)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = [axis for axis in rules.batch_axes if mesh.shape[axis] > 1]
+
+    # Written out: of a reshard, XLA sums the whole over all devices, then cuts it up.
+    def summed(g: jax.Array) -> jax.Array:
+        g, left = g.astype(rules.gradients), list(axes)
+        for dim, axis in enumerate(spec):
+            if axis == rules.embed and axis in left:
+                g = jax.lax.psum_scatter(g, axis, scatter_dimension=dim, tiled=True)
+                left.remove(axis)
+        return jax.lax.psum(g, left) if left else g
+
+    # check_vma: of what is `unreduced`, JAX does not let each device have its own.
+    of_each: Any = jax.shard_map(
+        summed,
+        in_specs=jax.typeof(gradient).sharding.spec,
+        out_specs=spec,
+        check_vma=False,
+    )
+    return (of_each(gradient).astype(like.dtype),)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

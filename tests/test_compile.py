@@ -74,6 +74,16 @@ def test_communication_is_counted_where_it_is_fused_too():
     }
 
 
+def test_a_sum_that_is_scattered_is_no_all_reduce():
+    text = PROGRAM.replace("%inner", "%all-reduce-scatter.3")
+    kinds = [x.kind for op in schedule.operations(text) for x in op.collectives]
+    assert sorted(kinds) == ["all-gather", "reduce-scatter", "reduce-scatter"]
+    one = "  %piece.1 = bf16[2,4]{1,0} reduce-scatter(%x), dimensions={0}\n  ROOT %unkn"
+    text = PROGRAM.replace("  ROOT %unkn", one)
+    (found,) = (op for op in schedule.operations(text) if op.name == "piece.1")
+    assert [x.shape for x in found.collectives] == [(8, 4)]
+
+
 def test_times_are_cycles_of_every_run_and_kernels():
     """At 1 GHz: 12 runs of 100 cycles, of a kernel of 10 steps of 50, and products."""
     operations = schedule.operations(PROGRAM)
@@ -221,10 +231,11 @@ def test_a_step_compiles_for_a_slice(tmp_path, gradients):
             expected = {gradients, "float32"} if reduced else {"bfloat16"}
             names = {"bf16": "bfloat16", "f32": "float32"}
             assert names[each["dtype"]] in expected, each
-    projections = [x for x in found["collectives"] if x["shape"] == [128, 128]]
+    # Gradients of projections of 128 to 128 are summed to where the shards are.
     dtype = {"float32": "f32", "bfloat16": "bf16"}[gradients]
-    sums = {x["dtype"] for x in projections if x["kind"] != "all-gather"}
-    assert sums == {dtype}
+    sums = [x for x in found["collectives"] if x["kind"] != "all-gather"]
+    scattered = [x for x in sums if x["shape"] == [128, 128]]
+    assert {(x["kind"], x["dtype"]) for x in scattered} == {("reduce-scatter", dtype)}
 
 
 class _TooLarge:

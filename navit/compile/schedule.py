@@ -101,9 +101,9 @@ def operations(hlo: str) -> list[Operation]:
 
 
 def _walk(
-    computations: dict[str, list[str]], name: str, runs: int
+    computations: dict[str, list[str]], computation: str, runs: int
 ) -> Iterator[Operation]:
-    for line in computations[name]:
+    for line in computations[computation]:
         match = _OPERATION.match(line)
         if not match:
             continue
@@ -128,11 +128,16 @@ def _walk(
             if shares := _first(r'"taken":\s*"([^"]*)"', line):
                 taken = tuple(float(x) for x in shares.split())
                 products = float(_first(r'"flops":"(\d+)"', line) or 0)
-        sent = list(_sent(line, runs, scope))
+        sent = list(_sent(line, runs, scope, computations[computation]))
         if opcode == "fusion":
             for each in called:
-                for inner in computations.get(each, []):
-                    sent += _sent(inner, runs, scope)
+                lines = computations.get(each, [])
+                inside = [x for y in lines for x in _sent(y, runs, scope, lines)]
+                # The sum that each device keeps its part of is written as the whole.
+                if each.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                    inside = [dataclasses.replace(x, kind=kind) for x in inside]
+                sent += inside
         count = int(cycles or 0)
         count = count if count < _UNPRICED else 0
         yield Operation(
@@ -148,16 +153,22 @@ def _walk(
         )
 
 
-def _sent(line: str, runs: int, scope: str) -> Iterator[Collective]:
+def _sent(line: str, runs: int, scope: str, lines: list[str]) -> Iterator[Collective]:
+    """What one of the lines of a computation sends."""
     match = _OPERATION.match(line)
     if not match:
         return
     kind = match[3].removesuffix("-start")
     if kind not in COLLECTIVES:
         return
+    types = match[2]
+    if match[3] == "reduce-scatter":  # the whole stands where its operand is made
+        operands = re.findall(r"%([\w.\-]+)", line[match.end() :].partition(")")[0])
+        made = {m[1]: m[2] for x in lines if (m := _OPERATION.match(x))}
+        types = " ".join(made.get(name, "") for name in operands) or types
     arrays = [
         (dtype, tuple(int(x) for x in sizes.split(",") if x))
-        for dtype, sizes in _ARRAY.findall(match[2])
+        for dtype, sizes in _ARRAY.findall(types)
         if dtype in _BYTES
     ]
     if match[3].endswith("-start") and kind != "all-reduce":

@@ -252,14 +252,17 @@ class Call:
         start = pl.program_id(1) * self.plan.channels
         return pl.ds(pl.multiple_of(start, LANES), self.plan.channels)
 
-    def halves(self) -> list[Any]:
-        """The tokens of a block, in two parts where they divide."""
-        half = self.plan.tokens // 2
-        return [pl.ds(0, half), pl.ds(half, half)]
+    def parts(self, size: int = 256) -> list[slice]:
+        """The tokens of a block, so many at a time: all where that does not divide."""
+        tokens = self.plan.tokens
+        size = tokens if tokens % size else size
+        return [slice(i, i + size) for i in range(0, tokens, size)]
 
-    def norm(self, x: Any, scale: Any, bias: Any, normed: Any) -> None:
-        standard, _ = _standardize(x[...])
-        normed[...] = (standard * scale[...] + bias[...]).astype(self.dtype)
+    def norm(
+        self, x: Any, scale: Any, bias: Any, normed: Any, part: slice = slice(None)
+    ) -> None:
+        standard, _ = _standardize(x[part])
+        normed[part] = (standard * scale[...] + bias[...]).astype(self.dtype)
 
     def begin(
         self,

@@ -158,7 +158,7 @@ def _mlp_forward_kernel(
         return dot(normed[part], matrix, (1, 0)) + vector
 
     # The next product before this GELU: the units that do them work at once.
-    parts = call.halves()
+    parts = call.parts(512)
     ahead = hidden(parts[0])
     for i, part in enumerate(parts):
         made = ahead

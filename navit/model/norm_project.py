@@ -67,7 +67,7 @@ def _project_forward(
             outputs=(call.channels,),
             shapes=(jax.ShapeDtypeStruct(shape, x.dtype),),
             products=1,
-            taken=(call.once,),
+            taken=(call.once, 1 - call.once),
             name="project_forward",
         )
         return y.swapaxes(1, 2) if plan.transposed else y.reshape(b, n, -1)
@@ -120,16 +120,26 @@ def _project_forward_kernel(
 ) -> None:
     del total
 
-    @pl.when(pl.program_id(1) == 0)
-    def _() -> None:
-        call.norm(x, scale, bias, normed)
-
     at = call.chunk()
-    if call.plan.transposed:
-        made = dot(kernel[at], normed[...], (1, 1)) + kernel_bias[at]
-    else:
-        made = dot(normed[...], kernel[:, at], (1, 0)) + kernel_bias[:, at]
-    y[...] = made.astype(call.dtype)
+
+    def project(part: Any) -> None:
+        if call.plan.transposed:
+            made = dot(kernel[at], normed[part], (1, 1)) + kernel_bias[at]
+            y[:, part] = made.astype(call.dtype)
+        else:
+            made = dot(normed[part], kernel[:, at], (1, 0)) + kernel_bias[:, at]
+            y[part] = made.astype(call.dtype)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _first() -> None:
+        # The norm of the next tokens while the matrix units have these.
+        for part in call.parts():
+            call.norm(x, scale, bias, normed, part)
+            project(part)
+
+    @pl.when(pl.program_id(1) > 0)
+    def _others() -> None:
+        project(slice(None))
 
 
 def _project_backward_kernel(

@@ -114,9 +114,9 @@ def _check_row(n: int, name: str) -> None:
 def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     n, h = qkv.shape[1], qkv.shape[2] // (3 * width)
     groups = [g for g in range(1, h + 1) if h % g == 0]
-    # Heads at a time: two fill the gaps in one another's schedule, and more those that
-    # short rows leave. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
-    enough = max(2, min(WHOLE_ROW // n, 4))
+    # Heads at a time fill the gaps in one another's schedule; of long rows two have
+    # room. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
+    enough = 4 if n <= WHOLE_ROW else 2
     lanes = lane_groups(h, width)
     fit = lanes or [g for g in groups if g * width % (2 * SUBLANES) == 0]
     if not fit or qkv.shape[2] % (3 * width):
@@ -126,7 +126,8 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
         )
     plan = dict(
         heads=next((g for g in fit if g >= enough), fit[-1]),
-        chunk=min(512, sizes["queries"]),
+        # Equal parts leave fewer gaps than 512, 512 and 128.
+        chunk=min(384 if n % 512 and n % 384 == 0 else 512, sizes["queries"]),
         chunk_backward=min(256, sizes["queries"]),
     )
     return Blocks(
