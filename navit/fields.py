@@ -139,12 +139,15 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 
 
 def _expected(hint: Any, text: str) -> str:
-    if typing.get_origin(hint) is not Literal:
+    inner = [hint, *typing.get_args(hint)]
+    literals = [x for x in inner if typing.get_origin(x) is Literal]
+    if not literals:
         return _name(hint)
-    words = [str(word) for word in typing.get_args(hint)]
+    words = [str(word) for x in literals for word in typing.get_args(x)]
     near = difflib.get_close_matches(text, words, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"one of {', '.join(words)}{hint}"
+    said = f" (did you mean {near[0]!r}?)" if near else ""
+    some = "some" if typing.get_origin(hint) is tuple else "one"
+    return f"{some} of {', '.join(words)}{said}"
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -32,7 +32,7 @@ class Rules:
     """
 
     batch: Axes = None
-    embed: Axes = None
+    embed: str | None = None
     tensor: Axes = None
     gradients: str = "float32"
 

@@ -4,8 +4,8 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all of the suite's time is compilation, and this halves it. The end-to-end
-# tests start processes of their own without it.
+# Nearly all of the suite's time is compilation, and this halves it. Processes that
+# tests start have it too.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

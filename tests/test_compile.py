@@ -16,7 +16,9 @@ from navit.compile.kernels import Kernel, skipping
 from navit.compile.program import Program, visited_blocks
 from navit.compile.report import (
     _communication,
+    _is_priced,
     _parts,
+    _work,
     compile_program,
     part_of,
     table,
@@ -126,8 +128,22 @@ def test_attention_that_skips_counts_what_it_visits():
     found = _parts([op], {"kernel.1": kernel}, 1e9, 1e12, visited=(4, 2.5))
     expected = 8 * (20 + 4 / 4 + 2.5 * 20 + 6 / 4)
     assert found["attention"] / 12 * 1e6 == pytest.approx(expected)
-    with pytest.raises(ValueError, match="4 branches"):
-        skipping(dataclasses.replace(kernel, branches=(1, 2, 3, 4)), 4, 2.5)
+    # Other branches than known: all are counted, and it is said.
+    other = {"kernel.1": dataclasses.replace(kernel, branches=(1, 2, 3, 4))}
+    assert skipping(other["kernel.1"], 4, 2.5) is None
+    assert not _is_priced(op, other, (4, 2.5))
+    assert _is_priced(op, {"kernel.1": kernel}, (4, 2.5))
+
+
+def test_a_kernel_made_anew_is_known_by_its_work():
+    (op,) = (x for x in schedule.operations(PROGRAM) if x.kernel)
+    forward = dataclasses.replace(op, kernel="splash_forward.3")
+    anew = dataclasses.replace(op, kernel="splash_forward.1.remat")
+    assert _work(forward) == _work(anew)
+    backward = dataclasses.replace(op, kernel="splash_backward")
+    assert _work(dataclasses.replace(op, kernel="splash_forward")) != _work(backward)
+    other = dataclasses.replace(anew, scope="jit(f)/text/attention/k")
+    assert _work(other) != _work(forward)
 
 
 def test_blocks_visited_are_those_of_the_plan():

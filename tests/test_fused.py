@@ -32,7 +32,7 @@ def reference(x, w):
     return x + y @ w.down.astype(jnp.float32) + w.down_bias
 
 
-def example(rng, width, hidden, dtype=jnp.float32):
+def example(rng, width, hidden, dtype=jnp.float32, tokens=128):
     def normal(*shape, std=1.0):
         return jnp.asarray(rng.normal(scale=std, size=shape), jnp.float32)
 
@@ -41,7 +41,7 @@ def example(rng, width, hidden, dtype=jnp.float32):
         *(normal(width, hidden, std=width**-0.5).astype(dtype), normal(hidden)),
         *(normal(hidden, width, std=hidden**-0.5).astype(dtype), normal(width)),
     )
-    x, above = normal(2, 2, 128, width).astype(dtype)
+    x, above = normal(2, 2, tokens, width).astype(dtype)
     return x, weights, above
 
 
@@ -50,23 +50,29 @@ def with_gradients(f, x, weights, above):
     return y, *back(above.astype(y.dtype))
 
 
-# Hidden channels in one step, in two, and in two with padding.
-@pytest.mark.parametrize("width, hidden", [(128, 512), (256, 1024), (128, 720)])
-def test_equals_plain_jax_in_value_and_gradients(width, hidden, rng):
-    args = example(rng, width, hidden)
+# Hidden channels in one step, in two, and in two with padding; tokens in two parts.
+@pytest.mark.parametrize(
+    "width, hidden, tokens",
+    [(128, 512, 128), (256, 1024, 128), (128, 720, 128), (128, 256, 512)],
+)
+def test_equals_plain_jax_in_value_and_gradients(width, hidden, tokens, rng):
+    args = example(rng, width, hidden, tokens=tokens)
     found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("width, outputs", [(128, 384), (256, 768), (128, 256)])
+@pytest.mark.parametrize(
+    "width, outputs, tokens",
+    [(128, 384, 128), (256, 768, 128), (128, 256, 128), (128, 384, 512)],
+)
 def test_the_projection_equals_plain_jax_in_value_and_gradients(
-    width, outputs, transposed, rng
+    width, outputs, tokens, transposed, rng
 ):
-    x, mlp, above = example(rng, width, outputs)
+    x, mlp, above = example(rng, width, outputs, tokens=tokens)
     weights = ProjectWeights(*mlp[:4])
-    weight = jnp.asarray(rng.normal(size=(2, 128, outputs)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(2, tokens, outputs)), jnp.float32)
 
     def plain(x, w):
         return norm(x, w) @ w.kernel + w.kernel_bias, x

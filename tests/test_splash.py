@@ -100,6 +100,19 @@ def test_block_sizes_do_not_matter(tokens, blocks, rng):
         np.testing.assert_allclose(found, dense, atol=4e-6)
 
 
+@pytest.mark.parametrize("tokens", [640, 768])
+def test_a_row_may_be_cut_into_equal_or_unequal_parts(tokens, rng):
+    """512 and 128 queries at a time, or twice 384; four heads at once."""
+    args = arrays(rng, [row_of(100, 333, 150, tokens=tokens)], 4, 64)
+    out, gradients = with_gradients(KERNELS["splash"], *args)
+    dense = functools.partial(attention, implementation="xla")
+    expected, of_dense = with_gradients(dense, *args)
+    real = np.asarray(args[3]) > 0
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
+    for found, dense in zip(gradients, of_dense, strict=True):
+        np.testing.assert_allclose(found, dense, atol=4e-6)
+
+
 @pytest.mark.parametrize(
     "poisoned", [lambda x: x * -7e3 + 11, lambda x: jnp.sign(x) * 3e38]
 )

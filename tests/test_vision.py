@@ -110,7 +110,9 @@ def test_padding_can_hold_anything(implementation, pool, rng):
 @pytest.mark.parametrize("position", POSITIONS, ids=str)
 def test_packed_equals_alone(position, rng):
     """Any image, in any slot, row length and company, for every position embedding."""
-    encode = compiled("unpack", position=position)
+    # The simplest head for all positions but one: it compiles in half the time.
+    pool = "map" if position == POSITIONS[0] else "mean"
+    encode = compiled("unpack", pool, position)
     patches = random_patches(rng, GRIDS)
     order = rng.permutation(5)
     rows = [

@@ -82,27 +82,20 @@ class Kernel:
         return float(self.around + idle + steps * (self.turn - jumped))
 
 
-def skipping(kernel: Kernel, steps: int, visited: float) -> tuple[float, ...]:
+def skipping(kernel: Kernel, steps: int, visited: float) -> tuple[float, ...] | None:
     """`taken` of `splash_skip`'s kernels, which loop over blocks of keys.
+
+    None where the compiler made other branches of them than libtpu 0.0.41 does.
 
     Args:
       steps: blocks of queries in a row.
       visited: blocks of keys that one visits on average.
-
-    Raises:
-      ValueError: if the compiler made other branches of them than those known.
     """
     once = 1 / steps
     # The backward pass clears its sums in the first step, and writes them in the last.
     # Forward there is the loop, and for some rows a few bundles beside it.
     found = {1: (visited,), 2: (visited, 1.0), 3: (once, visited, once)}
-    if len(kernel.branches) not in found:
-        raise ValueError(
-            f"attention's kernel came out with {len(kernel.branches)} branches, and 1 "
-            "to 3 are known: this compiler is another than libtpu 0.0.41; --quick "
-            "needs no schedule"
-        )
-    return found[len(kernel.branches)]
+    return found.get(len(kernel.branches))
 
 
 def kernel_cycles(dump_dir: Path) -> dict[str, Kernel]:

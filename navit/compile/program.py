@@ -23,7 +23,7 @@ from navit.model.splash_blocks import LANES, WHOLE_ROW, visited
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh
-from navit.train.checks import check_devices
+from navit.train.checks import check_devices, check_parameters
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
 
@@ -113,6 +113,7 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
     mesh, rules = _mesh(config, devices)
     on_each = max(1, (config.eval.batch_tokens or 16_384) // budget)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        check_parameters(config, rules)
         data = DataConfig(
             budgets=(budget,),
             row_tokens=budget,
@@ -193,7 +194,7 @@ def visited_blocks(rows: Rows, row_tokens: int) -> float:
 def _visited(config: Config, rows: Rows) -> tuple[int, float] | None:
     n = config.data.row_tokens
     skips = n > WHOLE_ROW or config.model.attention == "splash_skip"
-    if not skips or n % LANES:
+    if not skips or n % LANES or n == block_size(n):
         return None
     return n // block_size(n), visited_blocks(rows, n)
 

@@ -79,8 +79,8 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         compiled = program.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as failed:
         error = str(failed)
-        if "RESOURCE_EXHAUSTED" not in error and "memory" not in error:
-            raise
+        if "RESOURCE_EXHAUSTED" not in error or "hbm" not in error.lower():
+            raise ValueError(f"the compiler failed: {error[:1000]}") from failed
     seconds = time.perf_counter() - start
     limit, clock = topologies.chip(topology)
     peak = flops.peak(program.device_kind)
@@ -114,10 +114,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
                 if op.kernel and _work(op) in alike:
                     kernels.setdefault(op.name, alike[_work(op)])
             unpriced = sum(
-                op.name not in kernels
-                if op.kernel
-                else bool(op.products) and not op.cycles
-                for op in operations
+                not _is_priced(op, kernels, program.visited) for op in operations
             )
             parts = _parts(operations, kernels, clock, peak or 0.0, program.visited)
     if dump is not None:
@@ -196,8 +193,9 @@ def table(report: Report) -> str:
         lines.append(f"  {'total':16}{step:>12.2f}")
         if report.unpriced:
             lines.append(
-                f"  ({report.unpriced} operations without a price count at the peak, "
-                "kernels that do not say their products as nothing)"
+                f"  ({report.unpriced} operations without a price: products count at "
+                "the peak, kernels without a schedule as nothing, and those with "
+                "unknown branches as if each step took all)"
             )
         lines.append(
             f"model {report.model_tflops:.3f} TFLOP a device, on real tokens alone: "
@@ -240,7 +238,35 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _work(op: schedule.Operation) -> tuple[Any, ...]:
     """The same for one kernel at two places: its first run, and what makes it anew."""
-    return op.kernel.rpartition(".")[0], op.products, op.taken, part_of(op.scope)
+    name = re.sub(r"(\.(\d+|remat\d*|clone))+$", "", op.kernel)
+    return name, op.products, op.taken, part_of(op.scope)
+
+
+def _skips(op: schedule.Operation, visited: tuple[int, float] | None) -> bool:
+    attention = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
+    return attention and visited is not None
+
+
+def _taken(
+    op: schedule.Operation, kernel: Kernel, visited: tuple[int, float] | None
+) -> tuple[float, ...] | None:
+    """Which share of its steps runs each of a kernel's branches; None: not known."""
+    if _skips(op, visited) and visited is not None:
+        return skipping(kernel, *visited)
+    return op.taken if len(op.taken) == len(kernel.branches) else None
+
+
+def _is_priced(
+    op: schedule.Operation,
+    kernels: dict[str, Kernel],
+    visited: tuple[int, float] | None,
+) -> bool:
+    if not op.kernel:
+        return bool(op.cycles) or not op.products
+    if op.name not in kernels:
+        return False
+    said = bool(op.taken) or _skips(op, visited)
+    return not said or _taken(op, kernels[op.name], visited) is not None
 
 
 def _parts(
@@ -256,10 +282,7 @@ def _parts(
         seconds = op.cycles / clock
         if op.kernel and op.name in kernels:
             kernel = kernels[op.name]
-            taken = op.taken if len(op.taken) == len(kernel.branches) else None
-            skips = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
-            if visited is not None and skips:
-                taken = skipping(kernel, *visited)
+            taken = _taken(op, kernel, visited)
             seconds = kernel.cycles(kernel.steps or 0, taken=taken) / clock
             if peak:  # bundles do not wait for the matrix units; the chip would
                 seconds = max(seconds, op.products / peak)

@@ -136,7 +136,12 @@ def _walk(
                 # The sum that each device keeps its part of is written as the whole.
                 if each.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
-                    inside = [dataclasses.replace(x, kind=kind) for x in inside]
+                    inside = [
+                        dataclasses.replace(x, kind=kind)
+                        if x.kind == "all-reduce"
+                        else x
+                        for x in inside
+                    ]
                 sent += inside
         count = int(cycles or 0)
         count = count if count < _UNPRICED else 0

@@ -101,6 +101,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     except Exception as error:  # jaxlib raises its own kinds
         known = "1x1, 2x2, 2x4, 4x4, 8x8, 16x16" if flat else "2x2x1, 2x2x2, 4x4x4"
         raise ValueError(
-            f"the compiler knows no slice {name!r}; {match[1]} has {known} and others"
+            f"the compiler knows no slice {name!r}; {match[1]} has {known} and others "
+            f"({str(error).splitlines()[0]})"
         ) from error
     return list(topology.devices)

@@ -10,6 +10,7 @@ padded in memory around a kernel.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -28,8 +29,10 @@ from navit.model.splash_blocks import (
     Segments,
     lane_groups,
     spread,
+    vmem_bytes,
 )
 from navit.model.splash_kernels import backward_kernel, forward_kernel
+from navit.sharding import platform
 
 # The name under which remat policies find what the backward pass needs.
 SAVED = "attention"
@@ -116,7 +119,7 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     groups = [g for g in range(1, h + 1) if h % g == 0]
     # Heads at a time fill the gaps in one another's schedule; of long rows two have
     # room. Blocks are cut at multiples of 128 lanes, or of 16 sublanes.
-    enough = 4 if n <= WHOLE_ROW else 2
+    most = 4 if n <= WHOLE_ROW else 2
     lanes = lane_groups(h, width)
     fit = lanes or [g for g in groups if g * width % (2 * SUBLANES) == 0]
     if not fit or qkv.shape[2] % (3 * width):
@@ -124,8 +127,18 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
             f"{qkv.shape[2]} channels are not queries, keys and values of heads of "
             f'{width} that TPU kernels take: use "xla"'
         )
+    room = math.inf
+    if platform() == "tpu":
+        room = pltpu.get_tpu_info().vmem_capacity_bytes
     plan = dict(
-        heads=next((g for g in fit if g >= enough), fit[-1]),
+        heads=max(
+            (
+                g
+                for g in fit
+                if g <= most and vmem_bytes(n, g * width, qkv.dtype) <= room
+            ),
+            default=fit[0],
+        ),
         # Equal parts leave fewer gaps than 512, 512 and 128.
         chunk=min(384 if n % 512 and n % 384 == 0 else 512, sizes["queries"]),
         chunk_backward=min(256, sizes["queries"]),

@@ -109,6 +109,15 @@ def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
     )
 
 
+def vmem_bytes(row_tokens: int, channels: int, dtype: Any) -> int:
+    """A row of keys and values twice, its gradients, and the sums of two.
+
+    Blocks of logits and what does not fit in registers have 32 MiB.
+    """
+    of_token = channels * ((2 * 2 + 3) * jnp.dtype(dtype).itemsize + 2 * 4)
+    return row_tokens * (of_token + 2 * LANES * 4) + 32 * 2**20
+
+
 class Call:
     """One call's shapes, and what both kernels share."""
 
@@ -198,7 +207,7 @@ class Call:
             out_shape=list(shapes),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=self.vmem(),
+                vmem_limit_bytes=vmem_bytes(n, blocks.heads * self.width, self.dtype),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=work * 2 * pairs * self.width,
@@ -209,15 +218,6 @@ class Call:
             name=name,
         )(bounds, across, down, *args)
         return result
-
-    def vmem(self) -> int:
-        """Bytes: a row of keys and values twice, its gradients, and the sums of two.
-
-        Blocks of logits and what does not fit in registers have 32 MiB.
-        """
-        channels = self.blocks.heads * self.width
-        of_token = channels * ((2 * 2 + 3) * jnp.dtype(self.dtype).itemsize + 2 * 4)
-        return self.n * (of_token + 2 * LANES * 4) + 32 * 2**20
 
     def cut(self, chunk: int) -> list[slice]:
         """The queries of a block, in chunks; the last may be shorter."""

@@ -15,6 +15,7 @@ from navit.config import Config
 from navit.input import text
 from navit.input.sources import Source
 from navit.input.stream import StreamSource
+from navit.model.splash_blocks import LANES, WHOLE_ROW
 from navit.sharding import Rules, platform
 from navit.train.step import Metrics
 from navit.train.trackers import check_installed
@@ -59,10 +60,13 @@ def check_config(config: Config) -> None:
     """Before any data is read: says what is legal and rarely meant, refuses the rest.
 
     Raises:
-      ValueError: if random weights would stay as they are, or a package to log with is
-        missing.
+      ValueError: if random weights would stay as they are, the tokenizer has more ids
+        than the text tower, or a package to log with is missing.
     """
     check_installed(config)
+    tower = config.model.text
+    if tower is not None and config.train.loss != "classification":
+        text.check_vocabulary(tower.tokenizer, tower.vocab_size)
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
             raise ValueError(
@@ -80,15 +84,10 @@ def check_config(config: Config) -> None:
 
 
 def check_captions(config: Config, source: Source | StreamSource) -> None:
-    """Says how many captions are cut.
-
-    Raises:
-      ValueError: if the tokenizer has more ids than the text tower.
-    """
+    """Says how many captions are cut."""
     if config.model.text is not None and config.train.loss != "classification":
         captions = _some_captions(source)
         tower = config.model.text
-        text.check_vocabulary(tower.tokenizer, tower.vocab_size)
         cut = text.share_cut(captions, tower.length, tower.tokenizer)
         if cut:
             log.warning(
@@ -121,7 +120,20 @@ def check_devices(config: Config, rules: Rules) -> None:
             f"model.attention={name} is a TPU kernel, and this runs on a {platform()}: "
             "leave it at auto"
         )
+    n = config.data.row_tokens
+    whole = name == "splash"
+    if name.startswith("splash") and (n % LANES or (whole and n > WHOLE_ROW)):
+        raise ValueError(
+            f"model.attention={name} takes rows of a multiple of {LANES} tokens"
+            f"{f', up to {WHOLE_ROW}' if whole else ''}, and data.row_tokens={n}: "
+            "leave it at auto"
+        )
     _check_rows(config, rules.size("batch"))
+    check_parameters(config, rules)
+
+
+def check_parameters(config: Config, rules: Rules) -> None:
+    """Raises ValueError for sizes that the devices cannot share."""
     for tower in ("vision", "text"):
         sizes = getattr(config.model, tower)
         for axis, field, devices in (

@@ -31,7 +31,7 @@ SMALL = [
 
 # What one process compiled, the next need not.
 _cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
-ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+ENV = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": _cache.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
 }
