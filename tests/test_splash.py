@@ -102,7 +102,7 @@ def test_block_sizes_do_not_matter(tokens, blocks, rng):
 
 @pytest.mark.parametrize("tokens", [640, 768])
 def test_a_row_may_be_cut_into_equal_or_unequal_parts(tokens, rng):
-    """512 and 128 queries at a time, or twice 384; four heads at once."""
+    """512 and 128 queries at a time, or twice 384."""
     args = arrays(rng, [row_of(100, 333, 150, tokens=tokens)], 4, 64)
     out, gradients = with_gradients(KERNELS["splash"], *args)
     dense = functools.partial(attention, implementation="xla")

@@ -188,5 +188,5 @@ def test_nothing_needs_tensorflow(prepared):
 
 def test_without_tfds_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match=r"pip install navit\[tfds\]"):
+    with pytest.raises(ValueError, match=r"pip install tensorflow-datasets"):
         open_source(Tfds("mnist"))
