@@ -55,6 +55,18 @@ def with_gradients(attend, q, k, v, segments, weight):
     return out, gradients
 
 
+def assert_equals_the_dense_mask(attend, args):
+    """In value and all three gradients; and finite where there is padding."""
+    out, gradients = with_gradients(attend, *args)
+    dense = functools.partial(attention, implementation="xla")
+    expected, of_dense = with_gradients(dense, *args)
+    real = np.asarray(args[3]) > 0
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
+    assert np.isfinite(out).all()
+    for found, dense in zip(gradients, of_dense, strict=True):
+        np.testing.assert_allclose(found, dense, atol=4e-6)
+
+
 # Padding at the end, nowhere, everywhere, and between segments; heads of which two,
 # four and one fill the lanes, and those that do so only all sixteen.
 CASES = {
@@ -69,15 +81,7 @@ CASES = {
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_equals_the_dense_mask_in_value_and_gradients(kernel, case, rng):
     heads, width, rows = CASES[case]
-    args = arrays(rng, rows, heads, width)
-    real = np.asarray(args[3]) > 0
-    out, gradients = with_gradients(KERNELS[kernel], *args)
-    dense = functools.partial(attention, implementation="xla")
-    expected, of_dense = with_gradients(dense, *args)
-    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
-    assert np.isfinite(out).all()
-    for found, dense in zip(gradients, of_dense, strict=True):
-        np.testing.assert_allclose(found, dense, atol=4e-6)
+    assert_equals_the_dense_mask(KERNELS[kernel], arrays(rng, rows, heads, width))
 
 
 @pytest.mark.parametrize(
@@ -91,26 +95,14 @@ def test_equals_the_dense_mask_in_value_and_gradients(kernel, case, rng):
 def test_block_sizes_do_not_matter(tokens, blocks, rng):
     args = arrays(rng, [row_of(100, 150, 200, tokens=tokens)], 2, 64)
     attend = separate(splash_skip, **blocks, **SIMULATED)
-    out, gradients = with_gradients(attend, *args)
-    dense = functools.partial(attention, implementation="xla")
-    expected, of_dense = with_gradients(dense, *args)
-    real = np.asarray(args[3]) > 0
-    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
-    for found, dense in zip(gradients, of_dense, strict=True):
-        np.testing.assert_allclose(found, dense, atol=4e-6)
+    assert_equals_the_dense_mask(attend, args)
 
 
 @pytest.mark.parametrize("tokens", [640, 768])
 def test_a_row_may_be_cut_into_equal_or_unequal_parts(tokens, rng):
     """512 and 128 queries at a time, or twice 384."""
     args = arrays(rng, [row_of(100, 333, 150, tokens=tokens)], 4, 64)
-    out, gradients = with_gradients(KERNELS["splash"], *args)
-    dense = functools.partial(attention, implementation="xla")
-    expected, of_dense = with_gradients(dense, *args)
-    real = np.asarray(args[3]) > 0
-    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=2e-6)
-    for found, dense in zip(gradients, of_dense, strict=True):
-        np.testing.assert_allclose(found, dense, atol=4e-6)
+    assert_equals_the_dense_mask(KERNELS["splash"], args)
 
 
 @pytest.mark.parametrize(

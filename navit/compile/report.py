@@ -210,12 +210,11 @@ def _communication(collectives: list[dict[str, Any]]) -> list[str]:
     """What is sent, largest first; the small ones of a kind together."""
     if not collectives:
         return ["no communication"]
-    total = {id(x): x["count"] * x["bytes"] / _MIB for x in collectives}
     lines = ["communication, per device: MiB of the arrays, times runs"]
     small: collections.Counter[str] = collections.Counter()
     sums: collections.Counter[str] = collections.Counter()
     for each in collectives:
-        mib = total[id(each)]
+        mib = each["count"] * each["bytes"] / _MIB
         sums[each["kind"]] += mib
         if mib < 1:
             small[each["kind"]] += each["count"]
@@ -243,8 +242,9 @@ def _work(op: schedule.Operation) -> tuple[Any, ...]:
 
 
 def _skips(op: schedule.Operation, visited: tuple[int, float] | None) -> bool:
-    attention = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
-    return attention and visited is not None
+    """Whether it is a kernel that loops over blocks of keys."""
+    of_images = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
+    return of_images and visited is not None
 
 
 def _taken(

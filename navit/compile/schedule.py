@@ -134,15 +134,11 @@ def _walk(
                 lines = computations.get(each, [])
                 inside = [x for y in lines for x in _sent(y, runs, scope, lines)]
                 # The sum that each device keeps its part of is written as the whole.
-                if each.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                    inside = [
-                        dataclasses.replace(x, kind=kind)
-                        if x.kind == "all-reduce"
-                        else x
-                        for x in inside
-                    ]
-                sent += inside
+                scattered = each.startswith("all-reduce-scatter")
+                for x in inside:
+                    if scattered and x.kind == "all-reduce":
+                        x = dataclasses.replace(x, kind="reduce-scatter")
+                    sent.append(x)
         count = int(cycles or 0)
         count = count if count < _UNPRICED else 0
         yield Operation(

@@ -72,8 +72,7 @@ def block_tokens(
     if platform() == "tpu":
         room = 0.9 * pltpu.get_tpu_info().vmem_capacity_bytes
     # A row in one block fills a matrix unit's columns best.
-    sizes = range(max(_TOKENS, WHOLE_ROW) if in_rows else _TOKENS, 0, -LANES)
-    for size in sizes:
+    for size in range(WHOLE_ROW if in_rows else _TOKENS, 0, -LANES):
         if count % size == 0 and _vmem(size, x.shape[-1], hidden, x.dtype) < room:
             return size
     return 0

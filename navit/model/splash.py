@@ -131,15 +131,9 @@ def _blocks(qkv: Array, width: int, interpret: Any, **sizes: int) -> Blocks:
     room = math.inf
     if platform() == "tpu":
         room = pltpu.get_tpu_info().vmem_capacity_bytes
+    held = [g for g in fit if vmem_bytes(n, g * width, qkv.dtype) <= room]
     plan = dict(
-        heads=max(
-            (
-                g
-                for g in fit
-                if g <= most and vmem_bytes(n, g * width, qkv.dtype) <= room
-            ),
-            default=fit[0],
-        ),
+        heads=max((g for g in held if g <= most), default=fit[0]),
         # Equal parts leave fewer gaps than 512, 512 and 128.
         chunk=min(384 if n % 512 and n % 384 == 0 else 512, sizes["queries"]),
         chunk_backward=min(256, sizes["queries"]),

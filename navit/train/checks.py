@@ -115,14 +115,14 @@ def check_devices(config: Config, rules: Rules) -> None:
         much of every parameter; or for a TPU's kernels elsewhere.
     """
     name = config.model.attention
-    if name.startswith("splash") and platform() != "tpu":
+    whole, kernel = name == "splash", name.startswith("splash")
+    if kernel and platform() != "tpu":
         raise ValueError(
             f"model.attention={name} is a TPU kernel, and this runs on a {platform()}: "
             "leave it at auto"
         )
     n = config.data.row_tokens
-    whole = name == "splash"
-    if name.startswith("splash") and (n % LANES or (whole and n > WHOLE_ROW)):
+    if kernel and (n % LANES or (whole and n > WHOLE_ROW)):
         raise ValueError(
             f"model.attention={name} takes rows of a multiple of {LANES} tokens"
             f"{f', up to {WHOLE_ROW}' if whole else ''}, and data.row_tokens={n}: "
@@ -141,7 +141,7 @@ def check_parameters(config: Config, rules: Rules) -> None:
             ("tensor", "num_heads", rules.size("tensor")),
             ("tensor", "mlp_dim", rules.size("tensor")),
         ):
-            if sizes is not None and getattr(sizes, field) % devices:
+            if sizes and getattr(sizes, field) % devices:
                 raise ValueError(
                     f"model.{tower}.{field}={getattr(sizes, field)} cannot be split "
                     f"over mesh.{axis}={devices}: take a divisor"
