@@ -1,6 +1,7 @@
 """Imports point one way, and importing navit costs nothing."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,20 @@ def test_importing_navit_and_its_command_line_loads_nothing_heavy():
     )
     assert out.returncode == 0, out.stderr
     assert out.stdout.split() == []
+
+
+def test_a_folder_named_navit_does_not_hide_the_installed_package(tmp_path):
+    """From the folder above a clone, Python sees the clone as a namespace package."""
+    (tmp_path / "navit").mkdir()
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    out = subprocess.run(
+        [sys.executable, "-c", "import navit; navit.grid_for"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
 
 
 def test_the_input_side_runs_where_there_is_no_jax():
