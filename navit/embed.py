@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from PIL import Image
 from tqdm import tqdm
 
 from navit.batch import PackedImages
@@ -53,26 +52,27 @@ class Embedder:
         return self.model.text
 
     def embed_images(
-        self, images: Sequence[pixels.ImageLike], max_tokens: int = 256
+        self,
+        images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+        max_tokens: int = 256,
     ) -> np.ndarray:
         """Embeds images of any sizes: float32 `[len, e]`, unit norm, in order.
 
         Args:
-          images: arrays `(h, w, 3)` uint8, PIL images, or encoded files as bytes.
+          images: arrays `(h, w, 3)` uint8 (of numpy, jax or torch), PIL images, paths,
+            open files, or files' contents.
           max_tokens: the token budget of each.
 
         Raises:
           ValueError: names the first image that cannot be read.
         """
-        if isinstance(images, bytes | np.ndarray | Image.Image):
-            raise ValueError("embed_images takes a list of images, not one image")
-        if not len(images):
+        sizes = pixels.sizes_of(images)
+        if not len(sizes):
             return np.zeros((0, self._embed_dim), np.float32)
 
         def fail(index: int, error: ValueError) -> None:
             raise ValueError(f"image {index} cannot be read: {error}") from error
 
-        sizes = pixels.sizes_of(images)
         return self.embed_source(lambda i: images[i], sizes, max_tokens, on_error=fail)
 
     def embed_source(

@@ -9,11 +9,13 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image, ImageFile, features
 
+import navit
 from navit.input import geometry
 from navit.input import pixels as pixels_lib
 from navit.input.geometry import grid_for
@@ -93,6 +95,63 @@ def test_a_file_an_array_and_a_pil_image_give_the_same_pixels(rng, size):
     for kind in kinds:
         assert size_of(kind) == (32, 48)
         np.testing.assert_array_equal(load(kind, *size), expected)
+
+
+def test_every_kind_of_image_gives_the_same_pixels(rng, tmp_path):
+    image = rng.integers(0, 256, (32, 48, 3), np.uint8)
+    data = encode(image, "PNG")
+    path = tmp_path / "image.png"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        file.seek(7)  # it is read from its start, wherever it stands
+        kinds = [image, Image.fromarray(image), jnp.asarray(image)]
+        kinds += [data, bytearray(data), memoryview(data), io.BytesIO(data)]
+        kinds += [file, path, str(path)]
+        packed = [navit.pack([kind], max_tokens=6, row_tokens=6) for kind in kinds]
+        together = navit.pack(np.stack([image] * 2), max_tokens=6, row_tokens=6)
+    for one in packed[1:]:
+        np.testing.assert_array_equal(one.patches, packed[0].patches)
+    for row in together.patches:
+        np.testing.assert_array_equal(row, packed[0].patches[0])
+
+
+class OnDevice:
+    """As a tensor of torch on a GPU."""
+
+    shape = (8, 8, 3)
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+    def __array__(self, dtype=None, copy=None):
+        raise TypeError("can't convert cuda:0: use Tensor.cpu() first")
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((3, 8, 9), np.uint8), r"\(3, 8, 9\): .*permute"),
+        (jnp.zeros((3, 8, 9)), r"float32 \(3, 8, 9\).*permute.*\* 255"),
+        (np.zeros((8, 9, 3)), r"float64 \(8, 9, 3\).*\* 255"),
+        (np.zeros((8, 9, 3), np.uint16), r"uint16 \(8, 9, 3\)$"),
+        (OnDevice(), r"a OnDevice did not.*cuda:0: use Tensor.cpu\(\) first"),
+        ("no/such.jpg", "no/such.jpg"),
+    ],
+)
+def test_an_image_that_cannot_be_taken_is_refused_with_the_remedy(image, words):
+    with pytest.raises(ValueError, match=r"image 1 cannot be read: .*" + words):
+        navit.pack([np.zeros((8, 8, 3), np.uint8), image])
+
+
+@pytest.mark.parametrize(
+    "image", ["cat.jpg", np.zeros((8, 8, 3), np.uint8), jnp.zeros((8, 8), jnp.uint8)]
+)
+def test_one_image_is_not_a_list_of_images(image):
+    with pytest.raises(ValueError, match=r"one image.*\[image\]"):
+        navit.pack(image)
 
 
 # How a picture is stored, by the EXIF standard's "row 0 is .., column 0 is ..".

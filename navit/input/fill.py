@@ -79,7 +79,7 @@ def fill_rows(
 
 @overload
 def pack(
-    images: Sequence[pixels.ImageLike],
+    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
     *,
     patch_size: int = ...,
     max_tokens: int = ...,
@@ -91,7 +91,7 @@ def pack(
 ) -> PackedImages: ...
 @overload
 def pack(
-    images: Sequence[pixels.ImageLike],
+    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
     *,
     patch_size: int = ...,
     max_tokens: int = ...,
@@ -102,7 +102,7 @@ def pack(
     return_index: Literal[True],
 ) -> tuple[PackedImages, np.ndarray]: ...
 def pack(
-    images: Sequence[pixels.ImageLike],
+    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
     *,
     patch_size: int = 16,
     max_tokens: int = 256,
@@ -115,7 +115,7 @@ def pack(
     """Packs images of any sizes into rows, each within its token budget.
 
     Args:
-      images: arrays `(h, w, 3)` uint8, PIL images, or encoded files as bytes.
+      images: as of `Embedder.embed_images`.
       patch_size: side of a patch in pixels.
       max_tokens: tokens that one image may take at most.
       row_tokens: length of a row.
@@ -134,9 +134,9 @@ def pack(
         )
     if slots is not None and slots < 1:
         raise ValueError(f"slots must be at least 1, not {slots}")
-    if not len(images):
-        raise ValueError("there are no images to pack")
     sizes = pixels.sizes_of(images)
+    if not len(sizes):
+        raise ValueError("there are no images to pack")
     grids = geometry.grids_for(
         sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale
     )
