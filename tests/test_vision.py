@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import (
     PATCH,
     POSITIONS,
@@ -233,4 +234,17 @@ def test_grid_beyond_the_table_is_an_error_outside_jit(rng):
 
 
 def test_patch_size_is_the_models(rng):
-    assert make_vision().patch.kernel.shape == (PATCH**2 * 3, 24)
+    vision = make_vision()
+    assert vision.patch.kernel.shape == (PATCH**2 * 3, 24)
+    packed = pack_grids([{0: (0, (1, 2))}], 4, 1, random_patches(rng, [(1, 2)]))
+    other = packed._replace(patches=np.zeros((1, 4, 6 * 6 * 3), np.uint8))
+    with pytest.raises(ValueError, match=r"6x6 pixels.* 4x4: .*patch_size=4"):
+        vision(other)
+
+
+def test_a_tower_can_be_made_of_its_own_config():
+    one = Vision(vision_config(), rngs=nnx.Rngs(0))
+    other = Vision(ModelConfig(vision=vision_config()), rngs=nnx.Rngs(0))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.batch import PackedImages
-from navit.config import ModelConfig
+from navit.config import ModelConfig, VisionConfig
 from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
@@ -37,11 +37,20 @@ class VisionOutput(NamedTuple):
 
 
 class Vision(nnx.Module):
-    """Patch embedding, position embedding, encoder, pooling per segment."""
+    """Patch embedding, position embedding, encoder, pooling per segment.
+
+    A `VisionConfig` stands for a `ModelConfig` with the other fields at their defaults.
+    """
 
     def __init__(
-        self, config: ModelConfig, rules: Rules = Rules(), *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig | VisionConfig,
+        rules: Rules = Rules(),
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
+        if isinstance(config, VisionConfig):
+            config = ModelConfig(vision=config)
         c = config.vision
         self.config, self.rules = c, rules
         self.implementation = None if config.attention == "auto" else config.attention
@@ -93,9 +102,17 @@ class Vision(nnx.Module):
             cheaper way. The plan's token budget, never a guess.
 
         Raises:
-          ValueError: if, outside jit, a grid reaches beyond the position table or an
-            image has more than `max_image_tokens`.
+          ValueError: if the patches are of another size than the model's; or, outside
+            jit, a grid reaches beyond the position table or an image has more than
+            `max_image_tokens`.
         """
+        p, found = self.config.patch_size, np.shape(packed.patches)[-1]
+        if found != p**2 * 3:
+            side = (found / 3) ** 0.5
+            raise ValueError(
+                f"the patches are {side:g}x{side:g} pixels, and this model takes "
+                f"{p}x{p}: pack the images with patch_size={p}"
+            )
         if not isinstance(packed.grids, jax.core.Tracer):
             self.config.position.check(np.asarray(packed.grids))
             longest = np.asarray(packed.grids).prod(-1).max(initial=0)
