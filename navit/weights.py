@@ -100,7 +100,13 @@ def _open(path: Path) -> Weights:
     if big_vision.is_big_vision(path):
         return big_vision.read(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+        message = f"{path} does not exist"
+        if len(path.parts) == 2 and not path.parent.exists():
+            message += (
+                "; if that is its name on the Hugging Face hub, download it first: "
+                f"hf download {path} --local-dir {path.name}"
+            )
+        raise FileNotFoundError(message)
     raise FileNotFoundError(
         f"{path} is not a navit work directory (it has no checkpoints/), no Hugging "
         "Face directory (config.json and *.safetensors), and no big_vision .npz"
@@ -156,6 +162,11 @@ def write(
     format = format or ("big_vision" if out.suffix == ".npz" else "huggingface")
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
+    if out.suffix in (".safetensors", ".bin", ".pt"):
+        raise ValueError(
+            f"{out} names one file, and a Hugging Face model is a directory: write to "
+            f"one, such as {out.with_suffix('')}, or to an .npz for big_vision"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already: choose another, or delete it")
     if format == "huggingface":

@@ -558,7 +558,9 @@ def test_save_takes_its_format_from_the_path_or_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match=r"huggingface, big_vision, navit, not 'hf'"):
         navit.save(model, tmp_path / "b", format="hf")
-    assert not (tmp_path / "b").exists()
+    with pytest.raises(ValueError, match=r"c.safetensors .*such as .*/c, .*\.npz"):
+        navit.save(model, tmp_path / "c.safetensors")
+    assert not list(tmp_path.glob("[bc]*"))
 
 
 def test_token_ids_of_a_resaved_config_say_nothing_of_sizes(tmp_path):

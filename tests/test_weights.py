@@ -163,6 +163,8 @@ def test_a_tokenizer_that_is_named_is_written(tmp_path):
 def test_a_wrong_path_is_said_for_what_it_is(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone does not exist$"):
         navit.load(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"hf download org/name --local-dir n"):
+        navit.load("org/name")
     file = GOLDEN / "siglip2_b/model.safetensors"
     with pytest.raises(ValueError, match=r"name the directory, .*siglip2_b$"):
         navit.load(file)
