@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
     from navit.input.fill import pack as pack
+    from navit.input.fill import unpack as unpack
     from navit.input.geometry import grid_for as grid_for
     from navit.weights import load as load
     from navit.weights import save as save
@@ -25,6 +26,7 @@ _HOMES = {
     "load": "navit.weights",
     "pack": "navit.input.fill",
     "save": "navit.weights",
+    "unpack": "navit.input.fill",
 }
 
 __all__ = sorted(_HOMES)

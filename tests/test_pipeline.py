@@ -8,6 +8,7 @@ import itertools
 import logging
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -140,10 +141,71 @@ def test_pack_respects_the_slots(rng):
     assert sorted(index[index >= 0].tolist()) == list(range(7))
 
 
+@pytest.mark.parametrize("count", [0, 1, 9, 40])
+def test_pack_into_fixed_rows_leaves_out_only_what_has_no_room(rng, count):
+    images = noise(rng, rng.integers(8, 60, (count, 2)))
+    rule = dict(patch_size=8, max_tokens=20, max_upscale=1.0)
+    packed, index, left_out = navit.pack(images, **rule, row_tokens=32, rows=3, slots=4)
+    packed.check()
+    assert packed.patches.shape == (3, 32, 192)
+    assert packed.grids.shape == (3, 4, 2) and index.shape == (3, 4)
+    np.testing.assert_array_equal(index >= 0, packed.grids.prod(-1) > 0)
+    assert left_out.tolist() == sorted(set(range(count)) - set(index.flat))
+    assert (index >= 0).sum() + len(left_out) == count
+    for image in left_out:
+        before = (index >= 0) & (index < image)
+        room = 32 - np.where(before, packed.grids.prod(-1), 0).sum(-1)
+        tokens = np.prod(navit.grid_for(*images[image].shape[:2], **rule))
+        assert not ((room >= tokens) & (before.sum(-1) < 4)).any()
+
+
+def test_unpack_is_the_way_back_from_pack(rng):
+    """In the images' order, with tokens in any order, padding between, empty slots."""
+    sizes = [(8, 24), (40, 16), (8, 8), (24, 24), (16, 32), (60, 8), (9, 9)]
+    images = noise(rng, sizes)
+    packed, index, left_out = navit.pack(
+        images, patch_size=8, max_tokens=12, row_tokens=24, rows=2, slots=4
+    )
+    assert len(left_out) and (index < 0).any()
+    shuffle = rng.permutation(24)
+    packed = packed._replace(
+        patches=packed.patches[:, shuffle],
+        segment_ids=packed.segment_ids[:, shuffle],
+        coords=packed.coords[:, shuffle],
+    )
+    expected = {}
+    for i, image in enumerate(images):
+        rows, columns = navit.grid_for(*image.shape[:2], patch_size=8, max_tokens=12)
+        expected[i] = np.zeros((rows * columns, 192), np.uint8)
+        pixels.to_patches(pixels.load(image, rows * 8, columns * 8), 8, expected[i])
+        expected[i] = expected[i].reshape(rows, columns, 192)
+    for order, found in (
+        (index[index >= 0], navit.unpack(packed.patches, packed)),
+        (np.sort(index[index >= 0]), navit.unpack(packed.patches, packed, index)),
+        (index[index >= 0], navit.unpack(jnp.asarray(packed.patches), packed)),
+    ):
+        for i, image in zip(order, found, strict=True):
+            np.testing.assert_array_equal(image, expected[i])
+
+
+def test_unpack_refuses_dropped_tokens_and_other_shapes(rng):
+    packed = navit.pack([solid(16, 24)], patch_size=8, max_tokens=6, row_tokens=8)
+    dropped = packed._replace(segment_ids=packed.segment_ids.copy())
+    dropped.segment_ids[0, 2] = 0
+    with pytest.raises(ValueError, match=r"row 0 slot 0 has 5 .* 2x3 .*drop"):
+        navit.unpack(packed.patches, dropped)
+    with pytest.raises(ValueError, match=r"\[1, 8, d\], not \(1, 7, 192\)"):
+        navit.unpack(packed.patches[:, :7], packed)
+    with pytest.raises(ValueError, match=r"index must be \(1, 1\), not \(1, 2\)"):
+        navit.unpack(packed.patches, packed, np.zeros((1, 2), int))
+
+
 @pytest.mark.parametrize(
     ("images", "options", "words"),
     [
         ([], {}, "no images"),
+        ([solid(8, 8)], {"rows": 0, "slots": 1}, "rows.*0"),
+        ([solid(8, 8)], {"rows": 2}, "rows=2.*slots"),
         ([solid(8, 8)], {"max_tokens": 300, "row_tokens": 256}, "300.*256"),
         ([solid(8, 8)], {"max_tokens": 0}, "max_tokens.*0"),
         ([solid(8, 8)], {"slots": 0}, "slots.*0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -85,6 +85,7 @@ def pack(
     max_tokens: int = ...,
     row_tokens: int = ...,
     slots: int | None = ...,
+    rows: None = ...,
     max_upscale: float | None = ...,
     dct: str = ...,
     return_index: Literal[False] = ...,
@@ -97,10 +98,24 @@ def pack(
     max_tokens: int = ...,
     row_tokens: int = ...,
     slots: int | None = ...,
+    rows: None = ...,
     max_upscale: float | None = ...,
     dct: str = ...,
     return_index: Literal[True],
 ) -> tuple[PackedImages, np.ndarray]: ...
+@overload
+def pack(
+    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+    *,
+    patch_size: int = ...,
+    max_tokens: int = ...,
+    row_tokens: int = ...,
+    slots: int,
+    rows: int,
+    max_upscale: float | None = ...,
+    dct: str = ...,
+    return_index: bool = ...,
+) -> tuple[PackedImages, np.ndarray, np.ndarray]: ...
 def pack(
     images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
     *,
@@ -108,11 +123,20 @@ def pack(
     max_tokens: int = 256,
     row_tokens: int = 1024,
     slots: int | None = None,
+    rows: int | None = None,
     max_upscale: float | None = None,
     dct: str = "fast",
     return_index: bool = False,
-) -> PackedImages | tuple[PackedImages, np.ndarray]:
+) -> (
+    PackedImages
+    | tuple[PackedImages, np.ndarray]
+    | tuple[PackedImages, np.ndarray, np.ndarray]
+):
     """Packs images of any sizes into rows, each within its token budget.
+
+    Without `rows`, makes as many rows as all the images need. With `rows` and `slots`
+    the shapes are fixed: images are taken in order, and one that no row has room for is
+    left out. Pass those again, before new ones, with the next call.
 
     Args:
       images: as of `Embedder.embed_images`.
@@ -120,9 +144,15 @@ def pack(
       max_tokens: tokens that one image may take at most.
       row_tokens: length of a row.
       slots: images that one row may hold; None takes as many as the fullest row has.
+      rows: how many rows to make, empty ones included; needs `slots`.
       max_upscale: enlarge an image by this factor at most; None as the budget allows.
       dct: as in `navit.input.pixels.load`.
-      return_index: also return `[b, s]` int: which image each slot holds, -1 if none.
+      return_index: also return the index.
+
+    Returns:
+      The packed images; with `return_index` or `rows` also the index, `[b, s]` int:
+      which image each slot holds, -1 if none; with `rows` also the images left out,
+      `[k]` int, in order.
 
     Raises:
       ValueError: names the image that cannot be decoded; or the budget and the row, if
@@ -132,22 +162,28 @@ def pack(
         raise ValueError(
             f"max_tokens={max_tokens} is more than a row of row_tokens={row_tokens}"
         )
-    if slots is not None and slots < 1:
-        raise ValueError(f"slots must be at least 1, not {slots}")
+    for name, value in (("slots", slots), ("rows", rows)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
     sizes = pixels.sizes_of(images)
-    if not len(sizes):
-        raise ValueError("there are no images to pack")
     grids = geometry.grids_for(
         sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale
     )
-    rows = pack_rows(grids, row_tokens, slots)
-    slots = slots or int(np.diff(rows.offsets).max())
+    if rows is None:
+        if not len(sizes):
+            raise ValueError("there are no images to pack")
+        planned = pack_rows(grids, row_tokens, slots)
+        slots = slots or int(np.diff(planned.offsets).max())
+    elif slots is None:
+        raise ValueError(f"rows={rows} is for a fixed shape: give slots a number too")
+    else:
+        planned = _rows_of(grids, rows, row_tokens, slots)
 
     def fail(index: int, error: ValueError) -> None:
         raise ValueError(f"image {index} cannot be decoded: {error}") from error
 
     packed = fill_rows(
-        rows,
+        planned,
         lambda i: images[i],
         patch_size=patch_size,
         row_tokens=row_tokens,
@@ -155,9 +191,65 @@ def pack(
         dct=dct,
         on_error=fail,
     )
-    if not return_index:
-        return packed
-    return packed, slot_array(rows, slots, rows.index, -1)
+    index = slot_array(planned, slots, planned.index, -1)
+    if rows is not None:
+        return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
+    return (packed, index) if return_index else packed
+
+
+def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
+    """Packs images in order into so many rows, by best fit; leaves out the rest."""
+    room = np.full(rows, row_tokens)
+    held: list[list[int]] = [[] for _ in range(rows)]
+    for image, tokens in enumerate(grids.prod(-1).tolist()):
+        after = room - tokens
+        best = int(np.where(after < 0, row_tokens, after).argmin())
+        if after[best] >= 0:
+            held[best].append(image)
+            # A row of full slots has no room for any image.
+            room[best] = after[best] if len(held[best]) < slots else 0
+    index = np.array([image for row in held for image in row], np.int64)
+    return Rows(np.cumsum([0, *map(len, held)]), index, grids[index])
+
+
+def unpack(
+    tokens: Any, packed: PackedImages, index: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
+
+    Args:
+      tokens: `[b, n, d]` of numpy or jax, such as `model.vision(packed).tokens`.
+      packed: what the tokens were made from.
+      index: as `pack` returns it, for the arrays in the images' order, without those
+        left out; None takes them row by row and slot by slot.
+
+    Raises:
+      ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
+    """
+    tokens = np.asarray(tokens)
+    segment_ids, coords, grids = (np.asarray(x) for x in packed[1:])
+    b, n = segment_ids.shape
+    if tokens.ndim != 3 or tokens.shape[:2] != (b, n):
+        raise ValueError(f"tokens must be [{b}, {n}, d], not {tokens.shape}")
+    filled = np.argwhere(grids.prod(-1))
+    if index is not None:
+        if index.shape != grids.shape[:2]:
+            raise ValueError(f"index must be {grids.shape[:2]}, not {index.shape}")
+        filled = filled[index[tuple(filled.T)].argsort()]
+    images = []
+    for row, slot in filled:
+        mine = segment_ids[row] == slot + 1
+        rows, columns = grids[row, slot]
+        place = coords[row, mine] @ (columns, 1)
+        if not np.array_equal(np.sort(place), np.arange(rows * columns)):
+            raise ValueError(
+                f"the image in row {row} slot {slot} has {len(place)} tokens and not "
+                f"each one of its {rows}x{columns} grid: unpack images of which no "
+                "token was dropped"
+            )
+        image = tokens[row, mine][place.argsort()]
+        images.append(image.reshape(rows, columns, -1))
+    return images
 
 
 def slot_array(
