@@ -6,6 +6,7 @@ import gc
 import io
 import itertools
 import logging
+import tracemalloc
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from navit.config import (
     TrainConfig,
     VisionConfig,
 )
-from navit.input import pixels
+from navit.input import fill, pixels
 from navit.input.batch_plans import BatchPlans
 from navit.input.fill import fill_rows
 from navit.input.pipeline import open_eval_source, open_source, train_batches
@@ -226,6 +227,31 @@ def test_pack_names_the_image_that_breaks_off_in_its_pixels(rng):
     assert pixels.size_of(cut) == (64, 64)  # the header is whole
     with pytest.raises(ValueError, match="image 2 "):
         navit.pack([solid(8, 8), solid(8, 8), cut])
+
+
+@pytest.mark.parametrize(
+    ("options", "estimate"),
+    [
+        ({"row_tokens": 10**12}, r"into 1 x 1000000000000 tokens .* 768,000.0"),
+        ({"rows": 10**9, "slots": 1}, r"into 1000000000 x 1024 tokens .* 786,432.0"),
+    ],
+)
+def test_pack_refuses_before_it_allocates_what_no_machine_has(options, estimate):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=estimate + r".* GB .*: lower"):
+        navit.pack([solid(8, 8)], **options)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+
+
+def test_pack_refuses_by_the_rows_that_it_made(monkeypatch):
+    """Images a little over half a row need twice the rows that their tokens fill."""
+    monkeypatch.setattr(fill, "_free_memory", lambda: 6 * 5 * 192)
+    images = [solid(24, 8)] * 7
+    with pytest.raises(ValueError, match=r"into 7 x 5 tokens"):
+        navit.pack(images, patch_size=8, max_tokens=3, row_tokens=5)
+    navit.pack(images[:6], patch_size=8, max_tokens=3, row_tokens=5)
 
 
 SAMPLE = str(Path(__file__).parents[1] / "data" / "sample")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -156,7 +158,7 @@ def pack(
 
     Raises:
       ValueError: names the image that cannot be decoded; or the budget and the row, if
-        one image may be longer than a row.
+        one image may be longer than a row; or the memory, if there is too little.
     """
     if max_tokens > row_tokens:
         raise ValueError(
@@ -172,11 +174,15 @@ def pack(
     if rows is None:
         if not len(sizes):
             raise ValueError("there are no images to pack")
+        fewest = -(-int(grids.prod(-1).sum()) // row_tokens)
+        _check_memory(fewest, row_tokens, patch_size)  # a plan of long rows takes some
         planned = pack_rows(grids, row_tokens, slots)
+        _check_memory(len(planned), row_tokens, patch_size)
         slots = slots or int(np.diff(planned.offsets).max())
     elif slots is None:
         raise ValueError(f"rows={rows} is for a fixed shape: give slots a number too")
     else:
+        _check_memory(rows, row_tokens, patch_size)
         planned = _rows_of(grids, rows, row_tokens, slots)
 
     def fail(index: int, error: ValueError) -> None:
@@ -195,6 +201,27 @@ def pack(
     if rows is not None:
         return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
     return (packed, index) if return_index else packed
+
+
+def _check_memory(rows: int, row_tokens: int, patch_size: int) -> None:
+    """Raises ValueError if the patches of so many rows take more than is free."""
+    needed, free = rows * row_tokens * patch_size**2 * 3, _free_memory()
+    if needed > free:
+        raise ValueError(
+            f"packing into {rows} x {row_tokens} tokens (rows x row_tokens) takes "
+            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory is free: "
+            "lower row_tokens or rows, or pack fewer images at a time"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes: what Linux says is available; elsewhere all that the machine has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except FileNotFoundError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = next(line for line in lines if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024  # in kB there
 
 
 def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
