@@ -19,8 +19,7 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.files import write_atomic
-from navit.input import fill, geometry, pixels, text
-from navit.input.plan import pack_rows
+from navit.input import fill, pixels, plan, text
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
@@ -98,23 +97,20 @@ class Embedder:
           ValueError: if a grid reaches beyond the model's position table.
         """
         data, patch_size = self.config.data, self.vision.config.patch_size
-        side = self.vision.config.position.size
         if self.vision.config.fixed_grid:
+            side = self.vision.config.position.size
             if max_tokens < side * side:
                 raise ValueError(
                     f"this model was trained at one size, {side}x{side} patches: pass "
                     f"max_tokens={side * side}, or load it with model.vision."
                     "fixed_grid=false to keep the aspect at any budget"
                 )
-            grids, max_tokens = np.full((len(sizes), 2), side), side * side
-        else:
-            grids = geometry.grids_for(
-                sizes, max_tokens, patch_size=patch_size, max_upscale=data.max_upscale
-            )
+            max_tokens = side * side
+        grids = grids_of(self.config, sizes, max_tokens)
         self.vision.config.position.check(grids)
         # With every image at its budget a row holds one; without upscaling, several.
         slots = 1 if data.max_upscale is None else 8
-        rows = pack_rows(grids, max_tokens, slots)
+        rows = plan.pack_rows(grids, max_tokens, slots)
         at_once = self.rows_at_once(max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         fill_rows = functools.partial(
@@ -222,6 +218,14 @@ class Embedder:
         if config.pool == "none":
             raise ValueError('a model with pool="none" embeds tokens, not images')
         return config.embed_dim or config.width
+
+
+def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
+    """The grid at which each image is embedded: pixels `[m, 2]` -> patches `[m, 2]`."""
+    vision = config.model.vision
+    if vision.fixed_grid:
+        return np.full((len(sizes), 2), vision.position.size)
+    return plan.grids_of(sizes, max_tokens, config.data, vision.patch_size)
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))

@@ -1,11 +1,22 @@
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import navit
+from navit.config import DataConfig, EvalConfig, Folder
+from navit.embed import Embedder
 from navit.evals import budgets
 from navit.evals.classification import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
+from navit.input.pipeline import open_eval_source
+from navit.input.plan import grids_of
 from navit.input.sources import Task
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = Folder(str(ROOT / "data/sample"), table="captions.csv")
 
 # Texts embed as fixed unit vectors.
 VECTORS = {
@@ -91,3 +102,36 @@ def test_table_and_plot_show_every_budget():
     assert lines[3].split() == ["1024", "100.0%", "-"]
     assert len({len(line) for line in lines[1:]}) == 1
     assert budgets.plot(results).startswith(b"\x89PNG")
+
+
+def evaluated(name, budget_list, **data):
+    """A small model's results on the sample photographs, and their sizes."""
+    model = navit.load(ROOT / "tests/golden" / name)
+    config = dataclasses.replace(
+        model.config,
+        data=DataConfig(train=SAMPLE, eval=SAMPLE, **data),
+        eval=EvalConfig(budgets=budget_list, max_images=5),
+    )
+    source = open_eval_source(config.data)
+    budgets.check(config, source, source)
+    embedder = Embedder(model.model, config, step=0)
+    return budgets.evaluate(embedder, config, source), source.sizes[:5]
+
+
+def test_small_images_are_evaluated_at_the_plans_tokens():
+    """`data.min_tokens` holds here too, and the table counts what was embedded."""
+    data = dict(max_upscale=0.01, min_tokens=36)
+    found, sizes = evaluated("siglip2_a", (49, 64), **data)
+    for budget in (49, 64):
+        grids = grids_of(sizes, budget, DataConfig(**data), 4)
+        tokens = found["budgets"][str(budget)]["tokens_per_image"]
+        assert tokens == round(float(grids.prod(-1).mean()), 1) > 30
+
+
+def test_a_model_of_one_resolution_is_evaluated_once(caplog):
+    caplog.set_level("INFO", "navit")
+    found, _ = evaluated("siglip_fixed", (16, 64, 256))
+    assert list(found["budgets"]) == ["25"]
+    assert found["budgets"]["25"]["tokens_per_image"] == 25
+    assert "25 tokens: it is evaluated once, not at" in caplog.text
+    assert "eval.budgets=16,64,256" in caplog.text

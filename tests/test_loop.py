@@ -271,6 +271,16 @@ def test_embedding_without_upscaling_packs_and_changes_nothing(uninterrupted):
         )
 
 
+def test_embedding_enlarges_to_min_tokens_as_training_does(uninterrupted):
+    model = navit.load(uninterrupted)
+    small = [np.random.default_rng(0).integers(0, 256, (16, 20, 3)).astype(np.uint8)]
+    enlarged = model.embed_images(small, 16)
+    floor = ["data.max_upscale=1.0", "data.min_tokens=16", "data.budgets=16,"]
+    model.config = override(model.config, floor)
+    # In a longer row, so compiled anew.
+    np.testing.assert_allclose(model.embed_images(small, 36), enlarged, atol=1e-5)
+
+
 def test_load_of_something_else_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a navit work directory"):
         navit.load(tmp_path)

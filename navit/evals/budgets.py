@@ -16,12 +16,11 @@ import numpy as np
 import navit
 from navit import config as config_lib
 from navit.config import Config
-from navit.embed import Embedder
+from navit.embed import Embedder, grids_of
 from navit.evals.classification import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
 from navit.files import write_atomic
-from navit.input import geometry
 from navit.input.sources import Source, Task
 from navit.input.stream import StreamSource
 
@@ -37,6 +36,8 @@ def run(
     tasks: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Evaluates at `config.eval.budgets`; prints a table, writes budgets.json and .png.
+
+    A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens.
 
     Args:
       config: says the budgets and the prompts.
@@ -87,7 +88,15 @@ def evaluate(
         ]
     chance = {k: v for e in evaluators for k, v in e.chance.items()}
     budgets = {}
-    for budget in config.eval.budgets:
+    chosen_budgets = _budgets(config)
+    if chosen_budgets != config.eval.budgets:
+        log.info(
+            "this model takes every image at %d tokens: it is evaluated once, not at "
+            "each of eval.budgets=%s",
+            chosen_budgets[0],
+            ",".join(map(str, config.eval.budgets)),
+        )
+    for budget in chosen_budgets:
         unreadable: list[int] = []
 
         def report(index: int, error: ValueError, into: list = unreadable) -> None:
@@ -107,12 +116,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         images[unreadable] = np.nan
         metrics = {k: v for e in evaluators for k, v in e.run(images)}
-        grids = geometry.grids_for(
-            source.sizes[:count],
-            budget,
-            patch_size=config.model.vision.patch_size,
-            max_upscale=config.data.max_upscale,
-        )
+        grids = grids_of(config, source.sizes[:count], budget)
         budgets[str(budget)] = {
             "tokens_per_image": round(float(grids.prod(-1).mean()), 1),
             "images_per_second": round(count / seconds, 2),
@@ -134,15 +138,8 @@ def check(config: Config, train: Source | StreamSource, evaluation: Source) -> N
         the two sources do not agree on.
     """
     vision = config.model.vision
-    for budget in config.eval.budgets:
-        vision.position.check(
-            geometry.grids_for(
-                evaluation.sizes,
-                budget,
-                patch_size=vision.patch_size,
-                max_upscale=config.data.max_upscale,
-            )
-        )
+    for budget in _budgets(config):
+        vision.position.check(grids_of(config, evaluation.sizes, budget))
     if config.train.loss == "classification":
         names = [next(iter(s.tasks.values()), None) for s in (train, evaluation)]
         classes = [task.class_names if task else () for task in names]
@@ -195,6 +192,12 @@ def plot(results: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def _budgets(config: Config) -> tuple[int, ...]:
+    """Where to evaluate; a model of one resolution has only one budget."""
+    vision = config.model.vision
+    return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
 
 
 def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:
