@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
@@ -14,6 +15,13 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 # Column names as other trainers' tables have them (transformers, open_clip).
 _FILE = ("file", "file_name", "filepath")
 _CAPTION = ("caption", "text", "title")
+
+# A record of a CSV that spans more lines holds a quote that was never closed.
+_MOST_LINES = 20
+_QUOTES = (
+    "put a caption with a comma or a line break in double quotes, close them, and "
+    "write a double quote inside them twice"
+)
 
 
 class Entry(NamedTuple):
@@ -37,18 +45,51 @@ def read_table(file: BinaryIO, table: str) -> list[Entry]:
     """
     try:
         return _entries(_rows(file, table), table)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{table} cannot be read: {error}") from None
 
 
-def _rows(file: BinaryIO, table: str) -> Iterable[dict]:
+def _rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
+    """Each row with its place in the table, such as "captions.csv line 3"."""
     if table.endswith(".parquet"):
         return _parquet_rows(file, table)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    return csv.DictReader(text) if table.endswith(".csv") else _json_lines(text, table)
+    return (
+        _csv_rows(text, table) if table.endswith(".csv") else _json_lines(text, table)
+    )
 
 
-def _parquet_rows(file: BinaryIO, table: str) -> Iterator[dict]:
+def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.reader(file, strict=True)
+    header: list[str] = []
+    while True:
+        before = reader.line_num
+        where = f"{table} line {before + 1}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: {error}: {_QUOTES}") from None
+        if row is None:
+            return
+        if (lines := reader.line_num - before) > _MOST_LINES:
+            raise ValueError(
+                f"{where} begins a record of {lines} lines, more than {_MOST_LINES}: "
+                f"{_QUOTES}"
+            )
+        if not row:  # a blank line
+            continue
+        if not header:
+            header = row
+            continue
+        if len(row) != len(header):
+            raise ValueError(
+                f"{where} has {len(row)} fields, and the header has {len(header)} "
+                f"({', '.join(header)}): {_QUOTES}"
+            )
+        yield where, dict(zip(header, row, strict=True))
+
+
+def _parquet_rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
     parquet = import_parquet(table).ParquetFile(file)
     names = parquet.schema_arrow.names
     if not any(name in names for name in _FILE):
@@ -57,8 +98,10 @@ def _parquet_rows(file: BinaryIO, table: str) -> Iterator[dict]:
             "the images themselves are read by ParquetImages(path=...)"
         )
     columns = [name for name in (*_FILE, *_CAPTION, "label") if name in names]
-    for batch in parquet.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+    batches = parquet.iter_batches(columns=columns)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, row in enumerate(rows, 1):
+        yield f"{table} record {number}", row
 
 
 def import_parquet(path: str) -> Any:
@@ -72,24 +115,17 @@ def import_parquet(path: str) -> Any:
     return pyarrow.parquet
 
 
-def _entries(rows: Iterable[dict], table: str) -> list[Entry]:
+def _entries(rows: Iterable[tuple[str, dict]], table: str) -> list[Entry]:
     captions: dict[str, list[str]] = {}
     labels: dict[str, str | None] = {}
-    for line, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(
-                f"{table} record {line} has more fields than the header, from "
-                f"{row[None][0]!r} on: put a caption with a comma in double quotes"
-            )
-        name = _column(row, _FILE, table, line)
+    for where, row in rows:
+        name = _column(row, _FILE, where)
         label = None if row.get("label") in (None, "") else str(row["label"])
-        caption = _column(row, _CAPTION, table, line, must=label is None)
+        caption = _column(row, _CAPTION, where, must=label is None)
         many = caption if isinstance(caption, list) else [caption] if caption else []
         for field, value in [("file", name), *(("caption", c) for c in many)]:
             if not isinstance(value, str):
-                raise ValueError(
-                    f"{table} record {line}: a {field} is text, not {value!r}"
-                )
+                raise ValueError(f"{where}: a {field} is text, not {value!r}")
         name = PurePath(name).as_posix()
         captions.setdefault(name, []).extend(many)
         if labels.setdefault(name, label) is None:
@@ -103,23 +139,20 @@ def _entries(rows: Iterable[dict], table: str) -> list[Entry]:
     return [Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
 
 
-def _json_lines(file: Iterable[str], table: str) -> Iterable[dict]:
+def _json_lines(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(file, 1):
+        where = f"{table} line {number}"
         if line.strip():
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{table} line {number}: {error}") from None
+                raise ValueError(f"{where}: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{table} line {number} is not a JSON object: {line[:40]!r}"
-                )
-            yield row
+                raise ValueError(f"{where} is not a JSON object: {line[:40]!r}")
+            yield where, row
 
 
-def _column(
-    row: dict, names: tuple[str, ...], table: str, line: int, *, must: bool = True
-) -> Any:
+def _column(row: dict, names: tuple[str, ...], where: str, *, must: bool = True) -> Any:
     for name in names:
         if row.get(name):
             return row[name]
@@ -128,8 +161,8 @@ def _column(
     if given := [name for name in names if name in row]:
         remedy = "write one, add a label, or delete the line"
         raise ValueError(
-            f"{table} record {line} ({next(iter(row.values()))}) has an empty "
+            f"{where} ({next(iter(row.values()))}) has an empty "
             f"{given[0]!r}: {remedy if names is _CAPTION else 'delete the line'}"
         )
     found = ", ".join(str(key) for key in row)
-    raise ValueError(f"{table} record {line} has no {names[0]!r} (it has: {found})")
+    raise ValueError(f"{where} has no {names[0]!r} (it has: {found})")
