@@ -86,8 +86,9 @@ class Batch(NamedTuple):
       images: the packed images.
       text: `[g, c, t]` int32 token ids of captions.
       label: `[b, s]` int32 class, -1 = none.
-      id: `[b, s]` int32 index of the record in its source; -1 = empty slot. A slot with
-        an id and an empty grid held an image that could not be read.
+      id: `[b, s]` int64 index of the record in its source; -1 = empty slot. A slot with
+        an id and an empty grid held an image that could not be read. On a device int32,
+        0 in place of every index (`on_device`).
       size: `[b, s, 2]` int32 (height, width) of the image before any resize.
     """
 
@@ -96,6 +97,13 @@ class Batch(NamedTuple):
     label: Any
     id: Any
     size: Any
+
+    def on_device(self) -> Batch:
+        """The batch as devices take it: of the ids they need only the sign.
+
+        JAX would cut an int64 to its lower 32 bits, and a cut id may be negative.
+        """
+        return self._replace(id=np.minimum(self.id, 0).astype(np.int32))
 
 
 def tokens_per_slot(segment_ids: np.ndarray, slots: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import io
 import itertools
@@ -33,8 +34,16 @@ from navit.config import (
 from navit.input import fill, pixels
 from navit.input.batch_plans import BatchPlans
 from navit.input.fill import fill_rows
-from navit.input.pipeline import open_eval_source, open_source, train_batches
+from navit.input.pipeline import (
+    Materialize,
+    MaterializeStream,
+    open_eval_source,
+    open_source,
+    train_batches,
+)
 from navit.input.plan import Rows
+from navit.input.stream import Record
+from navit.input.stream_plan import Planned
 from navit.input.synthetic import SyntheticSource
 from navit.input.text import encode
 
@@ -313,8 +322,9 @@ def test_batches_hold_what_the_plan_and_the_source_say(one_run):
         PackedImages(*batch.images).check()
         assert batch.images.patches.shape == (2, 48, 768)
         assert batch.text.shape == (2, 4, 24)
-        for array in arrays(batch)[1:]:
+        for array in [*batch.images[1:], batch.text, batch.label, batch.size]:
             assert array.dtype == np.int32
+        assert batch.id.dtype == np.int64
         empty = batch.id < 0
         np.testing.assert_array_equal(empty, batch.images.grids.prod(-1) == 0)
         assert not batch.text[empty].any() and not batch.size[empty].any()
@@ -474,6 +484,37 @@ def test_a_caption_that_cannot_be_read_leaves_its_slot_empty(one_run):
         np.testing.assert_array_equal(
             batch.images.grids[~lost], whole.images.grids[~lost]
         )
+
+
+class FarSizes:
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return np.full((len(index), 2), 16)
+
+
+class Far(SyntheticSource):
+    """A source of more images than 31 bits count."""
+
+    def __init__(self) -> None:
+        self.sizes, self.tasks = FarSizes(), {}
+
+    def image(self, index: int) -> np.ndarray:
+        return solid(16, 16)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (f"image {index}",)
+
+
+def test_ids_beyond_31_bits_stay_as_they_are():
+    ids = np.array([2**31 - 1, 2**31, 2**40])
+    rows = Rows(np.array([0, 2, 3]), ids, np.ones((3, 2), np.int32))
+    options = dict(patch_size=16, slots=2, captions=2, text_tower=TextConfig(length=24))
+    batch = Materialize(Far(), config().data, **options).map(rows)
+    assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
+    record = Record("a", solid(16, 16), ("a caption",), (16, 16))
+    planned = Planned(dataclasses.replace(rows, index=np.arange(3)), (record,) * 3, ids)
+    make = functools.partial(Materialize, data=config().data, **options)
+    batch = MaterializeStream(make).map(planned)
+    assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
 
 
 class AllGone(SyntheticSource):

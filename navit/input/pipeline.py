@@ -130,7 +130,7 @@ class Materialize(grain.transforms.Map):
                 group=self._data.caption_rows or 1,
             ),
             label=slot_array(rows, slots, labels, -1),
-            id=slot_array(rows, slots, rows.index.astype(np.int32), -1),
+            id=slot_array(rows, slots, rows.index, -1),
             size=slot_array(rows, slots, source.sizes[rows.index], 0),
         )
         return batch
@@ -157,8 +157,8 @@ class MaterializeStream(grain.transforms.Map):
 
     def map(self, planned: Planned) -> Batch:
         batch = self._materialize(Carried(planned.records)).map(planned.rows)
-        numbers = (planned.numbers % 2**31).astype(np.int32)
-        return batch._replace(id=np.where(batch.id < 0, -1, numbers[batch.id]))
+        ids = np.where(batch.id < 0, -1, planned.numbers[batch.id])
+        return batch._replace(id=ids)
 
 
 def train_batches(
