@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from navit.config import Folder, TarShards
-from navit.input import sizes
+from navit.input import sizes, storage
 from navit.input.folder import FolderSource
 from navit.input.kinds import open_source
 from navit.input.sources import Source
@@ -322,6 +322,105 @@ def test_shards_and_folders_behind_a_url(shards, photos, memory, caplog):
             FolderSource(Folder(**wrong))
     with pytest.raises(FileNotFoundError):
         opened("memory://bucket/set/00009.tar")
+
+
+class Status(Exception):
+    """An HTTP error as aiohttp has it: no OSError."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status}, message='...'")
+        self.status = status
+
+
+@pytest.fixture
+def server(memory, shards, monkeypatch):
+    """The shards behind memory://, whose reads raise what is in the returned list."""
+    memory.put(str(shards), "/bucket/set", recursive=True)
+    errors: list[Exception | None] = []
+    read = type(memory).cat_file
+
+    def cat_file(self, path, **options):
+        if errors and (error := errors.pop(0)):
+            raise error
+        return read(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    return errors
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that only waiting moves, as [seconds]."""
+    now = [1.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(storage.time, "sleep", sleep)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    "error", [Status(503), Status(429), ConnectionResetError(), TimeoutError()]
+)
+def test_a_passing_error_is_tried_again(shards, server, clock, error):
+    server += [error] * 3
+    source = opened("memory://bucket/set")
+    assert source.fingerprint() == opened(shards).fingerprint()
+    server += [error] * 4
+    assert source.image(4) == opened(shards).image(4)
+    assert not server
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(Status(403), OSError), (FileNotFoundError("404"), FileNotFoundError)],
+)
+def test_an_error_that_stays_is_not_tried_again(server, clock, error, raised):
+    source = opened("memory://bucket/set")
+    server += [error, None]
+    with pytest.raises(raised, match=r"40[34]"):
+        source.image(4)
+    assert server == [None] and clock == [1.0]
+
+
+def test_an_error_that_does_not_pass_ends_within_a_minute(server, clock):
+    source = opened("memory://bucket/set")
+    server += [Status(503)] * 5
+    with pytest.raises(OSError, match=r"bucket/set/\d+\.tar: 503"):
+        source.image(4)
+    assert not server and clock[0] < 20
+    # Where nothing at all succeeds, the waits of all reads together are bounded.
+    server += [Status(503)] * 1000
+    for _ in range(200):
+        with pytest.raises(OSError):
+            source.image(4)
+    assert clock[0] < 90
+    server.clear()
+    assert source.image(4)
+
+
+def test_indexing_stops_at_a_passing_error_and_blames_no_image(server, clock, tmp_path):
+    good = [None] * 12  # three shards are scanned, and some records are read
+    server += [*good, *[Status(503)] * 1000]
+    with pytest.raises(ConnectionError, match="503"):
+        opened("memory://bucket/set")
+    server.clear()
+    assert len(opened("memory://bucket/set")) == len(ROWS)
+    assert not list(tmp_path.rglob("unreadable*"))
+
+
+def test_a_listing_without_sizes_is_completed(photos, memory, monkeypatch):
+    memory.put(str(photos), "/bucket/photos", recursive=True)
+    find = type(memory).find
+
+    def find_names(self, path, **options):
+        return {name: {"size": None} for name in find(self, path)}
+
+    monkeypatch.setattr(type(memory), "find", find_names)
+    folder = FolderSource(Folder("memory://bucket/photos"))
+    assert folder.fingerprint() == FolderSource(Folder(str(photos))).fingerprint()
 
 
 def test_an_unknown_protocol_is_named():

@@ -49,6 +49,8 @@ class ParquetReader:
                 with self._open(file) as opened:
                     metadata = opened.metadata
             except (ValueError, OSError) as error:
+                if storage.is_passing(error):
+                    raise
                 self.damaged.append(f"{file}: {error}")
                 log.warning("left out, damaged: %s", self.damaged[-1])
                 continue

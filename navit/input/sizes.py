@@ -6,7 +6,6 @@ An index is two files: `sizes-ID.npz` and, where something could not be read,
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -18,20 +17,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from navit.input import pixels
+from navit.input import pixels, storage
 from navit.input.kept import Place, find_beside, read_arrays, write_arrays, write_beside
 
 log = logging.getLogger("navit")
 
 # Reading fewer headers than this takes about a second: not worth a file.
 MIN_KEPT = 1000
-# Trouble of the machine or the network, not of a file: the pass stops, to go on later.
-_PASSING = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
-    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
-    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
-)
 # How many records, at least, are read between two savings of what is done.
 SAVE_EVERY = 20_000
 
@@ -171,10 +163,8 @@ def _fill(
         try:
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
-            cause = error.__cause__ or error
-            passing = isinstance(cause, TimeoutError | ConnectionError)
-            if passing or (isinstance(cause, OSError) and cause.errno in _PASSING):
-                raise cause from None
+            if storage.is_passing(error):
+                raise error.__cause__ or error from None  # to go on later
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     chunk = max(SAVE_EVERY, count // 50)

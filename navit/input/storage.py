@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import io
 import itertools
 import os
+import random
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 # Open at most so many files: shards can be more than a process may hold.
 _OPEN_FILES = 256
+
+# Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
+_WAITS = (0.5, 1, 2, 4)
+# After this many seconds without a success, nothing is asked for twice.
+_PATIENCE = 60
+# Trouble of the machine or the network, not of a file.
+_PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
+    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
+)
+
+T = TypeVar("T")
 
 
 class Stat(NamedTuple):
@@ -75,34 +92,92 @@ class Local:
 
 
 class Remote:
-    """Files behind a URL."""
+    """Files behind a URL.
+
+    What fails for a passing reason is tried again a few times; then it is a
+    ConnectionError.
+    """
 
     block = 1 << 22
 
     def __init__(self, url: str) -> None:
         self._fs = _filesystem(url)
+        self._failing_since: float | None = None
 
     def read(self, path: str) -> bytes:
-        return self._fs.cat_file(path)
+        return self._retried(path, lambda: self._fs.cat_file(path))
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
-        return self._fs.cat_file(path, start=start, end=start + size)
+        end = start + size
+        return self._retried(
+            path, lambda: self._fs.cat_file(path, start=start, end=end)
+        )
 
     def stat(self, path: str) -> Stat:
-        return _remote_stat(self._fs.info(path))
+        return _remote_stat(self._retried(path, lambda: self._fs.info(path)))
 
     def listing(self, folder: str) -> dict[str, Stat] | None:
         """Every file below, by its path from there: asking one by one takes hours."""
         root = self._fs._strip_protocol(folder).rstrip("/")
-        found = self._fs.find(root, detail=True)
-        return {
-            path[len(root) + 1 :]: _remote_stat(info)
+        found = self._retried(folder, lambda: self._fs.find(root, detail=True))
+        return {  # a web server's list of files has no sizes
+            path[len(root) + 1 :]: (
+                self.stat(path) if info.get("size") is None else _remote_stat(info)
+            )
             for path, info in sorted(found.items())
         }
 
     def glob(self, pattern: str) -> list[str]:
-        found = self._fs.glob(pattern)
+        found = self._retried(pattern, lambda: self._fs.glob(pattern))
         return sorted(self._fs.unstrip_protocol(path) for path in found)
+
+    def _retried(self, path: str, ask: Callable[[], T]) -> T:
+        for wait in (*_WAITS, None):
+            try:
+                found = ask()
+            except Exception as error:  # each file system has errors of its own
+                if not is_passing(error):
+                    if _status(error) is None:
+                        raise
+                    raise OSError(f"{path}: {error}") from None
+                now = time.monotonic()
+                self._failing_since = self._failing_since or now
+                if wait is None or now - self._failing_since > _PATIENCE:
+                    reason = str(error.__cause__ or error) or type(error).__name__
+                    raise ConnectionError(f"{path}: {reason}") from None
+            else:
+                self._failing_since = None
+                return found
+            time.sleep(wait * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the same request may succeed later, by the error or by its cause."""
+    if error is None:
+        return False
+    if (status := _status(error)) is not None:
+        return status in (408, 429) or status >= 500
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        return True
+    passing = isinstance(error, TimeoutError | ConnectionError)
+    return passing or isinstance(error, _http_errors()) or is_passing(error.__cause__)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an error, under the names of aiohttp and of gcsfs."""
+    found = getattr(error, "status", getattr(error, "code", None))
+    return found if isinstance(found, int) else None
+
+
+@functools.cache
+def _http_errors() -> tuple[type[Exception], ...]:
+    """What aiohttp raises for a broken connection, which need not be an OSError."""
+    try:
+        import aiohttp
+    except ImportError:
+        return ()
+    return aiohttp.ClientConnectionError, aiohttp.ClientPayloadError
 
 
 def is_remote(path: str) -> bool:
@@ -145,6 +220,8 @@ def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
         try:
             storage.stat(file)
         except OSError as error:
+            if is_passing(error):
+                raise
             raise FileNotFoundError(f"there is no file {file} ({error})") from None
     return found
 
