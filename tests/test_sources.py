@@ -14,6 +14,7 @@ from PIL import Image
 
 from navit.config import Folder
 from navit.input.folder import FolderSource
+from navit.input.storage import Local
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 
@@ -131,6 +132,18 @@ def test_an_unreadable_image_is_left_out_with_a_warning(folder, caplog):
     (record,) = caplog.records
     assert "1.png" in record.getMessage()
     assert len(source.tasks["label"].labels) == 2
+
+
+def test_a_named_pipe_is_left_out_and_waited_for_by_nobody(folder, caplog):
+    (folder / "1.png").unlink()
+    os.mkfifo(folder / "1.png")
+    source = open_folder(folder, "file,caption\n0.png,x\n1.png,y\n")
+    assert list(captions(source)) == ["0.png"]
+    (record,) = caplog.records
+    assert "1.png is not a regular file" in record.getMessage()
+    for read in (Local().read, lambda path: Local().read_range(path, 0, 1)):
+        with pytest.raises(OSError, match="not a regular file"):
+            read(str(folder / "1.png"))
 
 
 def many(folder: Path, count: int = 60) -> str:

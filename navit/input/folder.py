@@ -104,7 +104,7 @@ class FolderSource:
         if storage.is_remote(path):
             with self._opened(path, size) as opened:
                 return sizes.Record.of(opened)
-        with open(path, "rb") as opened:  # not kept open, as a shard is
+        with storage.open_file(path) as opened:  # not kept open, as a shard is
             return sizes.Record.of(opened)
 
     def _stat(

@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -69,7 +70,8 @@ class Local:
         self.__init__()  # type: ignore[misc]
 
     def read(self, path: str) -> bytes:
-        return Path(path).read_bytes()
+        with open_file(path) as file:
+            return file.read()
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
         # The descriptor is held here, so that its eviction cannot close it meanwhile.
@@ -226,6 +228,15 @@ def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
     return found
 
 
+def open_file(path: str) -> BinaryIO:
+    """Opens a file of this machine.
+
+    Raises:
+      OSError: for a named pipe too, at which a read would wait for a writer.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
 def opened(
     read: Callable[[int, int], bytes], size: int, block: int = 1 << 16
 ) -> BinaryIO:
@@ -233,9 +244,17 @@ def opened(
     return io.BufferedReader(_Range(read, size), block)
 
 
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe is opened at once
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path} is not a regular file")
+
+
 class _Descriptor:
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.number = _open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "number"):  # and at exit there may be no `os`
