@@ -29,16 +29,20 @@ class Folder:
     `table` is a CSV, JSONL or Parquet file, relative to `path`; empty means the only
     one there. `split` keeps every image ("all"), or sets a share `holdout` of them
     aside by a hash of the file name: "train" is the rest and "eval" the part set aside.
-    As `data.eval`, an empty `path` means the folder of `data.train`, and its table too
-    if `table` is empty.
+    `missing`: the share of the table's files that may be missing, and of its rows that
+    may have neither a caption nor a label; 0 stops at the first.
+    As `data.eval`, an empty `path` means the folder of `data.train` with its `missing`,
+    and its table too if `table` is empty.
     """
 
     path: str = ""
     table: str = ""
     split: Literal["all", "train", "eval"] = "all"
     holdout: float = 0.1
+    missing: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_missing(self.missing)
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout is a share between 0 and 1, not {self.holdout}")
 
@@ -51,12 +55,17 @@ class TarShards:
     `caption`, `label`: the member's extension, and of a .json also the field, as
     `json.caption` or `json.meta.title`. An empty caption is the .txt, or else the field
     `caption` of the .json. `classes`: a text file with a class name a line.
+    `missing`: the share of the shards that may be missing.
     """
 
     path: str = ""
     caption: str = ""
     label: str = "cls"
     classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,7 @@ class ArrayRecords:
     `path`: as of `TarShards`, local. `image` (encoded bytes), `caption` (bytes, one or
     several) and `label` (an integer or bytes) are names of features; an empty name
     means that there is none. `classes`: a text file with a class name a line.
+    `missing`: the share of the files that may be missing.
     """
 
     path: str = ""
@@ -73,6 +83,10 @@ class ArrayRecords:
     caption: str = "caption"
     label: str = "label"
     classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +116,8 @@ class ParquetImages:
     `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
     `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) may
     be empty: there is none. `classes`: a text file with a class name a line. A random
-    image costs the reading of its whole row group: write small ones.
+    image costs the reading of its whole row group: write small ones. `missing`: the
+    share of the files that may be missing.
     """
 
     path: str = ""
@@ -110,6 +125,10 @@ class ParquetImages:
     caption: str = "caption"
     label: str = "label"
     classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +139,17 @@ class Stream:
     too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as of
     `TarShards`, or a feature; an empty one is the feature `caption`. The files of each
     epoch are shuffled, and then the records among `window` at a time. Labels are not
-    read.
+    read. `missing`: the share of the files that may be missing.
     """
 
     path: str = ""
     image: str = "image"
     caption: str = ""
     window: int = 1000
+    missing: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_missing(self.missing)
         if not self.window > 0:
             raise ValueError(f"window must be positive, not {self.window}")
 
@@ -153,6 +174,11 @@ class Mixture:
             )
         if not all(0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"weights must be positive, not {self.weights}")
+
+
+def _check_missing(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"missing is a share between 0 and 1, not {share}")
 
 
 Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from navit.config import Folder
+from navit.config import DataConfig, Folder
 from navit.input.folder import FolderSource
+from navit.input.pipeline import open_eval_source
 from navit.input.storage import Local
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -134,6 +135,49 @@ def test_an_unreadable_image_is_left_out_with_a_warning(folder, caplog):
     assert len(source.tasks["label"].labels) == 2
 
 
+def test_every_way_to_write_a_path_inside_the_folder_is_the_same_image(folder):
+    link = folder.with_name(f"{folder.name} link")
+    link.symlink_to(folder)
+    ways = ["0.png", f"{folder}/0.png", f"{link}/0.png", "./x/..//0.png"]
+    ways.append(f"../{link.name}/0.png")
+    table = "file,caption\n" + "".join(f"{way},{i}\n" for i, way in enumerate(ways))
+    assert captions(open_folder(link, table)) == {"0.png": tuple("01234")}
+
+
+MISSING = "file,caption\n" + "".join(f"{i}.png,c{i}\n" for i in range(10))
+
+
+def test_missing_files_are_counted_and_some_are_named(folder, caplog):
+    for gone in (1, 3):
+        (folder / f"{gone}.png").unlink()
+    message = error_of(folder, MISSING)
+    assert "6 of 10 files of" in message and "'1.png', '3.png', '6.png', ..." in message
+    assert "set missing=0.6 " in message
+    assert "'3.png'" in error_of(folder, missing=0.59)
+    source = open_folder(folder, missing=0.6)
+    assert captions(source) == {f"{i}.png": (f"c{i}",) for i in (0, 2, 4, 5)}
+    (record,) = caplog.records
+    assert "6 of 10 files" in record.getMessage() and "'3.png'" in record.getMessage()
+    # The part to evaluate on lies in the same folder, with the same files missing.
+    data = DataConfig(
+        train=Folder(str(folder), split="train", holdout=0.5, missing=0.6),
+        eval=Folder(split="eval", holdout=0.5),
+    )
+    held = captions(open_eval_source(data))
+    assert held and set(held) < set(captions(source))
+
+
+def test_missing_captions_are_counted_and_some_are_named(folder, caplog):
+    table = "file,caption,label\n0.png,x,\n1.png,,\n2.png,,dog\n3.png,,\n0.png,,\n"
+    message = error_of(folder, table)
+    assert "3 of 5 captions" in message and "line 3 (1.png)" in message
+    assert "set missing=0.6 " in message
+    source = open_folder(folder, table, missing=0.6)
+    assert captions(source) == {"0.png": ("x",), "2.png": ("dog",)}
+    (record,) = caplog.records
+    assert "line 5 (3.png)" in record.getMessage()
+
+
 def test_a_named_pipe_is_left_out_and_waited_for_by_nobody(folder, caplog):
     (folder / "1.png").unlink()
     os.mkfifo(folder / "1.png")
@@ -248,9 +292,9 @@ GOOD = "file,caption\n2.png,z\n"
         ("t.csv", "file,label\n0.png,dog\n1.png,\n", ["t.csv line 3", "caption"]),
         ("t.csv", "image,caption\n0.png,dog\n", ["t.csv", "file", "image"]),
         ("t.csv", "file,caption\n0.png,\n", ["t.csv line 2", "caption"]),
-        ("t.csv", "file,caption\n../x.png,y\n", ["t.csv", "../x.png"]),
-        ("t.csv", "file,caption\na/../../x.png,y\n", ["t.csv", "a/../../x.png"]),
-        ("t.csv", "file,caption\n/etc/passwd,y\n", ["t.csv", "/etc/passwd"]),
+        ("t.csv", f"{GOOD}../x.png,y\n", ["t.csv line 3", "'../x.png' is outside"]),
+        ("t.csv", f"{GOOD}a/../../x.png,y\n", ["line 3", "'a/../../x.png' is outside"]),
+        ("t.csv", f"{GOOD}/etc/passwd,y\n", ["line 3", "'/etc/passwd' is outside"]),
         ("t.csv", 'file,caption\n"a\nb.png",y\n', ["t.csv", "a\\nb.png"]),
         # A quotation mark that is never closed: the record starts on line 3.
         ("t.csv", f'{GOOD}0.png,"' + "word\n" * 40_000, ["t.csv line 3", "quote"]),

@@ -281,6 +281,18 @@ def test_a_path_without_shards_is_named(shards, path, words):
     assert "\n" not in str(caught.value)
 
 
+def test_shards_that_a_pattern_names_may_be_missing_up_to_a_share(shards, caplog):
+    pattern = f"{shards}/{{00000..00009}}.tar"
+    with pytest.raises(ValueError, match=r"7 of 10 files .* are missing: .*00003") as e:
+        opened(pattern, missing=0.5)
+    assert "set missing=0.7 " in str(e.value) and "it is 0.5" in str(e.value)
+    source = opened(pattern, missing=0.7)
+    assert keys(source) == keys(opened(shards))
+    assert "7 of 10 files" in caplog.text
+    with pytest.raises(FileNotFoundError, match="no file"):
+        opened(f"{shards}/{{00005..00009}}.tar", missing=1.0)
+
+
 def test_a_typo_in_a_field_names_what_there_is(shards):
     with pytest.raises(ValueError, match=r"'captoin' \(it has: caption, meta\)"):
         opened(shards, caption="json.captoin")

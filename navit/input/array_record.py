@@ -27,7 +27,7 @@ class ArrayRecordReader:
     """
 
     def __init__(self, source: config.ArrayRecords) -> None:
-        files = _files(source.path)
+        files = _files(source)
         self._source, self.damaged = _open(files)
         for line in self.damaged:
             log.warning("left out, damaged: %s", line)
@@ -74,7 +74,8 @@ class ArrayRecordReader:
         return examples.parse(data)
 
 
-def _files(path: str) -> list[str]:
+def _files(source: config.ArrayRecords) -> list[str]:
+    path = source.path
     if storage.is_remote(path):
         raise ValueError(
             f"ArrayRecord files are read from this machine, not {path!r}: copy them, "
@@ -83,7 +84,7 @@ def _files(path: str) -> list[str]:
     # TFDS writes a.array_record-00000-of-00008; in a pattern any name will do.
     folder = Path(path).expanduser().is_dir()
     suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)
-    return storage.find(storage.Local(), path, suffixes)
+    return storage.find(storage.Local(), path, suffixes, missing=source.missing)
 
 
 def _open(files: list[str]) -> tuple[Any, list[str]]:

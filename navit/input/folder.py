@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy as np
 from navit import config
 from navit.input import records, sizes, storage
 from navit.input.kept import Place, digest
+from navit.input.missing import check_missing
 from navit.input.sources import Task
-from navit.input.table import SUFFIXES, read_table
+from navit.input.table import SUFFIXES, inside, read_table
 
 
 class FolderSource:
@@ -25,8 +26,9 @@ class FolderSource:
     A file that cannot be read is left out, with a warning that names it.
 
     Raises:
-      FileNotFoundError, ValueError: a folder, table or image that is not there, a table
-        without the columns, a path that leaves the folder, or nothing left to read.
+      FileNotFoundError, ValueError: a folder or table that is not there, a table
+        without the columns, a path outside the folder, more missing than
+        `folder.missing` allows, or nothing left to read.
     """
 
     def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
@@ -35,19 +37,27 @@ class FolderSource:
         listing = self._storage.listing(folder.path)
         self._root, table = _find(folder, listing)
         with self._opened(table, self._storage.stat(table).size) as file:
-            entries = read_table(file, table)
+            named = read_table(file, table, self._root, missing=folder.missing)
         # Classes are those of the whole table, so that every split numbers them alike.
-        labels = [records.label_text(entry.label) for entry in entries]
-        names = records.sorted_names({*labels} - {""})
-        stats = [self._stat(entry.file, table, listing) for entry in entries]
+        labels = {e.file: records.label_text(e.label) for e in named}
+        names = records.sorted_names({*labels.values()} - {""})
+        stats = {
+            entry.file: stat
+            for entry in named
+            if (stat := self._stat(entry.file, listing)) is not None
+        }
+        entries = [entry for entry in named if entry.file in stats]
+        absent = [entry.file for entry in named if entry.file not in stats]
+        what, remedy = f"files of {table}", "add them, or delete their lines"
+        check_missing(absent, len(named), folder.missing, what, remedy)
         index = sizes.measure(
-            lambda i: self._inspect(entries[i].file, stats[i].size),
+            lambda i: self._inspect(entries[i].file, stats[entries[i].file].size),
             lambda i: self._path(entries[i].file),
             len(entries),
             Place(
                 None if remote else Path(self._root),
                 table,
-                digest([[e.file for e in entries], [tuple(s) for s in stats]]),
+                digest([[*stats], [tuple(s) for s in stats.values()]]),
             ),
             again=again,
         )
@@ -65,7 +75,7 @@ class FolderSource:
         self.tasks = {}
         if names:
             number = {name: i for i, name in enumerate(names)} | {"": -1}
-            ids = np.array([number[labels[i]] for i in kept], np.int32)
+            ids = np.array([number[labels[e.file]] for e in self._entries], np.int32)
             self.tasks["label"] = Task(names, ids)
 
     def __len__(self) -> int:
@@ -108,18 +118,15 @@ class FolderSource:
             return sizes.Record.of(opened)
 
     def _stat(
-        self, file: str, table: str, listing: dict[str, storage.Stat] | None
-    ) -> storage.Stat:
-        """Raises what there is to say of a file that is not there."""
-        _check_inside(self._root, file, table)
-        path = self._path(file)
+        self, file: str, listing: dict[str, storage.Stat] | None
+    ) -> storage.Stat | None:
+        """None for a file that is not there."""
+        if listing is not None:
+            return listing.get(file)
         try:
-            return self._storage.stat(path) if listing is None else listing[file]
-        except (OSError, KeyError):
-            raise FileNotFoundError(
-                f"{table} names {file!r}, which is not in {self._root}: add the file "
-                "or delete the line"
-            ) from None
+            return self._storage.stat(self._path(file))
+        except OSError:
+            return None
 
 
 def same_table(one: config.Folder, other: config.Folder) -> bool:
@@ -148,7 +155,7 @@ def _find(
         )
     names, name = listing or [p.name for p in Path(root).iterdir()], folder.table
     if name:
-        _check_inside(root, name, "data.train.table")
+        name = inside(root, name, "data.train.table")
         if name not in names and not (Path(root) / name).is_file():
             raise FileNotFoundError(f"there is no table {root}/{name}")
         return root, f"{root}/{name}"
@@ -165,12 +172,6 @@ def _find(
 def _is_in(folder: config.Folder, file: str) -> bool:
     held = _hash(file) < folder.holdout
     return folder.split == "all" or held == (folder.split == "eval")
-
-
-def _check_inside(root: str, file: str, table: str) -> None:
-    pure = PurePath(file)
-    if pure.is_absolute() or ".." in pure.parts or storage.is_remote(file):
-        raise ValueError(f"{table}: {file!r} leaves the folder {root}")
 
 
 def _hash(text: str) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 from navit import config
 from navit.input import records, storage
 from navit.input.kept import Place, digest
+from navit.input.passing import is_passing
 from navit.input.table import import_parquet
 
 log = logging.getLogger("navit")
@@ -38,7 +39,9 @@ class ParquetReader:
         self._parquet = import_parquet(source.path)
         self._path = source.path
         self._storage = storage.open_storage(source.path)
-        files = storage.find(self._storage, source.path, (".parquet",))
+        files = storage.find(
+            self._storage, source.path, (".parquet",), missing=source.missing
+        )
         stats = [self._storage.stat(file) for file in files]
         self._lengths = {f: s.size for f, s in zip(files, stats, strict=True)}
         self._groups: list[tuple[str, int]] = []  # (file, row group)
@@ -49,7 +52,7 @@ class ParquetReader:
                 with self._open(file) as opened:
                     metadata = opened.metadata
             except (ValueError, OSError) as error:
-                if storage.is_passing(error):
+                if is_passing(error):
                     raise
                 self.damaged.append(f"{file}: {error}")
                 log.warning("left out, damaged: %s", self.damaged[-1])

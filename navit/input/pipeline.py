@@ -49,7 +49,9 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
         train = data.train
         if not source.path:
             table = source.table or train.table
-            source = dataclasses.replace(source, path=train.path, table=table)
+            source = dataclasses.replace(
+                source, path=train.path, table=table, missing=train.missing
+            )
         split = "all" not in (source.split, train.split)
         if split and source.holdout != train.holdout and same_table(source, train):
             raise ValueError(

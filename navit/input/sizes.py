@@ -17,8 +17,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from navit.input import pixels, storage
+from navit.input import pixels
 from navit.input.kept import Place, find_beside, read_arrays, write_arrays, write_beside
+from navit.input.passing import is_passing
 
 log = logging.getLogger("navit")
 
@@ -163,7 +164,7 @@ def _fill(
         try:
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
-            if storage.is_passing(error):
+            if is_passing(error):
                 raise error.__cause__ or error from None  # to go on later
             return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import glob
 import io
@@ -16,6 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+from navit.input.missing import check_missing
+from navit.input.passing import http_status, is_passing
+
 # Open at most so many files: shards can be more than a process may hold.
 _OPEN_FILES = 256
 
@@ -23,13 +25,6 @@ _OPEN_FILES = 256
 _WAITS = (0.5, 1, 2, 4)
 # After this many seconds without a success, nothing is asked for twice.
 _PATIENCE = 60
-# Trouble of the machine or the network, not of a file.
-_PASSING = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
-    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
-    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
-)
 
 T = TypeVar("T")
 
@@ -139,7 +134,7 @@ class Remote:
                 found = ask()
             except Exception as error:  # each file system has errors of its own
                 if not is_passing(error):
-                    if _status(error) is None:
+                    if http_status(error) is None:
                         raise
                     raise OSError(f"{path}: {error}") from None
                 now = time.monotonic()
@@ -154,34 +149,6 @@ class Remote:
         raise AssertionError("the last try returns or raises")
 
 
-def is_passing(error: BaseException | None) -> bool:
-    """Whether the same request may succeed later, by the error or by its cause."""
-    if error is None:
-        return False
-    if (status := _status(error)) is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, OSError) and error.errno in _PASSING:
-        return True
-    passing = isinstance(error, TimeoutError | ConnectionError)
-    return passing or isinstance(error, _http_errors()) or is_passing(error.__cause__)
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error, under the names of aiohttp and of gcsfs."""
-    found = getattr(error, "status", getattr(error, "code", None))
-    return found if isinstance(found, int) else None
-
-
-@functools.cache
-def _http_errors() -> tuple[type[Exception], ...]:
-    """What aiohttp raises for a broken connection, which need not be an OSError."""
-    try:
-        import aiohttp
-    except ImportError:
-        return ()
-    return aiohttp.ClientConnectionError, aiohttp.ClientPayloadError
-
-
 def is_remote(path: str) -> bool:
     return "://" in path
 
@@ -191,11 +158,17 @@ def open_storage(path: str) -> Storage:
     return Remote(path) if is_remote(path) else Local()
 
 
-def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
+def find(
+    storage: Storage, path: str, suffixes: tuple[str, ...], *, missing: float = 0.0
+) -> list[str]:
     """The files that `a-{000..127}.tar`, `{a,b}.tar`, a glob or a folder stands for.
+
+    Args:
+      missing: the share of them that may not be there; these are left out and named.
 
     Raises:
       FileNotFoundError: if there are none.
+      ValueError: if more are missing.
     """
     if not path:
         raise FileNotFoundError("the source has no path: set data.train.path")
@@ -218,14 +191,22 @@ def find(storage: Storage, path: str, suffixes: tuple[str, ...]) -> list[str]:
     found = list(dict.fromkeys(found))  # patterns may overlap
     if not found:
         raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
-    for file in found:
-        try:
-            storage.stat(file)
-        except OSError as error:
-            if is_passing(error):
-                raise
-            raise FileNotFoundError(f"there is no file {file} ({error})") from None
-    return found
+    there = [file for file in found if _is_there(storage, file)]
+    if not there:
+        raise FileNotFoundError(f"there is no file {found[0]}")
+    absent = sorted({*found} - {*there})
+    check_missing(absent, len(found), missing, f"files of {path}", "add them")
+    return there
+
+
+def _is_there(storage: Storage, file: str) -> bool:
+    try:
+        storage.stat(file)
+        return True
+    except OSError as error:
+        if is_passing(error):
+            raise
+        return False
 
 
 def open_file(path: str) -> BinaryIO:

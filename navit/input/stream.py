@@ -44,7 +44,9 @@ class StreamSource:
         self.tasks: dict[str, Task] = {}
         self._config = source
         self._storage = storage.open_storage(source.path)
-        self.files = storage.find(self._storage, source.path, _SUFFIXES)
+        self.files = storage.find(
+            self._storage, source.path, _SUFFIXES, missing=source.missing
+        )
         self._captions = tar.caption_fields(source.caption)
 
     def fingerprint(self) -> str:

@@ -6,9 +6,11 @@ import csv
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
-from pathlib import PurePath
 from typing import Any, BinaryIO, NamedTuple
+
+from navit.input.missing import check_missing
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -32,19 +34,24 @@ class Entry(NamedTuple):
     label: str | None
 
 
-def read_table(file: BinaryIO, table: str) -> list[Entry]:
+def read_table(
+    file: BinaryIO, table: str, root: str, *, missing: float = 0.0
+) -> list[Entry]:
     """The table's images in order, with all the captions that each has.
 
     One with a label may have none.
 
     Args:
       table: its name, which says by its suffix what the file holds.
+      root: the folder that its files lie in.
+      missing: the share of rows that may have neither a caption nor a label; these are
+        left out and named.
 
     Raises:
       ValueError: if it cannot be read, lists nothing, or a row is not complete.
     """
     try:
-        return _entries(_rows(file, table), table)
+        return _entries(_rows(file, table), table, root, missing)
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} cannot be read: {error}") from None
 
@@ -115,10 +122,37 @@ def import_parquet(path: str) -> Any:
     return pyarrow.parquet
 
 
-def _entries(rows: Iterable[tuple[str, dict]], table: str) -> list[Entry]:
+def inside(root: str, file: str, where: str) -> str:
+    """A file's path from the folder `root`, by the names alone: no link is followed.
+
+    Args:
+      where: what names the file.
+
+    Raises:
+      ValueError: if it lies outside.
+    """
+    plain = os.path.normpath(file)
+    if "://" not in file and not plain.startswith(("/", "..")):
+        return plain
+    remote = "://" in root
+    roots = [root] if remote else [os.path.abspath(root), os.path.realpath(root)]
+    full = file if "://" in file or file.startswith("/") else f"{roots[0]}/{file}"
+    scheme, _, path = full.rpartition("://")
+    full = f"{scheme}://{os.path.normpath(path)}" if scheme else os.path.normpath(path)
+    for folder in roots:
+        if full.startswith(f"{folder.rstrip('/')}/"):
+            return full[len(folder.rstrip("/")) + 1 :]
+    raise ValueError(f"{where}: {file!r} is outside the folder {root}")
+
+
+def _entries(
+    rows: Iterable[tuple[str, dict]], table: str, root: str, missing: float
+) -> list[Entry]:
+    count, empty = 0, []
     captions: dict[str, list[str]] = {}
     labels: dict[str, str | None] = {}
     for where, row in rows:
+        count += 1
         name = _column(row, _FILE, where)
         label = None if row.get("label") in (None, "") else str(row["label"])
         caption = _column(row, _CAPTION, where, must=label is None)
@@ -126,7 +160,10 @@ def _entries(rows: Iterable[tuple[str, dict]], table: str) -> list[Entry]:
         for field, value in [("file", name), *(("caption", c) for c in many)]:
             if not isinstance(value, str):
                 raise ValueError(f"{where}: a {field} is text, not {value!r}")
-        name = PurePath(name).as_posix()
+        if not many and label is None:
+            empty.append(f"{where} ({name})")
+            continue
+        name = inside(root, name, where)
         captions.setdefault(name, []).extend(many)
         if labels.setdefault(name, label) is None:
             labels[name] = label
@@ -134,6 +171,8 @@ def _entries(rows: Iterable[tuple[str, dict]], table: str) -> list[Entry]:
             raise ValueError(
                 f"{table} gives {name} two labels, {labels[name]!r} and {label!r}"
             )
+    what, remedy = f"captions of {table}", "write them, or add labels"
+    check_missing(empty, count, missing, what, remedy)
     if not captions:
         raise ValueError(f"{table} lists no images")
     return [Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
@@ -153,16 +192,14 @@ def _json_lines(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:
 
 
 def _column(row: dict, names: tuple[str, ...], where: str, *, must: bool = True) -> Any:
+    """The first of these columns that holds something; None for no caption."""
     for name in names:
         if row.get(name):
             return row[name]
-    if not must:
+    given = [name for name in names if name in row]
+    if not must or (given and names is _CAPTION):
         return None
-    if given := [name for name in names if name in row]:
-        remedy = "write one, add a label, or delete the line"
-        raise ValueError(
-            f"{where} ({next(iter(row.values()))}) has an empty "
-            f"{given[0]!r}: {remedy if names is _CAPTION else 'delete the line'}"
-        )
+    if given:
+        raise ValueError(f"{where} has an empty {given[0]!r}: delete the line")
     found = ", ".join(str(key) for key in row)
     raise ValueError(f"{where} has no {names[0]!r} (it has: {found})")

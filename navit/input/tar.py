@@ -46,7 +46,9 @@ class TarReader:
 
     def __init__(self, shards: config.TarShards, *, again: bool = False) -> None:
         self._storage = storage.open_storage(shards.path)
-        self._shards = storage.find(self._storage, shards.path, (".tar",))
+        self._shards = storage.find(
+            self._storage, shards.path, (".tar",), missing=shards.missing
+        )
         self.classes = records.class_names(shards.classes)
         stats = [self._storage.stat(shard) for shard in self._shards]
         remote = storage.is_remote(self._shards[0])

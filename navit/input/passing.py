@@ -1,0 +1,43 @@
+"""Which errors pass: trouble of the network or the machine, not of a file."""
+
+from __future__ import annotations
+
+import errno
+import functools
+
+_PASSING = (
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
+    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
+)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the same request may succeed later, by the error or by its cause."""
+    if error is None:
+        return False
+    if (status := http_status(error)) is not None:
+        return status in (408, 429) or status >= 500
+    if isinstance(error, OSError) and error.errno in _PASSING:
+        return True
+    passing = isinstance(error, TimeoutError | ConnectionError)
+    return (
+        passing or isinstance(error, _aiohttp_errors()) or is_passing(error.__cause__)
+    )
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status of an error, under the names of aiohttp and of gcsfs."""
+    found = getattr(error, "status", getattr(error, "code", None))
+    return found if isinstance(found, int) else None
+
+
+@functools.cache
+def _aiohttp_errors() -> tuple[type[Exception], ...]:
+    """What aiohttp raises for a broken connection, which need not be an OSError."""
+    try:
+        import aiohttp
+    except ImportError:
+        return ()
+    return aiohttp.ClientConnectionError, aiohttp.ClientPayloadError
