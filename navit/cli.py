@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  navit train configs/quickstart.py\n"
         "  navit train configs/photos.py data.train.path=~/photos optim.lr=3e-4\n"
+        "  navit train configs/photos.py 'data.train=tars:~/x/{00000..00010}.tar' "
+        "data.eval=none\n"
         "  navit eval runs/quickstart --budgets 64,256,1024\n"
         "  navit embed runs/quickstart photos/*.jpg --max-tokens 729 --out z.npz",
     )
@@ -74,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(
         train,
-        "optim.lr=3e-4 or data.budgets=64,256 (--print-config shows them all; "
-        "navit/config.py explains them)",
+        "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
+        "folder, tars, tfds, array_record, parquet or stream (--print-config shows them "
+        "all; navit/config.py explains them)",
     )
     train.add_argument(
         "--print-config",

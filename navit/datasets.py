@@ -1,7 +1,8 @@
 """What a config may name as a source of images: frozen dataclasses, no code that reads.
 
 Paths start with `~`, or are URLs of any file system that fsspec knows (`gs://`,
-`s3://`) where a class says so. `docs/data.md` shows a line of each.
+`s3://`) where a class says so. `docs/data.md` shows a line of each. On a command line
+the `short` name of a class chooses it: `data.train=tars:PATH` (`navit/fields.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 class Synthetic:
     """The built-in offline dataset (`navit/input/synthetic.py`)."""
 
+    short = "synthetic"
     size: int = 20_000
     seed: int = 0
 
@@ -35,6 +37,7 @@ class Folder:
     and its table too if `table` is empty.
     """
 
+    short = "folder"
     path: str = ""
     table: str = ""
     split: Literal["all", "train", "eval"] = "all"
@@ -58,6 +61,7 @@ class TarShards:
     `missing`: the share of the shards that may be missing.
     """
 
+    short = "tars"
     path: str = ""
     caption: str = ""
     label: str = "cls"
@@ -78,6 +82,7 @@ class ArrayRecords:
     `missing`: the share of the files that may be missing.
     """
 
+    short = "array_record"
     path: str = ""
     image: str = "image"
     caption: str = "caption"
@@ -100,6 +105,7 @@ class Tfds:
     file `classes`.
     """
 
+    short = "tfds"
     name: str = ""
     split: str = "train"
     data_dir: str = ""
@@ -120,6 +126,7 @@ class ParquetImages:
     share of the files that may be missing.
     """
 
+    short = "parquet"
     path: str = ""
     image: str = "image"
     caption: str = "caption"
@@ -142,6 +149,7 @@ class Stream:
     read. `missing`: the share of the files that may be missing.
     """
 
+    short = "stream"
     path: str = ""
     image: str = "image"
     caption: str = ""

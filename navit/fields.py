@@ -12,6 +12,9 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
+# The key of what is set whole, among the changes of its parts.
+_WHOLE = ""
+
 
 def positive(config: Any, *names: str) -> None:
     """Raises ValueError for a field that is not above 0."""
@@ -23,7 +26,10 @@ def positive(config: Any, *names: str) -> None:
 def override(config: T, assignments: Sequence[str]) -> T:
     """Returns a copy of `config` with each `"a.b=value"` applied.
 
-    Values are python literals; a bare word is a string; `256,729` is a tuple.
+    Values are python literals; a bare word is a string; `256,729` is a tuple. Where a
+    field takes one of several dataclasses that have a `short` name, `a.b=NAME` or
+    `a.b=NAME:VALUE` chooses one, with VALUE as its first field, and `a.b.c=value` sets
+    another field of the one chosen.
 
     Raises:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
@@ -37,12 +43,14 @@ def override(config: T, assignments: Sequence[str]) -> T:
         *parents, last = path.split(".")
         node = changes
         for key in parents:
-            node = node.setdefault(key, {})
-            if isinstance(node, str):
-                raise ValueError(f"{path} is set both whole and in part")
+            child = node.setdefault(key, {})
+            if isinstance(child, str):
+                child = node[key] = {_WHOLE: child}
+            node = child
         if isinstance(node.get(last), dict):
-            raise ValueError(f"{path} is set both whole and in part")
-        node[last] = text
+            node[last][_WHOLE] = text
+        else:
+            node[last] = text
     return _apply(config, changes)
 
 
@@ -110,8 +118,10 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
             raise ValueError(
                 f"{full}: {type(node).__name__} has no field {key!r}; {known}"
             )
+        child = getattr(node, key)
+        if (chosen := _choose(change, hints[key], full)) is not None:
+            child, change = chosen
         if isinstance(change, dict):
-            child = getattr(node, key)
             if child is None:  # an option not taken so far: its defaults, changed
                 options = typing.get_args(hints[key])
                 made: Any = [o for o in options if dataclasses.is_dataclass(o)]
@@ -123,6 +133,33 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
         return dataclasses.replace(node, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}".lstrip(": ")) from None
+
+
+def _choose(change: Any, hint: Any, path: str) -> tuple[Any, dict] | None:
+    """The dataclass that `NAME:VALUE` chooses, with its changes; None if none is."""
+    parts = dict(change) if isinstance(change, dict) else {_WHOLE: change}
+    if (whole := parts.pop(_WHOLE, None)) is None:
+        return None
+    name, has_value, value = whole.partition(":")
+    options = [o for o in _choices(hint) if name in (o.short, o.__name__)]
+    if not options:
+        if parts:
+            _parse(whole, hint, path)
+            raise ValueError(f"{path}={whole} is set both whole and in part")
+        return None
+    chosen = options[0]()
+    if has_value:
+        first = dataclasses.fields(chosen)[0].name
+        if first in parts:
+            raise ValueError(
+                f"{path}.{first} is set twice, to {value!r} and {parts[first]!r}"
+            )
+        parts[first] = value
+    return chosen, parts
+
+
+def _choices(hint: Any) -> list[Any]:
+    return [option for option in typing.get_args(hint) if hasattr(option, "short")]
 
 
 def _parse(text: str, hint: Any, path: str) -> Any:
@@ -141,9 +178,11 @@ def _parse(text: str, hint: Any, path: str) -> Any:
 def _expected(hint: Any, text: str) -> str:
     inner = [hint, *typing.get_args(hint)]
     literals = [x for x in inner if typing.get_origin(x) is Literal]
-    if not literals:
-        return _name(hint)
     words = [str(word) for x in literals for word in typing.get_args(x)]
+    words = words or [option.short for option in _choices(hint)]
+    if not words:
+        return _name(hint)
+    text = text.partition(":")[0]
     near = difflib.get_close_matches(text, words, n=1)
     said = f" (did you mean {near[0]!r}?)" if near else ""
     some = "some" if typing.get_origin(hint) is tuple else "one"

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from navit import config
-from navit.config import Config, Folder, PositionConfig
+from navit.config import (
+    ArrayRecords,
+    Config,
+    Folder,
+    ParquetImages,
+    PositionConfig,
+    Stream,
+    Synthetic,
+    TarShards,
+    Tfds,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -67,6 +77,53 @@ def test_the_word_none_is_a_value_where_the_field_lists_it():
 
 def test_the_default_prompt_can_be_written_on_the_command_line():
     assert overridden("eval.prompts={}").eval.prompts == ("{}",)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "source"),
+    [
+        (["=tars:~/x/{0..9}.tar"], TarShards("~/x/{0..9}.tar")),
+        (["=TarShards", ".path=~/x.tar"], TarShards("~/x.tar")),
+        (["=tars:x.tar", ".caption=json.title"], TarShards("x.tar", "json.title")),
+        (["=folder:gs://x/y", ".missing=0.01"], Folder("gs://x/y", missing=0.01)),
+        (
+            ["=tfds:imagenet2012:5.1.0", ".split=test"],
+            Tfds("imagenet2012:5.1.0", "test"),
+        ),
+        (["=array_record:x"], ArrayRecords("x")),
+        (["=parquet:x", ".image=jpg"], ParquetImages("x", "jpg")),
+        (["=synthetic"], Synthetic()),
+        (["=synthetic:7", ".seed=1"], Synthetic(7, 1)),
+    ],
+)
+def test_a_source_is_chosen_by_name_with_its_fields_in_any_order(assignments, source):
+    base = Config(data=config.DataConfig(train=Folder("a", split="train")))
+    for order in itertools.permutations(assignments):
+        for key in ("train", "eval"):
+            changed = config.override(base, [f"data.{key}{x}" for x in order])
+            assert getattr(changed.data, key) == source
+
+
+def test_a_stream_is_chosen_for_training_alone():
+    rest = ["data.slots=4", "data.eval=synthetic:9"]
+    assert overridden("data.train=stream:x", *rest).data.train == Stream("x")
+    assert "expected" in error_of("data.eval=stream:x")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["data.train=tar:x"], ["data.train", "did you mean 'tars'", "parquet"]),
+        (["data.train=photos"], ["folder", "tars", "tfds", "'photos'"]),
+        (["data.train=tars:x", "data.train.captoin=y"], ["did you mean 'caption'"]),
+        (["data.train=tars:x", "data.train.path=y"], ["set twice", "'x'", "'y'"]),
+        (["data.train=synthetic:many"], ["data.train.size", "int", "many"]),
+    ],
+)
+def test_a_source_that_is_named_wrongly_is_refused(assignments, words):
+    message = error_of(*assignments)
+    for word in words:
+        assert word in message
 
 
 def test_a_folder_named_by_digits_is_still_a_string():

@@ -241,7 +241,7 @@ def test_mistakes_get_one_line_that_names_the_thing(workdir, tmp_path):
     missing = tmp_path / "missing"
     missing.mkdir()
     path = folder(missing, "file,caption\nlost.jpg,a cat\n")
-    one_line(run(*train, path), "lost.jpg", "captions.csv", "delete the line")
+    one_line(run(*train, path), "lost.jpg", "captions.csv", "delete")
     one_line(
         run("train", "configs/photos.py", *SMALL, "optim.lr=1", "--workdir", workdir),
         "optim.lr: 0.001 -> 1.0",
