@@ -1,6 +1,7 @@
 """The TPU kernels, in Pallas' simulation of a TPU on the CPU."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from navit.model.attention import _choice, attention
-from navit.model.splash import splash, splash_skip
-from navit.model.splash_blocks import visited
+from navit.model.splash import _attend_forward, _blocks, splash, splash_skip
+from navit.model.splash_blocks import spread, visited
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
 
@@ -149,6 +150,36 @@ def test_bfloat16_stays_close(rng):
     for found, dense in zip(gradients, of_dense, strict=True):
         assert found.dtype == jnp.bfloat16
         assert np.abs(np.asarray(found, np.float32) - dense).max() < 0.1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_gradients_are_not_biased(kernel, rng):
+    """Rounding errors of many elements cancel; that of a common factor does not."""
+    args = arrays(rng, [row_of(100, 156)], 4, 64, jnp.bfloat16)
+    _, gradients = with_gradients(KERNELS[kernel], *args)
+    dense = functools.partial(attention, implementation="xla")
+    exact = [x.astype(jnp.float32) if x.ndim == 4 else x for x in args]
+    _, of_dense = with_gradients(dense, *exact)
+    for found, expected in zip(gradients, of_dense, strict=True):
+        assert slope(found, expected) == pytest.approx(1, abs=2e-4)
+
+
+def test_bfloat16_logits_are_not_biased(rng):
+    """Of a segment of one token, the logarithm of the sum is its only logit."""
+    q, k, v, segments, _ = arrays(rng, [np.arange(1, 257)], 4, 64, jnp.bfloat16)
+    qkv = jnp.concatenate([x.reshape(1, 256, -1) for x in (q, k, v)], -1)
+    blocks = _blocks(qkv, 64, **SIMULATED, queries=256, keys=256)
+    _, (*_, statistics) = _attend_forward(qkv, spread(segments), blocks)
+    q, k = (np.asarray(x, np.float64) for x in (q, k))
+    expected = (q * k).sum(-1) / math.sqrt(64) * math.log2(math.e)
+    found = statistics.reshape(1, 4, 256).swapaxes(1, 2)
+    assert slope(found, expected) == pytest.approx(1, abs=2e-4)
+
+
+def slope(found, expected):
+    """Of the line through 0 that fits best."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return (found * expected).sum() / (expected**2).sum()
 
 
 @pytest.mark.parametrize("n", [1024, 4096, 16384])

@@ -24,13 +24,21 @@ LOG2E = math.log2(math.e)
 _LOWEST = -1e30
 
 
+def _scaled(call: Call, q: Any) -> Array:
+    """The queries of logits to base 2, rounded once, for both kernels alike.
+
+    The factor itself, rounded to bfloat16, would be up to 0.4 % off in every logit.
+    """
+    return (q[...].astype(jnp.float32) * (call.scale * LOG2E)).astype(call.dtype)
+
+
 def forward_kernel(
     call: Call, bounds: Any, across: Any, down: Any, q: Any, k: Any, v: Any, *out: Any
 ) -> None:
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk
     chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
-    scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
+    scaled = _scaled(call, q)
     qt = [call.head_below(scaled, h) for h in range(g)]
 
     def visit(keys: Any, carry: Any) -> Any:
@@ -104,7 +112,7 @@ def backward_kernel(
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk_backward
     chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
-    scaled = q[...] * jnp.asarray(call.scale * LOG2E, call.dtype)
+    scaled = _scaled(call, q)
     product = out[...].astype(jnp.float32) * gradient[...].astype(jnp.float32)
     qt, dt, delta = [], [], []
     for h in range(g):
