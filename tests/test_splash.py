@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from navit.model.attention import _choice, attention
+from navit.model.attention import _choice, attention, attention_qkvpacked
 from navit.model.splash import _attend_forward, _blocks, splash, splash_skip
 from navit.model.splash_blocks import spread, visited
 
@@ -254,3 +254,27 @@ def test_errors_name_what_is_wrong():
 )
 def test_the_platform_and_the_row_choose(platform, tokens, less, expected):
     assert _choice(platform, tokens, 768, less) == expected
+
+
+@pytest.mark.parametrize("devices, kernel", [(8, True), (16, False)])
+def test_the_heads_of_one_device_choose(devices, kernel):
+    """16 heads of 72: two of them fill the blocks of a kernel, and one does not."""
+    mesh = jax.sharding.AbstractMesh(
+        (1, devices),
+        ("data", "tensor"),
+        axis_types=(jax.sharding.AxisType.Explicit,) * 2,
+        abstract_device=jax.sharding.AbstractDevice(
+            device_kind="TPU v6 lite", num_cores=None, platform="tpu"
+        ),
+    )
+
+    def array(shape, dtype, *spec):
+        place = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    qkv = array((2, 256, 3 * 16 * 72), jnp.bfloat16, "data", None, "tensor")
+    segments = array((2, 256), jnp.int32, "data")
+    with jax.sharding.use_abstract_mesh(mesh):
+        attend = functools.partial(attention_qkvpacked, width=72)
+        program = jax.make_jaxpr(attend)(qkv, segments)
+    assert ("splash_forward" in str(program)) == kernel

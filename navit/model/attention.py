@@ -67,10 +67,12 @@ def attention(
             f"q {q.shape}, k {k.shape} and v {v.shape} are not of one shape; heads of "
             "keys and values that several queries share must be repeated"
         )
-    width = q.shape[-1]
-    attend = _attend(
-        *(q.shape[1], q.shape[2] * width, width, segment_ids is None),
-        *(implementation, max_segments, max_segment_tokens),
+    attend = functools.partial(
+        _attend,
+        width=q.shape[-1],
+        implementation=implementation,
+        max_segments=max_segments,
+        max_segment_tokens=max_segment_tokens,
     )
 
     def packed(q: Array, k: Array, v: Array, *ids: Array) -> Array:
@@ -97,12 +99,13 @@ def attention_qkvpacked(
       segment_ids: or what `prepared` made of them.
       width: channels of a head.
     """
-    attend = _attend(
-        *(qkv.shape[1], qkv.shape[2] // 3, width, segment_ids is None),
-        *(implementation, max_segments, max_segment_tokens),
+    attend = functools.partial(
+        _attend,
+        width=width,
+        implementation=implementation,
+        max_segments=max_segments,
+        max_segment_tokens=max_segment_tokens,
     )
-    if isinstance(segment_ids, Segments) and attend.func not in _KERNELS.values():
-        segment_ids = segment_ids.ids
     return _per_shard(attend, (qkv,), segment_ids)
 
 
@@ -118,17 +121,18 @@ _KERNELS: dict[str, Callable[..., Array]] = {
 
 
 def _attend(
-    row_tokens: int,
-    channels: int,
+    qkv: Float[Array, "b n c"],
+    segment_ids: Int[Array, "b n"] | Segments | None = None,
+    *,
     width: int,
-    whole_rows: bool,
     implementation: str | None,
     max_segments: int | None,
     max_segment_tokens: int | None,
-) -> functools.partial[Array]:
-    """What one device does with qkv, and segment ids if there are any."""
-    if whole_rows:
-        return functools.partial(_dense, width=width)
+) -> Float[Array, "b n d"]:
+    """What one device does with its rows and heads."""
+    if segment_ids is None:
+        return _dense(qkv, width=width)
+    row_tokens, channels = qkv.shape[1], qkv.shape[2] // 3
     if implementation is None:
         less = _less_work(max_segments, max_segment_tokens, row_tokens)
         implementation = _choice(platform(), row_tokens, channels, less)
@@ -138,17 +142,19 @@ def _attend(
                 f"implementation={implementation!r} is a TPU kernel, and this runs on "
                 f'a {platform()}: use None, "xla" or "unpack"'
             )
-        return functools.partial(_KERNELS[implementation], width=width)
+        return _KERNELS[implementation](qkv, segment_ids, width=width)
+    ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
     if implementation == "xla":
-        return functools.partial(_dense, width=width)
+        return _dense(qkv, ids, width=width)
     if implementation == "unpack":
         if not max_segments or not max_segment_tokens:
             raise ValueError(
                 'implementation="unpack" needs max_segments and max_segment_tokens of '
                 f"at least 1, not {max_segments} and {max_segment_tokens}"
             )
-        return functools.partial(
-            unpack,
+        return unpack(
+            qkv,
+            ids,
             width=width,
             max_segments=max_segments,
             max_segment_tokens=max_segment_tokens,
@@ -179,9 +185,9 @@ def _choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) 
         return "xla"
     if row_tokens % LANES or channels % (2 * SUBLANES):
         _warn_once(
-            f"rows of {row_tokens} tokens and {channels} channels are no multiple of "
-            f"{LANES} and {2 * SUBLANES}: attention takes the dense mask, several "
-            "times as slow as a TPU's kernels"
+            f"rows of {row_tokens} tokens and {channels} channels on each device: "
+            f"a TPU's attention kernels take multiples of {LANES} and {2 * SUBLANES}. "
+            "The dense mask runs instead, several times as slow"
         )
         return "xla"
     return "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
