@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
 
+from navit.config import MeshConfig
 from navit.model import encoder
 from navit.model.attention import attention_qkvpacked
 from navit.model.fused import chunks, fits
 from navit.model.fused_mlp import MlpWeights, fused_mlp
 from navit.model.norm_project import ProjectWeights, norm_project
-from navit.sharding import Rules
+from navit.sharding import Rules, make_mesh
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
 simulated = functools.partial(fused_mlp, **SIMULATED)
@@ -104,21 +105,23 @@ def test_tokens_do_not_see_each_other(rng):
     np.testing.assert_array_equal(before[1], after[1])
 
 
+def two_devices():
+    return make_mesh(MeshConfig(data=1, fsdp=2))
+
+
 def test_many_devices_equal_one(rng):
     x, weights, above = example(rng, 128, 512)
     expected = with_gradients(simulated, x, weights, above)
-    explicit = (jax.sharding.AxisType.Explicit,) * 2
-    axes = ("data", "fsdp")
-    with jax.set_mesh(jax.make_mesh((1, 2), axes, axis_types=explicit)):
-        rows = jax.P(axes)
-        x, above = (jax.reshard(y, rows) for y in (x, above))
-        whole = jax.P(None, None, reduced=set(axes))
+    mesh, rules = two_devices()
+    with jax.set_mesh(mesh):
+        x, above = (jax.reshard(y, rules("batch")) for y in (x, above))
+        weights = jax.reshard(weights, jax.P())
 
         def total(x, weights):
-            # As the layers do: matrices are gathered for each device to use.
-            up, down = (jax.reshard(w, whole) for w in (weights.up, weights.down))
-            y = simulated(x, weights._replace(up=up, down=down), axes=axes)
-            return (y * above).sum()
+            # As the layers do.
+            up, down = (rules.gather(w, w.dtype) for w in (weights.up, weights.down))
+            weights = weights._replace(up=up, down=down)
+            return (simulated(x, weights, axes=rules.batch_axes) * above).sum()
 
         dx, found = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
     for a, b in zip(
@@ -142,22 +145,21 @@ def test_they_run_on_tpus_alone():
 def test_the_projection_on_many_devices_equals_one(rng):
     x, mlp, _ = example(rng, 128, 384)
     weights = ProjectWeights(*mlp[:4])
-    axes = ("data", "fsdp")
-    explicit = (jax.sharding.AxisType.Explicit,) * 2
 
     def total(x, weights, **options):
         y, x = norm_project(x, weights, transposed=True, **options, **SIMULATED)
         return (y**2).sum() + (x * 3).sum()
 
     expected = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
-    with jax.set_mesh(jax.make_mesh((1, 2), axes, axis_types=explicit)):
+    mesh, rules = two_devices()
+    with jax.set_mesh(mesh):
 
         def sharded(x, weights):
-            whole = jax.P(None, None, reduced=set(axes))
-            kernel = jax.reshard(weights.kernel, whole)
-            return total(x, weights._replace(kernel=kernel), axes=axes)
+            kernel = rules.gather(weights.kernel, weights.kernel.dtype)
+            weights = weights._replace(kernel=kernel)
+            return total(x, weights, axes=rules.batch_axes)
 
-        x = jax.reshard(x, jax.P(axes))
+        x, weights = jax.reshard(x, rules("batch")), jax.reshard(weights, jax.P())
         found = jax.jit(jax.grad(sharded, argnums=(0, 1)))(x, weights)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
