@@ -6,6 +6,7 @@ from helpers import tiny_config
 
 from navit.config import MeshConfig, override
 from navit.input import pipeline
+from navit.model.linear import add_bias
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
 from navit.train.state import init_state
@@ -85,6 +86,21 @@ def test_mesh_that_does_not_fit_is_an_error():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     mesh, rules = make_mesh(MeshConfig(data=1, fsdp=1))
     assert mesh is None and rules == Rules()
+
+
+def test_a_bias_may_be_split_over_sixteen_devices():
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.sharding.AbstractMesh((1, 16), ("data", "tensor"), axis_types=explicit)
+
+    def array(shape, *spec):
+        place = jax.NamedSharding(mesh, jax.P(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    y, bias = array((4, 32), "data", "tensor"), array((32,), "tensor")
+    with jax.sharding.use_abstract_mesh(mesh):
+        gradients = jax.grad(lambda *args: add_bias(*args).sum(), argnums=(0, 1))
+        found = jax.eval_shape(gradients, y, bias)
+    assert [x.sharding.spec for x in found] == [y.sharding.spec, bias.sharding.spec]
 
 
 def test_planted_sharding_mistake_is_caught():
