@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from navit import stopping
+
 # What a user can cause and mend: shown in one line; --debug shows the traceback.
 _USER_ERRORS = (
     ValueError,
@@ -19,7 +21,22 @@ log = logging.getLogger("navit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status (130 when interrupted)."""
+    """Runs one command; returns its exit status.
+
+    When it is interrupted, it ends the process instead, with 130.
+    """
+    stopping.watch()
+    try:
+        status = _run(argv)
+    except KeyboardInterrupt:
+        print("navit: stopped", file=sys.stderr)
+        status = stopping.EXIT_CODE
+    if status == stopping.EXIT_CODE:
+        stopping.leave()
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse gives up on positionals that follow an option; overrides may.
@@ -38,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"navit: {error}", file=sys.stderr)
         return args.failed
-    except KeyboardInterrupt:
-        print("navit: stopped", file=sys.stderr)
-        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

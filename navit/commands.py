@@ -18,6 +18,7 @@ def train(args: argparse.Namespace) -> int:
     if args.print_config:
         print(json.dumps(config_lib.to_json(config), indent=2))
         return 0
+    from navit import stopping
     from navit.train import hosts, loop
 
     workdir = args.workdir or Path("runs") / Path(args.config).stem
@@ -28,7 +29,7 @@ def train(args: argparse.Namespace) -> int:
             from navit.weights import start
 
             config, initial = start(config, workdir)
-        return 0 if loop.train(config, workdir, initial) else 130
+        return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -81,6 +81,21 @@ def test_interrupted_and_resumed_equals_never_having_stopped(
         np.testing.assert_array_equal(x, y)
 
 
+def test_interrupted_after_the_last_step_does_not_evaluate(tmp_path, monkeypatch):
+    config, save = tiny_config(steps=2), Checkpoints.save
+
+    def interrupted(checkpoints, *args):
+        monkeypatch.setattr(Checkpoints, "save", save)
+        os.kill(os.getpid(), signal.SIGINT)
+        save(checkpoints, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    assert not loop.train(config, tmp_path)
+    assert not (tmp_path / "budgets.json").exists()
+    assert loop.train(config, tmp_path)
+    assert (tmp_path / "budgets.json").exists()
+
+
 def test_killed_run_goes_on_from_the_last_checkpoint(
     uninterrupted, tmp_path, monkeypatch
 ):

@@ -84,11 +84,12 @@ def train(
                     data,
                     *(rules, checkpoints, workdir, interruption),
                 )
-            checkpoints.save(state, config, data)
+                checkpoints.save(state, config, data)
+                checkpoints.close()  # a Ctrl-C waits for this too
         finally:
             checkpoints.close()
         step = int(state.step)
-        if step < config.train.steps:
+        if hosts.any_of(interruption.requested):  # after the last step too
             log.info(
                 "interrupted; saved step %d in %s. Run the same command again to go on "
                 "from there",

@@ -194,6 +194,28 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     assert f"resuming from step {stopped} " in again.stdout
 
 
+def test_ctrl_c_in_the_closing_evaluation(workdir):
+    command = ["train", "configs/photos.py", *SMALL, "eval.budgets=729,1024"]
+    with subprocess.Popen(
+        [*NAVIT, *command, "--workdir", str(workdir)],
+        cwd=ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "17 images at" in line:
+                break
+        time.sleep(1)  # a shutdown in order crashes about here
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert (process.returncode, stderr.strip()[-14:]) == (130, "navit: stopped")
+    again = run(*command, "--workdir", workdir)
+    assert again.returncode == 0, again.stderr
+
+
 def test_killed_while_saving_and_the_same_command_again(tmp_path):
     """Nearly always a save is under way here when the kill comes."""
     command = ["train", "configs/photos.py", *SMALL, "train.steps=40"]
