@@ -1,10 +1,14 @@
 """Training runs: resume, interruption, refusals, and what they leave behind."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -18,7 +22,7 @@ from navit.evals import budgets
 from navit.input import pipeline
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.train import hosts, loop
+from navit.train import hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
 from navit.train.state import init_state
@@ -140,6 +144,47 @@ def test_finished_run_only_evaluates_again(uninterrupted, caplog):
     assert loop.train(tiny_config(), uninterrupted)
     assert "is trained to step 6 already" in caplog.text
     assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_a_second_run_in_the_same_work_directory_is_refused(uninterrupted, tmp_path):
+    with lock.held(tmp_path), pytest.raises(ValueError) as error:
+        loop.train(tiny_config(), tmp_path)
+    message = str(error.value)
+    assert f"process {os.getpid()} on {socket.gethostname()}, since" in message
+    assert "choose another --workdir" in message and "\n" not in message
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    with lock.held(uninterrupted):
+        assert navit.load(uninterrupted).step == 6
+
+
+def test_a_killed_run_leaves_no_lock(tmp_path):
+    code = (
+        "import pathlib, sys, time\n"
+        "from navit.train import lock\n"
+        "with lock.held(pathlib.Path(sys.argv[1])):\n"
+        "    print(0, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with (
+            pytest.raises(ValueError, match=rf"process {holder.pid} on"),
+            lock.held(tmp_path),
+        ):
+            pass
+        holder.kill()
+    with lock.held(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with lock.held(tmp_path):
+        assert "No locks available" in caplog.text
 
 
 def test_checkpoint_of_another_config_is_refused(uninterrupted):

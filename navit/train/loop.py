@@ -18,7 +18,7 @@ from navit.input.stream import StreamSource
 from navit.model.two_tower import TwoTower
 from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.train import hosts
+from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import (
     check_captions,
@@ -56,7 +56,8 @@ def train(
       state is saved, and the same call goes on from there).
 
     Raises:
-      ValueError: if `workdir` holds a run of another config or of other data.
+      ValueError: if `workdir` holds a run of another config or of other data, or if
+        another process trains in it.
       FloatingPointError: if the loss is not finite.
     """
     check_config(config)
@@ -72,7 +73,7 @@ def train(
     check_captions(config, source)
     hosts.check_same("the config", repr(config))
     hosts.check_same("data.train", data)
-    with use_mesh(mesh):
+    with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
             state = start(config, data, workdir, rules, checkpoints, initial)

@@ -1,0 +1,55 @@
+"""One run at a time in a work directory."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from navit.train import hosts
+
+log = logging.getLogger("navit")
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds `workdir/lock`, which names the run that holds it.
+
+    The kernel releases the lock when the process ends, however it ends. Of several
+    processes of a run, process 0 holds it. A file system without locks is warned about.
+
+    Raises:
+      ValueError: if another run holds it.
+    """
+    if not hosts.first():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"{holder} trains in {workdir} (it holds {path}): wait for it, stop "
+                "it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            log.warning(
+                "cannot lock %s (%s): make sure that no other run trains in %s",
+                path,
+                error.strerror,
+                workdir,
+            )
+        since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n")
+        file.flush()
+        yield
