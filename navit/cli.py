@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="print the config, overrides applied, and stop",
     )
     train.add_argument(
-        "--workdir", type=Path, help="where to write (default: runs/NAME_OF_CONFIG)"
+        "--workdir", type=_local, help="where to write (default: runs/NAME_OF_CONFIG)"
     )
     train.add_argument(
         "--coordinator",
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "weights",
-        type=Path,
+        type=_local,
         metavar="WORKDIR_OR_WEIGHTS",
         help="a work directory, a Hugging Face directory or a big_vision .npz",
     )
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--out",
-        type=Path,
+        type=_local,
         help="folder to write (default: the work directory; released weights need one)",
     )
     _add_overrides(
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument(
         "weights",
-        type=Path,
+        type=_local,
         metavar="WEIGHTS",
         help="a work directory, a Hugging Face directory or a big_vision .npz",
     )
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         default=256,
         help="token budget of an image (default: 256)",
     )
-    embed.add_argument("--out", type=Path, required=True, help="the .npz to write")
+    embed.add_argument("--out", type=_local, required=True, help="the .npz to write")
     embed.add_argument(
         "--skip-unreadable",
         action="store_true",
@@ -206,8 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes the model at IN, of any format that navit reads, to OUT. "
         "No bit of a float32 weight changes.",
     )
-    convert.add_argument("path", type=Path, metavar="IN")
-    convert.add_argument("out", type=Path, metavar="OUT")
+    convert.add_argument("path", type=_local, metavar="IN")
+    convert.add_argument("out", type=_local, metavar="OUT")
     convert.add_argument(
         "--format",
         choices=("huggingface", "big_vision", "navit"),
@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compile in a fraction of the time: whether it fits, and no times",
     )
-    compile_.add_argument("--json", type=Path, help="write the figures here too")
+    compile_.add_argument("--json", type=_local, help="write the figures here too")
     compile_.set_defaults(run="compile_", failed=2)
 
     plan = parsers.add_parser(
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(1024, 2048, 4096, 8192),
         help="row lengths in tokens (default: 1024,2048,4096,8192)",
     )
-    plan.add_argument("--out", type=Path, help="write the plot here (a .png)")
+    plan.add_argument("--out", type=_local, help="write the plot here (a .png)")
     plan.set_defaults(run="plan")
 
     bench = parsers.add_parser(
@@ -304,6 +304,16 @@ def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help=help
     )
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        # A Path would take it for a folder named `gs:`.
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL, and only local files are read and written here: name a "
+            "local path (a mounted bucket has one), or copy the files yourself"
+        )
+    return Path(text)
 
 
 def _integers(text: str) -> tuple[int, ...]:

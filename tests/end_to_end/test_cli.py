@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import navit
+from navit import cli
 from navit.embed import embed_packed
 
 ROOT = Path(__file__).parents[2]
@@ -278,6 +279,23 @@ def test_mistakes_get_one_line_that_names_the_thing(workdir, tmp_path):
     one_line(run("train", "quickstart"), "did you mean configs/quickstart.py")
     one_line(run("eval", tmp_path), str(tmp_path), "work directory")
     one_line(run("eval", workdir, "--task", "labels"), "'labels'", "label")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train configs/photos.py --workdir gs://bucket/run",
+        "eval runs/photos --out s3://bucket/run",
+        "embed gs://bucket/run cat.jpg --out z.npz",
+        "convert model.npz gs://bucket/model",
+    ],
+)
+def test_a_url_where_a_local_path_belongs_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli._parser().parse_args(command.split())
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "://bucket" in error and "name a local path" in error
 
 
 def test_unreadable_photograph_is_named_and_the_run_goes_on(tmp_path):
