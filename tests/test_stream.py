@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
@@ -31,6 +32,7 @@ from navit.config import (
 from navit.input import examples, geometry, pixels
 from navit.input.kinds import open_source, open_train_source
 from navit.input.pipeline import fingerprint, train_batches
+from navit.input.stream_plan import StreamPlans
 from navit.input.text import encode
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
@@ -148,6 +150,23 @@ def test_a_run_goes_on_with_the_same_batches(shards, one_run, start):
 def test_workers_change_nothing(shards, one_run, workers):
     found = batches(config(shards, steps=6, workers=workers), start_step=1)
     assert_same(found, one_run[1:6])
+
+
+def test_a_thread_that_lags_does_not_have_the_stream_read_again(
+    shards, one_run, monkeypatch
+):
+    get, begin, begun = StreamPlans.__getitem__, StreamPlans._start_again, []
+
+    def late(plans, step):
+        time.sleep(0.5 if step == 2 else 0)
+        return get(plans, step)
+
+    monkeypatch.setattr(StreamPlans, "__getitem__", late)
+    monkeypatch.setattr(
+        StreamPlans, "_start_again", lambda plans: begun.append(1) or begin(plans)
+    )
+    assert_same(batches(config(shards)), one_run)
+    assert len(begun) == 1
 
 
 DRAWS = dict(
@@ -328,8 +347,6 @@ def test_what_needs_random_access_is_refused(shards):
 
 
 def test_steps_may_be_asked_for_in_any_order(shards):
-    from navit.input.stream_plan import StreamPlans
-
     cfg = config(shards)
     source = open_train_source(cfg.data.train)
     plans = StreamPlans(source, cfg.data, patch_size=16, steps=8)

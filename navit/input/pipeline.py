@@ -187,9 +187,11 @@ def train_batches(
         "process_index": process_index,
         "process_count": process_count,
     }
+    threads, ahead = (1, 1) if data.workers else (2, 4)
     plans: BatchPlans | StreamPlans
     if isinstance(source, StreamSource):
-        plans = StreamPlans(source, data, **options)
+        # grain asks for one more before it waits for the first.
+        plans = StreamPlans(source, data, in_flight=ahead + 1, **options)
     else:
         plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)
     make = functools.partial(
@@ -212,12 +214,11 @@ def train_batches(
     if process_index == 0:
         log.info("%s", plans.summary())
     dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     if not data.workers:
-        read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         return iter(dataset.to_iter_dataset(read))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags when it starts workers
-    read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=data.workers, per_worker_buffer_size=2
     )

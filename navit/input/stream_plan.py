@@ -26,8 +26,6 @@ _ORDER, _DRAWS, _GROUPS = 5, 6, 7
 # grain closes all rows when an image fits in none: four times as many rows as the
 # plan holds open pad about alike.
 _ROWS = 4
-# Threads may ask for a step before the one that comes first.
-_KEPT_STEPS = 2
 
 
 class Planned(NamedTuple):
@@ -46,6 +44,10 @@ class StreamPlans(Sequence):
     """Step -> this host's rows of that step's global batch, steps asked for in order.
 
     The stream is read epoch after epoch.
+
+    Args:
+      in_flight: steps that threads may ask for before the first of them is answered.
+        For one that comes later still, the stream is read again from its start.
     """
 
     def __init__(
@@ -55,10 +57,12 @@ class StreamPlans(Sequence):
         *,
         patch_size: int,
         steps: int,
+        in_flight: int = 1,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
         assert isinstance(data.train, config.Stream) and data.slots
+        self._in_flight = in_flight
         self._source, self._data, self._patch_size = source, data, patch_size
         self._window, self.slots, self._steps = data.train.window, data.slots, steps
         self.captions = data.captions or data.slots
@@ -78,7 +82,7 @@ class StreamPlans(Sequence):
             while self._next <= step:
                 packed = list(itertools.islice(self._packed, self._data.rows))
                 self._kept[self._next] = packed
-                self._kept.pop(self._next - _KEPT_STEPS, None)
+                self._kept.pop(self._next - self._in_flight, None)
                 self._next += 1
             packed = self._kept.pop(step)
         found = self._grouped([row["item"] for row in packed], step)
