@@ -11,7 +11,6 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from navit.input import fill, pixels, plan, text
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
+from navit.sharding import split_rows
 
 log = logging.getLogger("navit")
 
@@ -89,7 +89,8 @@ class Embedder:
         Args:
           load: index -> image, from several threads.
           sizes: `[m, 2]` (height, width) of each.
-          on_error: called with (index, error); unless it raises, that vector is 0.
+          on_error: called with (index, error); unless it raises, that vector is 0. Of
+            several processes, only the one that decodes the image calls it.
           normalized: to unit norm; else as pooled.
           progress: show a bar with rate and remaining time on the terminal.
 
@@ -113,6 +114,11 @@ class Embedder:
         rows = plan.pack_rows(grids, max_tokens, slots)
         at_once = self.rows_at_once(max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
+        # Each process of the mesh decodes its own rows of every part.
+        shared = jax.sharding.get_mesh().is_multi_process
+        share = at_once // (jax.process_count() if shared else 1)
+        first = share * jax.process_index() if shared else 0
+        own = [part.slice(first, first + share) for part in parts]
         fill_rows = functools.partial(
             fill.fill_rows,
             load=load,
@@ -123,7 +129,7 @@ class Embedder:
             dct=data.dct,
             on_error=on_error,
         )
-        batches = grain.MapDataset.source(parts).map(fill_rows)
+        batches = grain.MapDataset.source(own).map(fill_rows)
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         out = np.zeros((len(grids), self._embed_dim), np.float32)
         with tqdm(
@@ -136,7 +142,7 @@ class Embedder:
             for part, packed in zip(
                 parts, batches.to_iter_dataset(options), strict=True
             ):
-                placed = self._place(packed)
+                placed = split_rows(packed, self.vision.rules)
                 vectors = np.asarray(
                     embed_packed(self.vision, placed, max_tokens, normalized)
                 )
@@ -186,7 +192,7 @@ class Embedder:
         """Class logits `[m, c]` of pooled vectors `[m, e]`, before normalisation."""
         if self.vision.classifier is None:
             raise ValueError("this model was trained without classes")
-        return np.asarray(self.vision.classifier(jnp.asarray(pooled)), np.float32)
+        return np.asarray(_classify(self.vision, pooled), np.float32)
 
     def rows_at_once(self, row_tokens: int, rows: int) -> int:
         """How many of `rows` are embedded at a time: a power of two on each device."""
@@ -236,6 +242,12 @@ def embed_packed(
     pooled = vision(packed, max_image_tokens=max_tokens).pooled
     assert pooled is not None
     return vision.rules.replicate(normalize(pooled) if normalized else pooled)
+
+
+@jax.jit
+def _classify(vision: Vision, pooled: jax.Array) -> jax.Array:
+    assert vision.classifier is not None
+    return vision.rules.replicate(vision.classifier(pooled))
 
 
 @jax.jit

@@ -4,11 +4,13 @@ Two processes of 4 devices each on this machine, over gloo: the command line its
 processes of its own.
 """
 
+import functools
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -151,6 +153,24 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
     assert found["images"] == expected["images"] and found["budgets"]
 
 
+def test_what_one_process_cannot_read_is_left_out_by_all(tmp_path):
+    """Of a model with classes, whose logits are made on all devices."""
+    mishap = (
+        "from navit.input.synthetic import SyntheticSource as S; draw = S.image; "
+        "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
+    )
+    options = [
+        *("train.loss=classification", "model.vision.num_classes=7"),
+        *("model.text=none", "train.steps=1", "mesh.data=8"),
+    ]
+    codes, outputs = finish(start(tmp_path, *options, step=1, process=1, mishap=mishap))
+    assert codes == [0, 0], "\n".join(outputs)
+    (found,) = json.loads((tmp_path / "budgets.json").read_text())["budgets"].values()
+    # Twelve rows of one image, eight of them process 0's.
+    assert found["unreadable"] == outputs[1].count("not evaluated") == 4
+    assert 0 <= found["coarse_accuracy"] <= 1
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
     """And the same command goes on to the same end."""
@@ -204,8 +224,46 @@ def test_one_of_several_is_told_by_its_environment(env, several):
     assert hosts._started_as_one_of_several(env) == several
 
 
+def as_processes(monkeypatch, *calls):
+    """What each call raises, run side by side as the processes of one run."""
+    arrays, meet = [None] * len(calls), threading.Barrier(len(calls), timeout=20)
+
+    def gather(values):
+        meet.wait()
+        arrays[int(threading.current_thread().name)] = values
+        meet.wait()
+        return np.stack(arrays)
+
+    raised = [None] * len(calls)
+
+    def run(process):
+        try:
+            calls[process]()
+        except ValueError as error:
+            raised[process] = str(error)
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    threads = [
+        threading.Thread(target=run, args=(i,), name=f"{i}") for i in range(len(calls))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
 def test_what_differs_between_processes_is_named(monkeypatch):
-    hosts.check_same("the config", "a")
-    monkeypatch.setattr(hosts, "gather", lambda x: np.stack([x, x, x + np.uint32(1)]))
-    with pytest.raises(ValueError, match=r"the config of processes \[2\] is not"):
-        hosts.check_same("the config", "a")
+    same, other = get_config(), override(get_config(), ["optim.lr=0.5", "data.seed=3"])
+    check = functools.partial(hosts.check_same_config, same)
+    assert as_processes(monkeypatch, check, check) == [None, None]
+    found = as_processes(
+        monkeypatch, check, check, functools.partial(hosts.check_same_config, other)
+    )
+    assert len({*found}) == 1
+    assert "process 0 and process 2 have different configs" in found[0]
+    assert "data.seed: 0 -> 3; optim.lr: 0.001 -> 0.5" in found[0]
+    check = functools.partial(hosts.check_same, "data.train")
+    found = as_processes(monkeypatch, lambda: check("17 images"), lambda: check("é"))
+    assert len({*found}) == 1
+    assert "data.train is é in process 1 and 17 images in process 0" in found[0]

@@ -88,6 +88,10 @@ def evaluate(
         ]
     chance = {k: v for e in evaluators for k, v in e.chance.items()}
     budgets = {}
+
+    def report(index: int, error: ValueError) -> None:
+        log.warning("not evaluated: %s (%s)", source.name(index), error)
+
     chosen_budgets = _budgets(config)
     if chosen_budgets != config.eval.budgets:
         log.info(
@@ -97,12 +101,6 @@ def evaluate(
             ",".join(map(str, config.eval.budgets)),
         )
     for budget in chosen_budgets:
-        unreadable: list[int] = []
-
-        def report(index: int, error: ValueError, into: list = unreadable) -> None:
-            log.warning("not evaluated: %s (%s)", source.name(index), error)
-            into.append(index)
-
         log.info("%d images at %d tokens", count, budget)
         start = time.perf_counter()
         images = embedder.embed_source(
@@ -114,13 +112,14 @@ def evaluate(
             progress=jax.process_index() == 0,
         )
         seconds = time.perf_counter() - start
+        unreadable = ~images.any(-1)  # in any process: all have the same vectors
         images[unreadable] = np.nan
         metrics = {k: v for e in evaluators for k, v in e.run(images)}
         grids = grids_of(config, source.sizes[:count], budget)
         budgets[str(budget)] = {
             "tokens_per_image": round(float(grids.prod(-1).mean()), 1),
             "images_per_second": round(count / seconds, 2),
-            "unreadable": len(unreadable),
+            "unreadable": int(unreadable.sum()),
             **{name: round(value, 4) for name, value in metrics.items()},
         }
     return {

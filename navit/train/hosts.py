@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import sys
 import traceback
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from navit import config as config_lib
+from navit.config import Config
 
 log = logging.getLogger("navit")
 
@@ -124,15 +127,35 @@ def any_of(flag: bool) -> bool:
     return bool(gather(np.array([flag])).any())
 
 
+def gather_texts(value: str) -> list[str]:
+    """`value` of every process."""
+    own = np.frombuffer(value.encode(), np.uint8)
+    lengths = gather(np.array([own.size]))[:, 0].tolist()
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: own.size] = own
+    rows = zip(gather(padded), lengths, strict=True)
+    return [row[:length].tobytes().decode() for row, length in rows]
+
+
 def check_same(what: str, value: str) -> None:
     """Raises ValueError in every process unless all have the same `value`."""
-    found = gather(np.array([zlib.crc32(value.encode())], np.uint32))[:, 0]
-    others = np.flatnonzero(found != found[0]).tolist()
-    if others:
-        mine = (
-            f" (process {jax.process_index()} has {value})" if len(value) < 100 else ""
-        )
-        raise ValueError(
-            f"{what} of processes {others} is not that of process 0: run the same "
-            f"command with the same files on all{mine}"
-        )
+    first, *others = gather_texts(value)
+    for process, other in enumerate(others, 1):
+        if other != first:
+            raise ValueError(
+                f"{what} is {other} in process {process} and {first} in process 0: run "
+                "the same command with the same files on all"
+            )
+
+
+def check_same_config(config: Config) -> None:
+    """Raises ValueError in every process, naming the keys, unless all have it."""
+    texts = gather_texts(json.dumps(config_lib.to_json(config)))
+    first, *others = (config_lib.from_json(json.loads(text)) for text in texts)
+    for process, other in enumerate(others, 1):
+        if differences := config_lib.differences(first, other):
+            raise ValueError(
+                f"process 0 and process {process} have different configs "
+                f"({'; '.join(differences[:3])}): run the same command with the same "
+                "files on all"
+            )

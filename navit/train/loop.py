@@ -71,7 +71,7 @@ def train(
     log.info("training on %s", source.fingerprint())
     log.info("evaluating on %d images", len(eval_source))
     check_captions(config, source)
-    hosts.check_same("the config", repr(config))
+    hosts.check_same_config(config)
     hosts.check_same("data.train", data)
     with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
