@@ -22,6 +22,7 @@ from helpers import tiny_config
 import navit
 from navit.config import Config, override
 from navit.train import hosts, loop
+from navit.train.interruption import Interruption
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -49,8 +50,6 @@ import os, sys
 sys.path.insert(0, {tests!r})
 from navit import cli
 from navit.input import pipeline
-from navit.train import interruption
-interruption._ASK_EVERY = 3
 real = pipeline.train_batches
 def batches(config, source, *, start_step=0, **kwargs):
     found = real(config, source, start_step=start_step, **kwargs)
@@ -176,14 +175,33 @@ def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
     """And the same command goes on to the same end."""
     mishap = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
     options = [*PRESETS["fsdp"], "eval.max_images=2"]
-    codes, outputs = finish(start(tmp_path, *options, step=2, process=1, mishap=mishap))
+    codes, outputs = finish(start(tmp_path, *options, step=3, process=1, mishap=mishap))
     assert codes == [130, 130], "\n".join(outputs)
-    assert "interrupted; saved step 3" in outputs[0]
-    assert [x["step"] for x in logged(tmp_path)] == [1, 2, 3]
+    assert "interrupted; saved step 2" in outputs[0]
+    assert [x["step"] for x in logged(tmp_path)] == [1, 2]
     codes, outputs = finish(start(tmp_path, *options))
     assert codes == [0, 0], "\n".join(outputs)
-    assert "resuming from step 3" in outputs[0]
+    assert "resuming from step 2" in outputs[0]
     assert_same(tmp_path, one_device)
+
+
+@pytest.mark.parametrize("seconds, steps", [(20.0, 1), (2.0, 2), (0.01, 10)])
+def test_processes_ask_one_another_in_time(monkeypatch, seconds, steps):
+    """However slow a step, a request is heard after it, or within five seconds."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(hosts, "any_of", lambda flag: asked.append(clock[0]) or flag)
+    monkeypatch.setattr(hosts, "gather", lambda x: np.stack([x, 0 * x]))
+    interruption = Interruption()
+    for step in range(1, 50):
+        clock[0] += seconds
+        assert not interruption.after(step)
+    assert asked[:2] == [seconds, 2 * seconds]
+    np.testing.assert_allclose(np.diff(asked[1:]), steps * seconds)
+    interruption.requested = True
+    clock[0] += seconds
+    assert any(interruption.after(step) for step in range(50, 50 + steps))
 
 
 @pytest.mark.slow

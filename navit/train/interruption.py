@@ -5,23 +5,31 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 from navit.train import hosts
 
 log = logging.getLogger("navit")
 
-# Steps between two questions of each process to the others: they wait for the device.
-_ASK_EVERY = 10
+# Seconds, and steps at most, between two questions of each process to the others. They
+# wait for the device, and a notice of 30 seconds must leave time to save.
+_ASK_SECONDS = 5.0
+_ASK_STEPS = 10
 
 
 class Interruption:
     """Turns the first Ctrl-C (or SIGTERM) into a request to save and stop."""
 
     requested = False
+
+    def __init__(self) -> None:
+        self._ask_at = 0
+        self._asked: tuple[int, float] | None = None  # the step, and when
 
     def __enter__(self) -> Interruption:
         self._before: dict[int, Any] = {}
@@ -39,7 +47,16 @@ class Interruption:
         """Whether to stop after this step; the same answer in every process."""
         if jax.process_count() == 1:
             return self.requested
-        return step % _ASK_EVERY == 0 and hosts.any_of(self.requested)
+        if step < self._ask_at:
+            return False
+        stop, now, steps = hosts.any_of(self.requested), time.perf_counter(), 1
+        if self._asked is not None:  # before that, a step was compiled
+            last, then = self._asked
+            # The slowest clock's, so that all ask at the same step.
+            seconds = hosts.gather(np.array([now - then])).max() / (step - last)
+            steps = int(np.clip(_ASK_SECONDS / seconds, 1, _ASK_STEPS))
+        self._asked, self._ask_at = (step, now), step + steps
+        return stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
