@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
-        "folder, tars, tfds, array_record, parquet or stream (--print-config shows them "
-        "all; navit/config.py explains them)",
+        "folder, tars, tfds, array_record, parquet or stream (--print-config shows all "
+        "fields; navit/config.py explains them)",
     )
     train.add_argument(
         "--print-config",
