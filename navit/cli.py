@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "  navit train configs/photos.py 'data.train=tars:~/x/{00000..00010}.tar' "
         "data.eval=none\n"
         "  navit eval runs/quickstart --budgets 64,256,1024\n"
-        "  navit embed runs/quickstart photos/*.jpg --max-tokens 729 --out z.npz",
+        "  navit embed runs/quickstart photos/ --max-tokens 729 --out z.npz",
     )
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
-        "folder, tars, tfds, array_record, parquet or stream (--print-config shows all "
-        "fields; navit/config.py explains them)",
+        "folder, tars, tfds, array_record, parquet or stream (--print-config shows "
+        "them all; navit/config.py explains them)",
     )
     train.add_argument(
         "--print-config",
@@ -155,9 +155,17 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = parsers.add_parser(
         "embed",
-        help="embed image files",
-        description="Embeds image files of any sizes into OUT, an .npz with `names` "
-        "and `embeddings` (float32, unit norm), in the order given.",
+        help="embed image files, folders, tables and tars",
+        description="Embeds images of any sizes into OUT, an .npz with `names` and\n"
+        "`embeddings` (float32, unit norm), in the order given. IMAGE is an image\n"
+        "file; a folder, for all images in and below it, sorted; a .csv, .jsonl or\n"
+        ".parquet table, for the files it names; a .tar or a pattern of them, as\n"
+        "'x/{000..010}.tar', whose images are named TAR: KEY; or - for names from\n"
+        "standard input, one a line.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  navit embed runs/photos ~/photos --out z.npz\n"
+        "  find ~/photos -name '*.jpg' | navit embed runs/photos - --out z.npz",
     )
     embed.add_argument(
         "weights",

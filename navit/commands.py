@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from navit import config as config_lib
@@ -68,16 +69,18 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     from navit.embed import embed_files
+    from navit.input.named import images_of
     from navit.weights import load
 
-    missing = [name for name in args.images if not Path(name).exists()]
-    if missing and not args.skip_unreadable:  # before the model takes its time
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    # Before the model takes its time.
+    images = images_of(args.images, sys.stdin, must_exist=not args.skip_unreadable)
+    if not images:
+        raise ValueError("there are no names on standard input")
     if args.out.is_dir():
         raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
     count = embed_files(
         load(args.weights, overrides=args.set),
-        args.images,
+        images,
         args.out,
         max_tokens=args.max_tokens,
         skip_unreadable=args.skip_unreadable,

@@ -19,6 +19,7 @@ from navit.batch import PackedImages
 from navit.config import Config
 from navit.files import write_atomic
 from navit.input import fill, pixels, plan, text
+from navit.input.named import Named
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
@@ -257,21 +258,21 @@ def _embed_ids(tower: Text, token_ids: jax.Array) -> jax.Array:
 
 def embed_files(
     embedder: Embedder,
-    names: Sequence[str],
+    images: Sequence[Named],
     out: Path,
     *,
     max_tokens: int = 256,
     skip_unreadable: bool = False,
 ) -> int:
-    """Embeds image files into an .npz with `names` and `embeddings`, in order.
+    """Embeds images into an .npz with `names` and `embeddings`, in order.
 
-    Files are read as they are needed, so there may be any number of them.
+    They are read as they are needed, so there may be any number of them.
 
     Returns:
       How many were embedded.
 
     Raises:
-      ValueError: names the first file that cannot be read, unless they are skipped.
+      ValueError: names the first image that cannot be read, unless they are skipped.
     """
     kept, sizes, failed = [], [], set()
 
@@ -283,22 +284,27 @@ def embed_files(
             ) from error
         log.warning("left out, unreadable: %s (%s)", name, reason)
 
-    for name in names:
+    headers = tqdm(images, "sizes", unit="image", delay=2, disable=None, leave=False)
+    for image in headers:
         try:
-            with Path(name).open("rb") as file:
+            with image.open() as file:
                 sizes.append(pixels.size_of(file))
-            kept.append(name)
+            kept.append(image)
         except (ValueError, OSError) as error:
-            fail(name, error)
+            fail(image.name, error)
     if not kept:
-        raise ValueError(f"not one of the {len(names)} files is readable")
+        raise ValueError(f"not one of the {len(images)} images is readable")
+
+    def load(index: int) -> bytes:
+        with kept[index].open() as file:
+            return file.read()
 
     def skip(index: int, error: ValueError) -> None:
-        fail(kept[index], error)
+        fail(kept[index].name, error)
         failed.add(index)
 
     vectors = embedder.embed_source(
-        lambda i: Path(kept[i]).read_bytes(),
+        load,
         np.array(sizes),
         max_tokens,
         on_error=skip,
@@ -306,6 +312,7 @@ def embed_files(
     )
     good = [i for i in range(len(kept)) if i not in failed]
     buffer = io.BytesIO()
-    np.savez(buffer, names=np.array([kept[i] for i in good]), embeddings=vectors[good])
+    names = np.array([kept[i].name for i in good])
+    np.savez(buffer, names=names, embeddings=vectors[good])
     write_atomic(out, buffer.getvalue())
     return len(good)

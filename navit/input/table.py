@@ -56,14 +56,25 @@ def read_table(
         raise ValueError(f"{table} cannot be read: {error}") from None
 
 
+def read_files(file: BinaryIO, table: str, root: str) -> list[str]:
+    """The files that a table names, each once, in order; arguments as `read_table`."""
+    try:
+        named = [_file(row, where, root) for where, row in _rows(file, table)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} cannot be read: {error}") from None
+    if not named:
+        raise ValueError(f"{table} lists no images")
+    return list(dict.fromkeys(named))
+
+
 def _rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
     """Each row with its place in the table, such as "captions.csv line 3"."""
     if table.endswith(".parquet"):
-        return _parquet_rows(file, table)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    return (
-        _csv_rows(text, table) if table.endswith(".csv") else _json_lines(text, table)
-    )
+        yield from _parquet_rows(file, table)
+        return
+    read = _csv_rows if table.endswith(".csv") else _json_lines
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        yield from read(text, table)
 
 
 def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:
@@ -153,17 +164,16 @@ def _entries(
     labels: dict[str, str | None] = {}
     for where, row in rows:
         count += 1
-        name = _column(row, _FILE, where)
+        name = _file(row, where, root)
         label = None if row.get("label") in (None, "") else str(row["label"])
         caption = _column(row, _CAPTION, where, must=label is None)
         many = caption if isinstance(caption, list) else [caption] if caption else []
-        for field, value in [("file", name), *(("caption", c) for c in many)]:
+        for value in many:
             if not isinstance(value, str):
-                raise ValueError(f"{where}: a {field} is text, not {value!r}")
+                raise ValueError(f"{where}: a caption is text, not {value!r}")
         if not many and label is None:
             empty.append(f"{where} ({name})")
             continue
-        name = inside(root, name, where)
         captions.setdefault(name, []).extend(many)
         if labels.setdefault(name, label) is None:
             labels[name] = label
@@ -176,6 +186,13 @@ def _entries(
     if not captions:
         raise ValueError(f"{table} lists no images")
     return [Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
+
+
+def _file(row: dict, where: str, root: str) -> str:
+    name = _column(row, _FILE, where)
+    if not isinstance(name, str):
+        raise ValueError(f"{where}: a file is text, not {name!r}")
+    return inside(root, name, where)
 
 
 def _json_lines(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:

@@ -101,7 +101,7 @@ class TarReader:
             if not captions:
                 captions = records.texts(self._field(index, name, field, self._must))
         label = self._field(index, *self._label, True)
-        return records.Raw(self._opened(index), records.label_text(label), captions)
+        return records.Raw(self.open_image(index), records.label_text(label), captions)
 
     def _field(self, index: int, name: str, field: str, must: bool) -> Any:
         data = self._read(index, name) if name else None
@@ -118,7 +118,8 @@ class TarReader:
             )
         return data
 
-    def _opened(self, index: int) -> BinaryIO:
+    def open_image(self, index: int) -> BinaryIO:
+        """The image as a file, of which no more is read than is asked for."""
         start, size = self._members[index, 0].tolist()
         path, read = self._path(index), self._storage.read_range
         block = min(self._storage.block, 1 << 16)
