@@ -44,6 +44,11 @@ from navit.fields import to_json as to_json
 class OptimConfig:
     """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1).
 
+    `weight_decay`: the share of every kernel that a step takes away at the schedule's
+    peak, and less during warm-up and cosine; `lr`, `vision_lr` and `text_lr` do not
+    multiply it, as in big_vision. (AdamW elsewhere multiplies it by `lr`: torch's 0.1
+    at lr=1e-3 is 1e-4 here.) Biases, norms, embeddings, tables and the probe do not
+    decay.
     `start`: the run is the end of a longer schedule, of which this share is over: 0.9
     is where SigLIP 2's NaFlex stage resumes (section 2.4.2). `vision_lr`, `text_lr`:
     factors for the towers; 0 freezes one.

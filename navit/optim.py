@@ -17,32 +17,54 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
     With `config.start`, the last part of a schedule so long that it ends at `steps`.
     """
-    total = round(steps / (1 - config.start))
-    warmup = min(config.warmup_steps, total - 1)
-    whole = optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, total)
-    return lambda step: whole(step + total - steps)
+    shape = _make_shape(config, steps)
+    return lambda step: config.lr * shape(step)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW; decay on matrices and tables only, not on norms and biases.
+    """Adam on clipped gradients, with weight decay as big_vision means it.
 
-    The updates of a tower are multiplied by its factor, its decay with them. One that
-    is frozen (factor 0) has no moments.
+    The decay is added after the learning rate and before the schedule, so that a step
+    takes `weight_decay * schedule` of a kernel, with the schedule between 0 and 1,
+    whatever the learning rate and the tower's factor are (`make` in big_vision's
+    big_vision/optax.py). Kernels alone decay: no bias, norm, embedding, position table
+    or probe. A frozen tower (factor 0) has no moments and no decay.
     """
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        weight_decay=config.weight_decay,
-        mask=_decayed,
-    )
+    trained = functools.partial(_trained, config)
+    shape = _make_shape(config, steps)
+    adam = optax.scale_by_adam(config.b1, config.b2)
     if 0 in (config.vision_lr, config.text_lr):
-        adamw = optax.masked(adamw, functools.partial(_trained, config))
+        adam = optax.masked(adam, trained)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        adamw,
-        optax.stateless(functools.partial(_scale_towers, config)),
+        adam,
+        optax.stateless(functools.partial(_scale, config)),
+        optax.add_decayed_weights(
+            config.weight_decay, functools.partial(_decayed, config)
+        ),
+        optax.scale_by_schedule(lambda step: -shape(step)),
     )
+
+
+def _make_shape(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The schedule as a factor of the learning rate, from 0 to 1."""
+    total = round(steps / (1 - config.start))
+    warmup = min(config.warmup_steps, total - 1)
+    whole = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, total)
+    return lambda step: whole(step + total - steps)
+
+
+def _scale(config: OptimConfig, updates: Any, params: Any) -> Any:
+    """By the learning rate and the tower's factor."""
+    del params
+
+    def scale(path: tuple, x: jax.Array) -> jax.Array:
+        factor = _factor(config, path)
+        if factor == 0:
+            return jnp.zeros_like(x)  # even where x is NaN
+        return x * (config.lr * factor)
+
+    return jax.tree_util.tree_map_with_path(scale, updates)
 
 
 def _trained(config: OptimConfig, params: Any) -> Any:
@@ -51,27 +73,14 @@ def _trained(config: OptimConfig, params: Any) -> Any:
     )
 
 
-def _scale_towers(config: OptimConfig, updates: Any, params: Any) -> Any:
-    del params
+def _decayed(config: OptimConfig, params: Any) -> Any:
+    def decayed(path: tuple, _: Any) -> bool:
+        is_kernel = any(getattr(key, "name", None) == "kernel" for key in path)
+        return is_kernel and _factor(config, path) > 0
 
-    def scale(path: tuple, x: jax.Array) -> jax.Array:
-        factor = _factor(config, path)
-        if factor == 0:
-            return jnp.zeros_like(x)  # whatever it is: 0 times NaN is not 0
-        return x if factor == 1.0 else x * factor
-
-    return jax.tree_util.tree_map_with_path(scale, updates)
+    return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def _factor(config: OptimConfig, path: tuple) -> float:
     factors = {"vision": config.vision_lr, "text": config.text_lr}
     return factors.get(getattr(path[0], "name", ""), 1.0)
-
-
-def _decayed(params: Any) -> Any:
-    # Stacked blocks carry one axis more, so the axes say nothing; the names do.
-    def decayed(path: tuple, _: Any) -> bool:
-        names = {str(getattr(key, "name", getattr(key, "key", key))) for key in path}
-        return not names & {"bias", "scale", "phase", "frequency"}
-
-    return jax.tree_util.tree_map_with_path(decayed, params)

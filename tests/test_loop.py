@@ -22,7 +22,7 @@ from navit.evals import budgets
 from navit.input import pipeline
 from navit.optim import make_optimizer
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.train import hosts, lock, loop
+from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
 from navit.train.state import init_state
@@ -225,8 +225,19 @@ def test_changed_data_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_format_is_refused(uninterrupted, monkeypatch):
     monkeypatch.setattr("navit.train.checkpoint.FORMAT", 99)
-    with pytest.raises(ValueError, match=r"reads format 99: train into another"):
+    with pytest.raises(ValueError, match=r"from format 99: train into another"):
         navit.load(uninterrupted)
+
+
+def test_the_format_before_loads_and_does_not_train_on(uninterrupted, monkeypatch):
+    """Its model is the same; its optimizer is not."""
+    monkeypatch.setattr("navit.train.checkpoint._SAME_MODEL", checkpoint.FORMAT)
+    monkeypatch.setattr("navit.train.checkpoint.FORMAT", 99)
+    assert navit.load(uninterrupted).step == 6
+    with pytest.raises(
+        ValueError, match=r"format 99: init=\S+ starts from its weights"
+    ):
+        loop.train(tiny_config(), uninterrupted)
 
 
 def test_the_first_step_is_logged_without_rates(tmp_path, caplog):

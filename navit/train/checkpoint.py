@@ -13,8 +13,10 @@ from navit.config import Config
 from navit.sharding import place_of
 from navit.train.state import TrainState
 
-# Raised when what a checkpoint holds changes; older ones are refused by number.
-FORMAT = 2
+# Raised when what a checkpoint holds changes; others are refused by number. Format 2
+# has the same model and another optimizer, with weight decay of another meaning.
+FORMAT = 3
+_SAME_MODEL = 2
 
 _FOLDER = "checkpoints"
 
@@ -76,7 +78,7 @@ class Checkpoints:
 
         Its tokenizer is the copy in the work directory where its own path is gone.
         """
-        config = config_lib.from_json(self._about()["config"])
+        config = config_lib.from_json(self._about(FORMAT, _SAME_MODEL)["config"])
         text = config.model.text
         if text is None or text.tokenizer in ("", "bytes"):
             return config
@@ -92,16 +94,20 @@ class Checkpoints:
           FileNotFoundError: if there is no checkpoint yet.
           ValueError: if it is of another format.
         """
-        return self._about()["data"]
+        return self._about(FORMAT)["data"]
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, *formats: int) -> dict[str, Any]:
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = self._manager.restore(self._latest(), args=items)["about"]
-        if about.get("format") != FORMAT:
+        found = about.get("format")
+        if found not in formats:
+            start = f"init={self._path} starts from its weights, with another --workdir"
+            other = "train into another --workdir"
             raise ValueError(
-                f"{self._path} holds checkpoints of format {about.get('format')}, and "
-                f"this version of navit reads format {FORMAT}: train into another "
-                "--workdir, or use the version that wrote it"
+                f"{self._path} holds checkpoints of format {found}, and this version "
+                f"of navit trains on from format {FORMAT}: "
+                f"{start if found == _SAME_MODEL else other}; or use the version that "
+                "wrote it"
             )
         return about
 
