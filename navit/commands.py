@@ -21,7 +21,10 @@ def train(args: argparse.Namespace) -> int:
         return 0
     from navit import stopping
     from navit.train import hosts, loop
+    from navit.train.checkpoint import quiet_orbax
 
+    if not args.debug:
+        quiet_orbax()
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
     of_several = (args.coordinator, args.processes, args.process)

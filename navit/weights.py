@@ -210,7 +210,7 @@ def start(
     if is_workdir(workdir):
         checkpoints = Checkpoints(workdir)
         try:
-            if checkpoints.latest_step() is not None:
+            if checkpoints.set_damaged_aside() is not None:
                 none: dict[str, np.ndarray] = {}  # its sizes are what is asked for
                 model = checkpoints.config().model
                 kept = Weights(model, none.__getitem__, str(workdir))

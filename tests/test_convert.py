@@ -360,7 +360,7 @@ def test_a_file_where_a_directory_stands_is_refused_before_the_work(tmp_path):
     def unread(name):
         raise AssertionError("a tensor was read")
 
-    weights = dataclasses.replace(read(GOLDEN / "siglip2_b"), read=unread)
+    weights = dataclasses.replace(read(GOLDEN / "siglip2_b"), get=unread)
     (tmp_path / "a.npz").mkdir()
     with pytest.raises(IsADirectoryError, match=r"a.npz is a directory, and a file"):
         write(weights, tmp_path / "a.npz")
@@ -710,7 +710,7 @@ def test_a_write_that_fails_leaves_nothing(name, error, tmp_path):
             raise error
         return weights.read(ours)
 
-    broken = dataclasses.replace(weights, read=fail)
+    broken = dataclasses.replace(weights, get=fail)
     format = "navit" if name == "workdir" else None
     with pytest.raises(type(error)):
         write(broken, tmp_path / name, format)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,6 +126,21 @@ def test_killed_run_goes_on_from_the_last_checkpoint(
     a, b = restored(uninterrupted, config), restored(tmp_path, config)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    uninterrupted, tmp_path, caplog
+):
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    (workdir / "checkpoints/6/opt_state/manifest.ocdbt").unlink()
+    with pytest.raises(ValueError, match=r"opt_state/manifest.ocdbt is missing"):
+        navit.load(workdir)
+    assert loop.train(tiny_config(), workdir)
+    assert "(opt_state/manifest.ocdbt is missing): going on from step 3" in caplog.text
+    a, b = restored(uninterrupted, tiny_config()), restored(workdir, tiny_config())
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert [x["step"] for x in logged(workdir)] == [2, 4, 6]
 
 
 def test_metrics_are_those_of_the_uninterrupted_run(uninterrupted):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from helpers import tiny_config
 
@@ -186,7 +187,18 @@ def test_weights_that_are_not_finite_are_refused(value):
     with pytest.raises(
         ValueError, match=r"siglip2_b: 1 of the 189 .*text.position are"
     ):
-        build(dataclasses.replace(weights, read=broken), weights.model)
+        build(dataclasses.replace(weights, get=broken), weights.model)
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_weights_that_are_not_finite_are_not_converted(name, tmp_path, capsys):
+    folder = shutil.copytree(GOLDEN / "siglip2_b", tmp_path / "hf")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["logit_bias"] = np.array([np.inf], np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    assert main(["convert", str(folder), str(tmp_path / name)]) == 1
+    assert "1 of the 1 values of bias are NaN or inf" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
 
 
 def test_a_work_directory_keeps_its_tokenizer(tmp_path):

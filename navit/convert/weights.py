@@ -29,15 +29,27 @@ class Weights:
 
     Attributes:
       model: its sizes, as the file has them.
-      read: our name of a tensor -> float32, every layer stacked.
+      get: our name of a tensor -> float32, every layer stacked; `read` checks it too.
       files: tokenizer files that belong to it.
       where: what it was read from, for messages.
     """
 
     model: ModelConfig
-    read: Callable[[str], np.ndarray]
+    get: Callable[[str], np.ndarray]
     where: str
     files: tuple[Path, ...] = ()
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor by our name; raises ValueError if it is not finite."""
+        value = self.get(name)
+        wrong = value.size - np.count_nonzero(np.isfinite(value))
+        if wrong:
+            raise ValueError(
+                f"{self.where}: {wrong} of the {value.size} values of {name} are NaN "
+                "or infinite: get the file again, or one from before the training that "
+                "made it diverged"
+            )
+        return value
 
 
 class Tensor(NamedTuple):
@@ -155,14 +167,6 @@ def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTo
     like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
 
     def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-        value = weights.read(name_of(path))
-        wrong = value.size - np.count_nonzero(np.isfinite(value))
-        if wrong:
-            raise ValueError(
-                f"{weights.where}: {wrong} of the {value.size} values of "
-                f"{name_of(path)} are NaN or infinite: get the file again, or one from "
-                "before the training that made it diverged"
-            )
-        return jax.device_put(value, place_of(x))
+        return jax.device_put(weights.read(name_of(path)), place_of(x))
 
     return jax.tree_util.tree_map_with_path(place, like)

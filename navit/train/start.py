@@ -40,12 +40,13 @@ def start(
       initial: makes the model of step 0; None starts from random.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config or of other data.
+      ValueError: if `workdir` holds a run of another config or of other data, or no
+        checkpoint in it is whole.
     """
     make = functools.partial(
         init_state, config, make_optimizer(config.optim, config.train.steps), rules
     )
-    latest = checkpoints.latest_step()
+    latest = checkpoints.set_damaged_aside()
     hosts.check_same(
         f"the latest checkpoint in {workdir}, which all share,", f"{latest}"
     )

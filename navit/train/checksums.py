@@ -1,0 +1,56 @@
+"""SHA-256 sums of a folder's files, kept in it, as `sha256sum --check` reads them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from pathlib import Path
+
+from navit.files import write_atomic
+
+NAME = "SHA256SUMS"
+
+
+def write(folder: Path) -> None:
+    """Sums every file of `folder`."""
+    sums = _sums(folder, _files(folder))
+    lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
+    write_atomic(folder / NAME, "".join(lines).encode())
+
+
+def damage(folder: Path) -> str | None:
+    """Which file is missing, added or not as it was written; None if all are whole."""
+    if not (folder / NAME).is_file():
+        return f"{NAME} is missing"
+    expected = {}
+    for line in (folder / NAME).read_text(errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        expected[name] = digest
+    files = _files(folder)
+    if not expected:
+        return f"{NAME} is empty"
+    for name in expected:
+        if name not in files:
+            return f"{name} is missing"
+    for name in files:
+        if name not in expected:
+            return f"{name} is not in {NAME}"
+    found = _sums(folder, files)
+    changed = [name for name in expected if found[name] != expected[name]]
+    return f"{changed[0]} is not as it was written" if changed else None
+
+
+def _files(folder: Path) -> list[str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    # A file manager or NFS leaves hidden files anywhere.
+    return sorted(x for x in names if x != NAME and not Path(x).name.startswith("."))
+
+
+def _sums(folder: Path, names: list[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
