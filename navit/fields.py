@@ -64,30 +64,48 @@ def to_json(config: Any) -> Any:
     return [to_json(item) for item in config] if isinstance(config, tuple) else config
 
 
-def from_json(data: Any, hint: Any) -> Any:
+def from_json(data: Any, hint: Any, path: str = "") -> Any:
     """The way back from `to_json`.
 
     Raises:
-      ValueError: names a key that this version of navit does not know.
+      ValueError: names a key that this version of navit does not know, or a value of
+        another type than its field's.
     """
+    options = [hint, *typing.get_args(hint)]
     if isinstance(data, dict):
-        options = [hint, *typing.get_args(hint)]
-        cls = next((o for o in options if _name(o) == data.get("type")), None)
-        if cls is None:
-            raise ValueError(f"a config of type {data.get('type')!r} is not known here")
-        hints = typing.get_type_hints(cls)
-        fields = {k: v for k, v in data.items() if k != "type"}
-        for key in fields:
-            if key not in hints:
-                raise ValueError(f"{cls.__name__} has no field {key!r} in this version")
-        return cls(**{k: from_json(v, hints[k]) for k, v in fields.items()})
-    if isinstance(data, list):
-        options = [hint, *typing.get_args(hint)]
-        item = next(
-            (typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple),
+        named = data.get("type")
+        cls = next(
+            (o for o in options if dataclasses.is_dataclass(o) and _name(o) == named),
             None,
         )
-        return tuple(from_json(value, item) for value in data)
+        if cls is None:
+            raise ValueError(
+                f"{path or 'config'}: a config of type {named!r} is not known here"
+            )
+        hints = typing.get_type_hints(cls)
+        values = {}
+        for key, value in data.items():
+            if key == "type":
+                continue
+            if key not in hints:
+                raise ValueError(
+                    f"{path or 'config'}: {_name(cls)} has no field {key!r} in this "
+                    "version"
+                )
+            values[key] = from_json(value, hints[key], f"{path}.{key}".lstrip("."))
+        made: Any = cls
+        return made(**values)
+    if isinstance(data, list):
+        items = [
+            typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple
+        ]
+        if items:
+            return tuple(from_json(value, items[0], path) for value in data)
+    is_integer = isinstance(data, int) and not isinstance(data, bool)
+    if is_integer and float in options and int not in options:
+        return float(data)
+    if not _matches(data, hint):
+        raise ValueError(f"{path or 'config'}: expected {_name(hint)}, not {data!r}")
     return data
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +268,47 @@ def test_json_with_an_unknown_key_or_type_is_refused_by_name():
         config.from_json(data | {"data": data["data"] | {"train": train}})
     with pytest.raises(ValueError, match="type"):
         config.from_json({})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.lr", "fast"),
+        ("optim.lr", None),
+        ("optim.warmup_steps", 1.5),
+        ("optim.warmup_steps", True),
+        ("optim.b1", [0.9]),
+        ("data.budgets", 256),
+        ("data.budgets", [256, "729"]),
+        ("data.train", 3),
+        ("data.train.size", {}),
+        ("model", None),
+        ("model.vision", []),
+        ("model.vision.position.kind", "polar"),
+        ("model.fused", 1),
+    ],
+)
+def test_json_of_another_type_is_refused_by_name(key, value):
+    data = json.loads(json.dumps(config.to_json(Config())))
+    node = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(ValueError, match=re.escape(key)):
+        config.from_json(data)
+
+
+@pytest.mark.parametrize("data", [None, 3, "config", [], [1], {"type": 1}, {}])
+def test_json_that_is_no_config_is_refused(data):
+    with pytest.raises(ValueError, match="config"):
+        config.from_json(data)
+
+
+def test_a_whole_number_in_json_is_a_float_where_the_field_is():
+    data = config.to_json(Config())
+    lr = config.from_json(data | {"optim": data["optim"] | {"lr": 1}}).optim.lr
+    assert lr == 1.0 and type(lr) is float
 
 
 def test_differences_names_the_leaves_that_changed():
