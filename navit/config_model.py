@@ -9,6 +9,13 @@ import numpy as np
 
 from navit.fields import positive
 
+# Settings of `ModelConfig` that change how a model is computed, and its numbers by
+# rounding alone.
+ROUNDING = (
+    *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
+    "model.fused",
+)
+
 
 def _divisible(config: Any) -> None:
     if config.width % config.num_heads:

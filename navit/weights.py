@@ -22,6 +22,7 @@ from navit.config import (
     TextConfig,
     VisionConfig,
 )
+from navit.config_model import ROUNDING
 from navit.convert import big_vision, huggingface
 from navit.convert.weights import Weights, build, name_of
 from navit.embed import Embedder
@@ -252,7 +253,7 @@ def starting_from(config: Config, weights: Weights) -> Config:
 
 # Settings of a model that its weights do not depend on.
 FREE = (
-    *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
+    *ROUNDING,
     *("model.init_", "model.text.tokenizer"),
     *("model.vision.fixed_grid", "model.vision.image_size"),
 )

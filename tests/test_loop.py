@@ -282,6 +282,33 @@ def test_what_decides_nothing_may_change(uninterrupted):
     assert loop.train(config, uninterrupted)
 
 
+def test_what_only_rounds_may_change_and_is_recorded(uninterrupted, tmp_path, caplog):
+    caplog.set_level("INFO", "navit")
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/6")
+    options = [
+        *("mesh.gradients=bfloat16", "model.remat=full", "train.microbatches=2"),
+        *("model.attention=xla", "model.fused=false", "model.scan_unroll=2"),
+        "train.loss_implementation=dense",
+    ]
+    config = override(tiny_config(), options)
+    assert loop.train(config, workdir)
+    (line,) = (workdir / "changes.jsonl").read_text().splitlines()
+    recorded = json.loads(line)
+    assert recorded["step"] == 3 and len(recorded["changes"]) == len(options)
+    assert "from here on model.attention: 'auto' -> 'xla'" in caplog.text
+    a, b = logged(uninterrupted)[-1], logged(workdir)[-1]
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)
+    assert not (uninterrupted / "changes.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["data.rows=2", "model.vision.pool=mean", "optim.b1=0.8", "train.seed=1"]
+)
+def test_what_changes_the_model_or_its_data_is_refused(option):
+    assert changes(tiny_config(), override(tiny_config(), [option]))
+
+
 def test_where_the_data_lies_may_change_and_nothing_else_of_it():
     def config(path, **options):
         source = Folder(path, **options)

@@ -114,6 +114,12 @@ def test_settings_that_the_weights_were_not_trained_with_are_refused():
             read(GOLDEN / "siglip2_b", overrides=[setting])
 
 
+def test_how_it_is_computed_is_free_to_choose():
+    options = ["model.fused=false", "model.dtype=bfloat16", "model.remat=full"]
+    model = navit.load(GOLDEN / "siglip2_b", overrides=options)
+    assert not model.config.model.fused
+
+
 def test_an_evaluation_of_released_weights_names_where_to_write(tmp_path, capsys):
     """Before the model is read: the file is no model at all."""
     file = tmp_path / "a.npz"

@@ -12,6 +12,7 @@ import numpy as np
 
 from navit import config as config_lib
 from navit.config import Config
+from navit.config_model import ROUNDING
 from navit.input import text
 from navit.input.sources import Source
 from navit.input.stream import StreamSource
@@ -28,15 +29,26 @@ _RUNS, _RUN = 8, 32
 # What may change between the runs that share a work directory: nothing that decides
 # what is computed.
 _FREE = (
-    *("eval.", "mesh.", "data.eval", "data.workers"),
+    *("eval.", "data.eval", "data.workers"),
     *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
 )
+# What changes the numbers by rounding alone, so it may change too, and is recorded.
+_ROUNDING = (*ROUNDING, "mesh.", "train.microbatches", "train.loss_implementation")
 # Where data lies decides nothing either: its fingerprint says whether it is the same.
 _PLACES = ("path", "data_dir", "table")
 
 
 def changes(before: Config, now: Config) -> list[str]:
     """`key: a -> b` for what decides what a run computes."""
+    return [x for x in _differences(before, now) if not x.startswith(_ROUNDING)]
+
+
+def rounding_changes(before: Config, now: Config) -> list[str]:
+    """`key: a -> b` for what computes the same another way, up to rounding."""
+    return [x for x in _differences(before, now) if x.startswith(_ROUNDING)]
+
+
+def _differences(before: Config, now: Config) -> list[str]:
     before, now = (
         dataclasses.replace(
             x, data=dataclasses.replace(x.data, train=_anywhere(x.data.train))

@@ -19,7 +19,7 @@ from navit.optim import make_optimizer
 from navit.sharding import Rules
 from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import changes
+from navit.train.checks import changes, rounding_changes
 from navit.train.state import TrainState, init_state
 
 log = logging.getLogger("navit")
@@ -34,6 +34,9 @@ def start(
     initial: Callable[[Rules], TwoTower] | None,
 ) -> TrainState:
     """The state to go on from; writes `config.json` where there was none.
+
+    Settings that change numbers by rounding alone may differ from the checkpoint's:
+    `changes.jsonl` keeps which, and from which step.
 
     Args:
       data: the fingerprint of the training data.
@@ -62,7 +65,8 @@ def start(
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
         return state
-    if changed := changes(checkpoints.config(), config):
+    before = checkpoints.config()
+    if changed := changes(before, config):
         raise ValueError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): "
             "choose another --workdir, delete that one, or go back to its settings"
@@ -76,7 +80,18 @@ def start(
         log.info("%s is trained to step %d already", workdir, latest)
     else:
         log.info("resuming from step %d of %s", latest, workdir)
+        if rounded := rounding_changes(before, config):
+            _record(rounded, latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
+
+
+def _record(changed: list[str], step: int, workdir: Path) -> None:
+    """Says what is computed another way from here on, and keeps it in the workdir."""
+    log.info("from here on %s", "; ".join(changed))
+    if hosts.first():
+        line = json.dumps({"step": step, "changes": changed}) + "\n"
+        with (workdir / "changes.jsonl").open("a") as file:
+            file.write(line)
 
 
 def _keep_tokenizer(config: Config, workdir: Path) -> None:
