@@ -207,6 +207,20 @@ def test_weights_that_are_not_finite_are_not_converted(name, tmp_path, capsys):
     assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("name", ["hf", "a.npz"])
+def test_a_model_of_bytes_keeps_its_texts(name, tmp_path):
+    config = tiny_config()
+    model = Embedder(TwoTower(config.model, rngs=nnx.Rngs(0)), config, step=0)
+    navit.save(model, tmp_path / name)
+    back = navit.load(tmp_path / name)
+    texts = ["a Cat", "", "naïve 🐈", "ΟΔΟΣ İ", "<eos> <0x41>\0", "\ud83d", "x" * 99]
+    found, expected = (
+        text.encode(texts, 24, x.config.model.text.tokenizer) for x in (back, model)
+    )
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(back.embed_texts(texts), model.embed_texts(texts))
+
+
 def test_a_work_directory_keeps_its_tokenizer(tmp_path):
     folder = shutil.copytree(GOLDEN / "siglip2_b", tmp_path / "hf")
     workdir = tmp_path / "run"

@@ -108,7 +108,7 @@ def write(weights: Weights, out: Path) -> None:
         )
     shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
-    beside = tokenizers.contents(weights.files)
+    beside = tokenizers.contents(weights)
     with (
         replacing(out) as temporary,
         zipfile.ZipFile(temporary, "w", allowZip64=True) as archive,
@@ -128,7 +128,7 @@ def write(weights: Weights, out: Path) -> None:
         elif tokenizer.read_bytes() != data:
             log.warning(
                 "%s is another tokenizer than this model's, %s, and stays as it is",
-                *(tokenizer, weights.files[0]),
+                *(tokenizer, model.text.tokenizer),
             )
 
 

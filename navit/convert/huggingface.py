@@ -200,11 +200,9 @@ def _check(
 
 
 def _write_tokenizer(weights: Weights, out: Path) -> None:
-    for name, data in tokenizers.contents(weights.files).items():
+    for name, data in tokenizers.contents(weights).items():
         write_atomic(out / name, data)
-    if weights.files:
-        assert weights.model.text is not None
-        about = tokenizers.config(weights.files, weights.model.text.length)
+    if about := tokenizers.config(weights):
         write_atomic(out / "tokenizer_config.json", about)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from navit.input.text import open_tokenizer
+from navit.convert.weights import Weights
+from navit.input.text import EOS, PAD, open_tokenizer
 
 # What they are called in released repositories, of either format. SigLIP 1's have a
 # tokenizer.json too, and transformers opens the pieces.
@@ -21,10 +21,12 @@ def found_in(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in _NAMES if (folder / name).is_file())
 
 
-def contents(files: Sequence[Path]) -> dict[str, bytes]:
+def contents(weights: Weights) -> dict[str, bytes]:
     """Name -> content to write: each under the name that it is looked for by."""
+    if _is_bytes(weights):
+        return {"tokenizer.json": _bytes_json()}
     out: dict[str, bytes] = {}
-    for file in files:
+    for file in weights.files:
         name = "tokenizer.json"
         if file.suffix != ".json":
             is_siglip1 = open_tokenizer(str(file)).is_siglip1
@@ -33,16 +35,22 @@ def contents(files: Sequence[Path]) -> dict[str, bytes]:
     return out
 
 
-def config(files: Sequence[Path], length: int) -> bytes:
+def config(weights: Weights) -> bytes | None:
     """tokenizer_config.json for transformers: the one beside the files, or a new one.
 
-    Args:
-      length: of the text tower.
+    None where the tokenizer is not known.
     """
+    files, text = weights.files, weights.model.text
+    if text is None or not (files or _is_bytes(weights)):
+        return None
+    about: dict[str, Any] = {"model_max_length": text.length, "padding_side": "right"}
+    if _is_bytes(weights):
+        about |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        about |= {f"{x}_token": f"<{x}>" for x in ("eos", "pad")}
+        return (json.dumps(about, indent=2) + "\n").encode()
     beside = files[0].with_name("tokenizer_config.json")
     if beside.is_file():
         return beside.read_bytes()
-    about: dict[str, Any] = {"model_max_length": length, "padding_side": "right"}
     if open_tokenizer(str(files[0])).is_siglip1:
         # Its class opens the pieces only; a tokenizer.json says all of itself.
         pieces = any(file.suffix != ".json" for file in files)
@@ -54,3 +62,36 @@ def config(files: Sequence[Path], length: int) -> bytes:
         about |= {"add_bos_token": False, "add_eos_token": True}
         about |= {f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")}
     return (json.dumps(about, indent=2) + "\n").encode()
+
+
+def _is_bytes(weights: Weights) -> bool:
+    return weights.model.text is not None and weights.model.text.tokenizer == "bytes"
+
+
+def _bytes_json() -> bytes:
+    """The byte tokenizer as a tokenizer.json: no piece but `<0x00>` to `<0xFF>`."""
+    special = {"<pad>": PAD, "<eos>": EOS}
+    vocab = special | {f"<0x{i:02X}>": i + len(special) for i in range(256)}
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    about = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": x, "special": True, **flags}
+            for x, i in special.items()
+        ],
+        "normalizer": {"type": "Lowercase"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<eos>", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": x, "type_id": 0}} for x in "AB"],
+            "special_tokens": {
+                "<eos>": {"id": "<eos>", "ids": [EOS], "tokens": ["<eos>"]}
+            },
+        },
+        "decoder": {"type": "ByteFallback"},
+        "model": {"type": "BPE", "byte_fallback": True, "vocab": vocab, "merges": []},
+    }
+    return (json.dumps(about, indent=1) + "\n").encode()

@@ -163,5 +163,5 @@ def _canonical(texts: Sequence[str]) -> list[str]:
 def _split_bytes(texts: Sequence[str]) -> list[np.ndarray]:
     return [
         np.frombuffer(text.encode(), np.uint8).astype(np.int32) + _FIRST_BYTE
-        for text in _lower(texts)
+        for text in _lower_each(texts)
     ]
