@@ -7,6 +7,10 @@ import gc
 import io
 import itertools
 import logging
+import multiprocessing
+import os
+import signal
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -359,6 +363,26 @@ def test_workers_give_the_same_batches_and_end_quietly(one_run, capfd):
     del iterator, close
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_workers_that_start_are_deaf_to_ctrl_c(one_run):
+    told, ended = set(), threading.Event()
+
+    def tell():
+        while not ended.wait(0.001):
+            for child in multiprocessing.active_children():
+                if child.pid and child.pid not in told:
+                    told.add(child.pid)
+                    os.kill(child.pid, signal.SIGINT)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    try:
+        assert_same(batches(config(workers=2)), one_run)
+    finally:
+        ended.set()
+        teller.join()
+    assert len(told) == 2
 
 
 RICH = dict(

@@ -76,6 +76,14 @@ def test_counts_and_utilization(rng, monkeypatch):
     assert read_after(batches, monkeypatch)[1]["mfu"] == 0.5
 
 
+def test_an_image_that_is_unreadable_at_every_read_is_one(rng):
+    meter = Meter(tiny_config(), devices=1)
+    for _ in range(3):
+        meter.add(a_batch(rng, seen=(0, 2)), 0.0)
+    assert meter.unreadable == {1}
+    assert meter.read(3)["unreadable"] == 3  # places left empty
+
+
 def test_all_hosts_are_counted(rng, monkeypatch):
     """This one and another, which saw as much and waited longer."""
 

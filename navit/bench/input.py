@@ -67,6 +67,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         slots=plans.slots,
         captions=plans.captions,
         text_tower=config.model.text,
+        named=set(),
     )
     dataset = grain.MapDataset.source(plans).map(materialize)
     grids = np.concatenate([x.grids for x in rows])

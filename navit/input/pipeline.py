@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -17,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from navit import config
-from navit.batch import Batch
+from navit.batch import Batch, PackedImages
 from navit.input import pixels, text
 from navit.input.batch_plans import BatchPlans
 from navit.input.fill import fill_rows, slot_array
@@ -72,7 +73,11 @@ def fingerprint(source: Source | StreamSource) -> str:
 
 
 class Materialize(grain.transforms.Map):
-    """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each."""
+    """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each.
+
+    Args:
+      named: the unreadable images that a warning has named, to name each once.
+    """
 
     def __init__(
         self,
@@ -83,9 +88,11 @@ class Materialize(grain.transforms.Map):
         slots: int,
         captions: int,
         text_tower: config.TextConfig | None,
+        named: set[str],
     ) -> None:
         self._source, self._data, self._patch_size = source, data, patch_size
         self._slots, self._captions, self._text = slots, captions, text_tower
+        self._named = named
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._slots, self._source
@@ -145,7 +152,10 @@ class Materialize(grain.transforms.Map):
         return captions[rng.integers(len(captions))]
 
     def _report(self, index: int, error: ValueError) -> None:
-        log.warning("left empty: %s (%s)", self._source.name(index), error)
+        name = self._source.name(index)
+        if name not in self._named:
+            self._named.add(name)
+            log.warning("left empty: %s (%s)", name, error)
 
 
 class MaterializeStream(grain.transforms.Map):
@@ -170,7 +180,7 @@ def train_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> grain.DatasetIterator[Batch] | Generator[Batch, None, None]:
     """This host's training batches, from `start_step` to `cfg.train.steps`.
 
     Batch i is a function of the config and i alone, so a run continues exactly with any
@@ -201,6 +211,7 @@ def train_batches(
         slots=plans.slots,
         captions=plans.captions,
         text_tower=cfg.model.text,
+        named=set(),
     )
     materialize: grain.transforms.Map
     if isinstance(source, StreamSource):
@@ -222,9 +233,46 @@ def train_batches(
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=data.workers, per_worker_buffer_size=2
     )
-    return iter(
-        dataset.to_iter_dataset(read).mp_prefetch(workers, worker_init_fn=_start_worker)
+    batches = dataset.to_iter_dataset(read).mp_prefetch(
+        workers, worker_init_fn=_start_worker
     )
+    return _from_workers(iter(batches))
+
+
+def _from_workers(
+    batches: grain.DatasetIterator[Batch],
+) -> Generator[Batch, None, None]:
+    """Batches of worker processes, which start with the first."""
+    try:
+        # They inherit the mask: a Ctrl-C before `_start_worker` would end them. The
+        # tracker would lift it when it starts.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            batch = next(batches, None)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        while batch is not None:
+            yield _owned(batch)
+            batch = next(batches, None)
+    finally:
+        batches.close()
+
+
+def _owned(batch: Batch) -> Batch:
+    """A copy of a worker's batch, whose shared memory is released here.
+
+    grain releases it when the last reference is gone, and what is still referenced
+    when the process ends is reported as leaked.
+    """
+    return Batch(PackedImages(*map(_copied, batch.images)), *map(_copied, batch[1:]))
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    if isinstance(array, grain.multiprocessing.SharedMemoryArray):
+        array._unlink_on_del = False  # not a second time
+        array.shm.unlink()
+    return np.array(array)
 
 
 def _check_positions(

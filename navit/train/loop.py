@@ -162,5 +162,5 @@ def _steps(
             if stop:
                 break
     if meter.unreadable:
-        log.warning("%d images could not be read in this run", meter.unreadable)
+        log.warning("%d images could not be read in this run", len(meter.unreadable))
     return state

@@ -49,13 +49,13 @@ class Meter:
     """Counts what went through since it was last read, for rates.
 
     Attributes:
-      unreadable: planned images that this host could not read, over the whole run.
+      unreadable: ids of the images that this host could not read, over the whole run.
     """
 
     def __init__(self, config: Config, devices: int) -> None:
         """Args: devices: how many train."""
         self._config, self._devices = config, devices
-        self.unreadable = 0
+        self.unreadable: set[int] = set()
         self._restart()
 
     def add(self, batch: Batch, waited: float) -> None:
@@ -63,15 +63,15 @@ class Meter:
         planned = np.asarray(batch.id) >= 0
         found = np.asarray(batch.images.grids)[..., 0] > 0
         lengths = _lengths(np.asarray(batch.images.segment_ids), found.shape[1])
-        lost = int((planned & ~found).sum())
+        lost = np.asarray(batch.id)[planned & ~found]
         self._steps += 1
         self._counts += (
             *(found.sum(), len(found), found.size),
             *(lengths.sum(), batch.images.segment_ids.size),
-            *((lengths**2).sum(), lost),
+            *((lengths**2).sum(), lost.size),
         )
         self._waited += waited
-        self.unreadable += lost
+        self.unreadable.update(lost.tolist())
 
     def read(self, step: int) -> Values:
         """All hosts' numbers since the last reading; no rates of a compiled step.
