@@ -18,7 +18,8 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.files import write_atomic
-from navit.input import fill, pixels, plan, text
+from navit.input import fill, plan, text
+from navit.input.images import ArrayLike, ImageLike, size_of, sizes_of
 from navit.input.named import Named
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
@@ -53,7 +54,7 @@ class Embedder:
 
     def embed_images(
         self,
-        images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+        images: Sequence[ImageLike] | ArrayLike,
         max_tokens: int = 256,
     ) -> np.ndarray:
         """Embeds images of any sizes: float32 `[len, e]`, unit norm, in order.
@@ -66,7 +67,7 @@ class Embedder:
         Raises:
           ValueError: names the first image that cannot be read.
         """
-        sizes = pixels.sizes_of(images)
+        sizes = sizes_of(images)
         if not len(sizes):
             return np.zeros((0, self._embed_dim), np.float32)
 
@@ -77,7 +78,7 @@ class Embedder:
 
     def embed_source(
         self,
-        load: Callable[[int], pixels.ImageLike],
+        load: Callable[[int], ImageLike],
         sizes: np.ndarray,
         max_tokens: int,
         *,
@@ -288,7 +289,7 @@ def embed_files(
     for image in headers:
         try:
             with image.open() as file:
-                sizes.append(pixels.size_of(file))
+                sizes.append(size_of(file))
             kept.append(image)
         except (ValueError, OSError) as error:
             fail(image.name, error)

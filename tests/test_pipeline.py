@@ -38,6 +38,7 @@ from navit.config import (
 from navit.input import fill, pixels
 from navit.input.batch_plans import BatchPlans
 from navit.input.fill import fill_rows
+from navit.input.images import size_of
 from navit.input.pipeline import (
     Materialize,
     MaterializeStream,
@@ -237,7 +238,7 @@ def test_pack_names_the_image_that_breaks_off_in_its_pixels(rng):
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(out, "JPEG")
     cut = out.getvalue()[:2000]
-    assert pixels.size_of(cut) == (64, 64)  # the header is whole
+    assert size_of(cut) == (64, 64)  # the header is whole
     with pytest.raises(ValueError, match="image 2 "):
         navit.pack([solid(8, 8), solid(8, 8), cut])
 

@@ -19,7 +19,8 @@ import navit
 from navit.input import geometry
 from navit.input import pixels as pixels_lib
 from navit.input.geometry import grid_for
-from navit.input.pixels import _UPRIGHT, load, size_of, to_patches
+from navit.input.images import UPRIGHT, size_of
+from navit.input.pixels import load, to_patches
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 BILINEAR = Image.Resampling.BILINEAR
@@ -462,7 +463,7 @@ def test_a_box_is_in_upright_pixels(orientation):
     undo = {1: None, 5: 5, 6: 8, 8: 6}.get(orientation, orientation)
     stored = Image.fromarray(ramp)
     if undo is not None:
-        stored = stored.transpose(_UPRIGHT[undo])
+        stored = stored.transpose(UPRIGHT[undo])
     exif = Image.Exif()
     exif[0x0112] = orientation
     file = io.BytesIO()

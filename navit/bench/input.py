@@ -29,6 +29,7 @@ from PIL import Image
 from navit.config import Config, DataConfig, Folder, TrainConfig
 from navit.input import geometry, pipeline, pixels
 from navit.input.batch_plans import BatchPlans
+from navit.input.images import ImageLike
 from navit.input.plan import plan_block
 from navit.input.sources import Source
 
@@ -93,7 +94,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
 
 
 def _pixels(
-    images: dict[int, pixels.ImageLike],
+    images: dict[int, ImageLike],
     index: list[int],
     grids: np.ndarray,
     boxes: list,
@@ -157,7 +158,7 @@ def peers(rounds: int) -> None:
             grids = geometry.grids_for(np.array([[height, width]] * len(files)), budget)
 
             def ours(files: list[bytes] = files, grids: np.ndarray = grids) -> None:
-                table: dict[int, pixels.ImageLike] = dict(enumerate(files))
+                table: dict[int, ImageLike] = dict(enumerate(files))
                 _pixels(table, list(table), grids, [None] * len(grids), 16, "fast")
 
             def theirs(files: list[bytes] = files, budget: int = budget) -> None:

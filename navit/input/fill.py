@@ -11,6 +11,7 @@ import numpy as np
 
 from navit.batch import PackedImages
 from navit.input import geometry, pixels
+from navit.input.images import ArrayLike, ImageLike, sizes_of
 from navit.input.plan import Rows, pack_rows
 
 # What a random key is for, so that no two draws share one; `plan.py` has others.
@@ -19,7 +20,7 @@ _WHICH_TOKENS = 3
 
 def fill_rows(
     rows: Rows,
-    load: Callable[[int], pixels.ImageLike],
+    load: Callable[[int], ImageLike],
     *,
     patch_size: int,
     row_tokens: int,
@@ -81,7 +82,7 @@ def fill_rows(
 
 @overload
 def pack(
-    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+    images: Sequence[ImageLike] | ArrayLike,
     *,
     patch_size: int = ...,
     max_tokens: int = ...,
@@ -94,7 +95,7 @@ def pack(
 ) -> PackedImages: ...
 @overload
 def pack(
-    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+    images: Sequence[ImageLike] | ArrayLike,
     *,
     patch_size: int = ...,
     max_tokens: int = ...,
@@ -107,7 +108,7 @@ def pack(
 ) -> tuple[PackedImages, np.ndarray]: ...
 @overload
 def pack(
-    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+    images: Sequence[ImageLike] | ArrayLike,
     *,
     patch_size: int = ...,
     max_tokens: int = ...,
@@ -119,7 +120,7 @@ def pack(
     return_index: bool = ...,
 ) -> tuple[PackedImages, np.ndarray, np.ndarray]: ...
 def pack(
-    images: Sequence[pixels.ImageLike] | pixels.ArrayLike,
+    images: Sequence[ImageLike] | ArrayLike,
     *,
     patch_size: int = 16,
     max_tokens: int = 256,
@@ -167,7 +168,7 @@ def pack(
     for name, value in (("slots", slots), ("rows", rows)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    sizes = pixels.sizes_of(images)
+    sizes = sizes_of(images)
     grids = geometry.grids_for(
         sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from navit.input import pixels
+from navit.input.images import ImageLike
 from navit.input.plan import Part
 from navit.input.sources import Source, Task
 
@@ -50,7 +50,7 @@ class MixtureSource:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def image(self, index: int) -> pixels.ImageLike:
+    def image(self, index: int) -> ImageLike:
         source, index = self._at(index)
         return source.image(index)
 

@@ -19,10 +19,11 @@ from absl import flags
 
 from navit import config
 from navit.batch import Batch, PackedImages
-from navit.input import pixels, text
+from navit.input import text
 from navit.input.batch_plans import BatchPlans
 from navit.input.fill import fill_rows, slot_array
 from navit.input.folder import same_table
+from navit.input.images import ImageLike
 from navit.input.kinds import open_source as open_source
 from navit.input.kinds import open_train_source as open_train_source
 from navit.input.mixture import MixtureSource
@@ -99,7 +100,7 @@ class Materialize(grain.transforms.Map):
         captions: dict[int, str] = {}
         lost: list[int] = []
 
-        def load(index: int) -> pixels.ImageLike:
+        def load(index: int) -> ImageLike:
             # Both are one record; without either the slot stays empty.
             try:
                 captions[index] = self._caption(index, rows.epoch)

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from navit.input import pixels
+from navit.input.images import size_of
 from navit.input.kept import Place, find_beside, read_arrays, write_arrays, write_beside
 from navit.input.passing import is_passing
 
@@ -42,7 +42,7 @@ class Record(NamedTuple):
         image: bytes | BinaryIO, label: str = "", captions: Iterable[str] = ()
     ) -> Record:
         """Raises ValueError for what is no image."""
-        height, width = pixels.size_of(image)
+        height, width = size_of(image)
         text = "\0".join(captions)
         check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
         return Record(height, width, label, check)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from navit.input import pixels
+from navit.input.images import ImageLike
 
 
 class Task(NamedTuple):
@@ -24,7 +24,7 @@ class Source(Protocol):
     tasks: dict[str, Task]  # the first one labels the training batch
 
     def __len__(self) -> int: ...
-    def image(self, index: int) -> pixels.ImageLike: ...
+    def image(self, index: int) -> ImageLike: ...
     def captions(self, index: int) -> tuple[str, ...]: ...
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...  # another one where the data is another

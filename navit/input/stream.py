@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from navit import config
-from navit.input import examples, pixels, records, storage, tar
+from navit.input import examples, records, storage, tar
+from navit.input.images import ImageLike, size_of
 from navit.input.kept import digest
 from navit.input.sources import Task
 
@@ -131,7 +132,7 @@ class Carried:
     def __len__(self) -> int:
         return len(self._records)
 
-    def image(self, index: int) -> pixels.ImageLike:
+    def image(self, index: int) -> ImageLike:
         return self._usable(index).image
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -153,7 +154,7 @@ def _record(name: str, found: Any, parse: Callable[[Any], records.Raw]) -> Recor
     try:
         raw = parse(found)
         assert isinstance(raw.image, bytes)
-        return Record(name, raw.image, raw.captions, pixels.size_of(raw.image))
+        return Record(name, raw.image, raw.captions, size_of(raw.image))
     except (ValueError, RecursionError) as error:
         return Record(name, error=str(error))
 

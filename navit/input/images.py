@@ -1,0 +1,180 @@
+"""What an image may be, and its size from its header."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """An array of numpy, or of jax or torch, which convert to it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __array__(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+# A BytesIO has no name, so it is no BinaryIO where types are checked at run time.
+BinaryFile = BinaryIO | io.BytesIO
+
+# One image: an encoded file (its contents, an open file or a path), pixels
+# (`(h, w)`, `(h, w, 3)` or `(h, w, 4)` uint8), or a PIL image.
+Contents = bytes | bytearray | memoryview
+ImageLike = Contents | BinaryFile | str | os.PathLike[str] | ArrayLike | Image.Image
+
+# Larger images are refused before they are decoded: Pillow's own limit, 270 MB of RGB.
+MAX_PIXELS = 89_478_485
+
+# No format that runs programs (PostScript) or that photographs never come in.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+
+# What Pillow's readers raise for a damaged file (RuntimeError: AVIF; TypeError: TIFF);
+# a bomb's warning is one where warnings are errors.
+DAMAGED = (
+    OSError,
+    SyntaxError,
+    RuntimeError,
+    TypeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_EXIF_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def size_of(image: ImageLike) -> tuple[int, int]:
+    """(height, width) in pixels, upright (EXIF applied), from the header alone.
+
+    Of a file, no more than the header is read.
+
+    Raises:
+      ValueError: if this is no image, or one too large to decode safely.
+      OSError: if its file cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        with Path(image).expanduser().open("rb") as file:
+            return size_of(file)
+    if not _is_file(image):
+        image = standard(image)
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    opened = image if isinstance(image, Image.Image) else open_image(image)
+    width, height = opened.size
+    return (width, height) if orientation(opened) >= 5 else (height, width)
+
+
+def sizes_of(images: Sequence[ImageLike] | ArrayLike) -> np.ndarray:
+    """`size_of` each: int `[len, 2]` (height, width).
+
+    Raises:
+      ValueError: for one image in place of several, or names the first that cannot be
+        read.
+    """
+    if (
+        isinstance(images, Contents | str | os.PathLike | Image.Image)
+        or _is_file(images)
+        or len(getattr(images, "shape", ())) in (2, 3)
+    ):
+        raise ValueError("expected a list of images, not one image: pass [image]")
+    sizes = np.zeros((len(images), 2), np.int64)
+    for i in range(len(images)):
+        try:
+            sizes[i] = size_of(images[i])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"image {i} cannot be read: {error}") from error
+    return sizes
+
+
+def open_image(data: bytes | BinaryFile) -> Image.Image:
+    try:
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        opened = Image.open(file, formats=_FORMATS)
+    except DAMAGED as error:
+        reason = str(error) if "identify" not in str(error) else "not an image file"
+        raise ValueError(reason) from error
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(
+            f"{opened.width}x{opened.height} pixels is over the limit of {MAX_PIXELS}"
+        )
+    return opened
+
+
+def orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow turns these itself, when it opens and loads
+        return 1
+    try:
+        # Not PngImageFile.getexif, which decodes the image to look behind its pixels.
+        exif = Image.Image.getexif(image)
+        found = int(exif.get(_EXIF_ORIENTATION, 1))
+        return found if found in UPRIGHT else 1
+    except (OSError, SyntaxError, ValueError, TypeError):  # damaged EXIF: as stored
+        return 1
+
+
+def _is_file(image: Any) -> TypeGuard[BinaryFile]:
+    if isinstance(image, io.TextIOBase):
+        raise ValueError('the file is open as text: open it with mode "rb"')
+    return hasattr(image, "read")
+
+
+def standard(image: ImageLike) -> bytes | np.ndarray | Image.Image:
+    """Any kind of image as one of three: an encoded file, an array, a PIL image."""
+    if isinstance(image, bytes | Image.Image):
+        return image
+    if isinstance(image, bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | os.PathLike):
+        return Path(image).expanduser().read_bytes()
+    if _is_file(image):
+        image.seek(0)
+        return image.read()
+    if not hasattr(image, "__array__"):
+        raise ValueError(
+            "an image is a file's contents, an open file, a path, an array or a PIL "
+            f"image, not a {type(image).__name__}"
+        )
+    try:
+        array = np.asarray(image)
+    except (TypeError, RuntimeError) as error:  # torch: on a GPU, or with a gradient
+        kind = type(image).__name__
+        raise ValueError(f"a {kind} did not convert to numpy: {error}") from error
+    _check_array(array)
+    return array
+
+
+def _check_array(image: np.ndarray) -> None:
+    if 0 in image.shape:
+        raise ValueError(f"an image of shape {image.shape} has no pixels")
+    channels = image.shape[2] if image.ndim == 3 else 0
+    if image.dtype == np.uint8 and (image.ndim == 2 or channels in (3, 4)):
+        return
+    remedies = []
+    if image.ndim == 3 and channels not in (3, 4) and image.shape[0] in (3, 4):
+        remedies += [
+            "move the channels last with transpose(1, 2, 0), or permute in torch"
+        ]
+    if image.dtype.kind == "f":
+        remedies += ["convert values in [0, 1] with (image * 255).round() to uint8"]
+    raise ValueError(
+        "an image array must be uint8 of shape (h, w), (h, w, 3) or (h, w, 4), not "
+        f"{image.dtype} {image.shape}"
+        + (f": {'; '.join(remedies)}" if remedies else "")
+    )
