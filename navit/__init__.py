@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from navit.embed import Embedder as Embedder
     from navit.input.fill import pack as pack
     from navit.input.fill import unpack as unpack
-    from navit.input.geometry import grid_for as grid_for
+    from navit.plan.geometry import grid_for as grid_for
     from navit.weights import load as load
     from navit.weights import save as save
 
@@ -22,7 +22,7 @@ _HOMES = {
     "Config": "navit.config",
     "Embedder": "navit.embed",
     "PackedImages": "navit.batch",
-    "grid_for": "navit.input.geometry",
+    "grid_for": "navit.plan.geometry",
     "load": "navit.weights",
     "pack": "navit.input.fill",
     "save": "navit.weights",

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
         "folder, tars, tfds, array_record, parquet or stream (--print-config shows "
-        "them all; navit/config.py explains them)",
+        "them all; navit/config/experiment.py explains them)",
     )
     train.add_argument(
         "--print-config",

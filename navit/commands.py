@@ -93,7 +93,8 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def index(args: argparse.Namespace) -> int:
-    from navit.input import pipeline, summary
+    from navit.input import pipeline
+    from navit.sources import summary
 
     data = config_lib.load(args.config, args.overrides).data
     train = pipeline.open_source(data.train, again=args.again)
@@ -130,7 +131,8 @@ def compile_(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from navit.input import pipeline, plan_report
+    from navit.input import pipeline
+    from navit.plan import report as plan_report
 
     config = config_lib.load(args.config, args.overrides)
     source = pipeline.open_source(config.data.train)

@@ -18,13 +18,14 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.files import write_atomic
-from navit.input import fill, plan, text
-from navit.input.images import ArrayLike, ImageLike, size_of, sizes_of
+from navit.input import fill, tokens
 from navit.input.named import Named
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
+from navit.plan import epoch as plan
 from navit.sharding import split_rows
+from navit.sources.images import ArrayLike, ImageLike, size_of, sizes_of
 
 log = logging.getLogger("navit")
 
@@ -164,8 +165,8 @@ class Embedder:
             raise ValueError("embed_texts takes a list of texts, not one text")
         out = np.zeros((len(texts), self._embed_dim), np.float32)
         c = self.text.config
-        text.check_vocabulary(c.tokenizer, c.vocab_size)
-        cut = text.share_cut(texts, c.length, c.tokenizer)
+        tokens.check_vocabulary(c.tokenizer, c.vocab_size)
+        cut = tokens.share_cut(texts, c.length, c.tokenizer)
         if cut:
             log.warning(
                 "%.1f %% of %d texts are longer than the %d tokens that this model "
@@ -175,7 +176,7 @@ class Embedder:
         at_once = self._shared_by_devices(min(256, max(len(texts), 1)))
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
-            ids = text.encode(
+            ids = tokens.encode(
                 [*part, *[""] * (at_once - len(part))],
                 *(c.length, c.tokenizer),
             )

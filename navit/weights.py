@@ -22,9 +22,9 @@ from navit.config import (
     TextConfig,
     VisionConfig,
 )
-from navit.config_model import ROUNDING
+from navit.config.model import ROUNDING
 from navit.convert import big_vision, huggingface
-from navit.convert.weights import Weights, build, name_of
+from navit.convert.stored import Weights, build, name_of
 from navit.embed import Embedder
 from navit.files import replacing
 from navit.model.two_tower import TwoTower

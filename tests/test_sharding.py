@@ -6,9 +6,9 @@ from helpers import tiny_config
 
 from navit.config import MeshConfig, override
 from navit.input import pipeline
-from navit.model.linear import add_bias
-from navit.optim import make_optimizer
+from navit.model.layers import add_bias
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
+from navit.train.optim import make_optimizer
 from navit.train.state import init_state
 from navit.train.step import make_train_step
 

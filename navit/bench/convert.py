@@ -20,7 +20,7 @@ import numpy as np
 
 from navit.config import ModelConfig
 from navit.convert import huggingface
-from navit.convert.weights import Weights, shapes_of
+from navit.convert.stored import Weights, shapes_of
 from navit.model import variants
 
 

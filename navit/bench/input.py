@@ -27,11 +27,12 @@ import numpy as np
 from PIL import Image
 
 from navit.config import Config, DataConfig, Folder, TrainConfig
-from navit.input import geometry, pipeline, pixels
-from navit.input.batch_plans import BatchPlans
-from navit.input.images import ImageLike
-from navit.input.plan import plan_block
-from navit.input.sources import Source
+from navit.input import pipeline, pixels
+from navit.plan import geometry
+from navit.plan.batches import BatchPlans
+from navit.plan.epoch import plan_block
+from navit.sources.images import ImageLike
+from navit.sources.source import Source
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
 

@@ -18,9 +18,9 @@ import dataclasses
 import time
 
 from navit.config import DataConfig, Sides
-from navit.input.batch_plans import BatchPlans
-from navit.input.plan import plan_block
-from navit.input.synthetic import photographs
+from navit.plan.batches import BatchPlans
+from navit.plan.epoch import plan_block
+from navit.sources.synthetic import photographs
 
 MIXES = {
     "NaFlex": DataConfig(budgets=(128, 256, 576, 784, 1024), slots=None),

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from navit import flops
 from navit.batch import Batch, PackedImages
 from navit.config import Config, DataConfig
-from navit.input.batch_plans import BatchPlans
-from navit.input.plan import Rows
-from navit.input.synthetic import photographs
-from navit.model.splash import block_size
-from navit.model.splash_blocks import LANES, WHOLE_ROW, visited
+from navit.kernels.splash import block_size
+from navit.kernels.splash_blocks import LANES, WHOLE_ROW, visited
+from navit.model import flops
 from navit.model.two_tower import TwoTower
-from navit.optim import make_optimizer
+from navit.plan.batches import BatchPlans
+from navit.plan.epoch import Rows
 from navit.sharding import Rules, make_mesh
+from navit.sources.synthetic import photographs
 from navit.train.checks import check_devices, check_parameters
+from navit.train.optim import make_optimizer
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
 
@@ -41,7 +41,7 @@ class Program:
       flops: of the model on those alone, by part.
       rows, row_tokens: of the global batch.
       visited: blocks of queries in a row, and blocks of keys that each visits on
-        average, where attention skips (`navit.model.splash`); None elsewhere.
+        average, where attention skips (`navit.kernels.splash`); None elsewhere.
       parameters, optimizer, batch: bytes on one device.
     """
 

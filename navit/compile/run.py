@@ -42,7 +42,7 @@ def run(
         topologies.prepare(
             None if dump is None else str(dump)
         )  # before anything below loads libtpu
-        from navit.compile import program, report
+        from navit.compile import printout, program
 
         devices = topologies.devices(topology, config.mesh.slices)
         if config.model.dtype == "auto":
@@ -59,9 +59,9 @@ def run(
             long = "minutes" if quick else "ten minutes and more (--quick: fewer)"
             log.info("compiling for %s; this takes %s", topology, long)
             with _ticking():
-                found = report.compile_program(lowered, topology, dump=dump)
-            print(report.table(found), flush=True)
-            reports.append(report.to_json(found))
+                found = printout.compile_program(lowered, topology, dump=dump)
+            print(printout.table(found), flush=True)
+            reports.append(printout.to_json(found))
         if out is not None:
             write_atomic(out, (json.dumps(reports, indent=2) + "\n").encode())
         return 0 if all(each["fits"] for each in reports) else 1

@@ -45,7 +45,7 @@ class Operation:
         count theirs.
       runs: how many times it runs in a step.
       kernel: the name of a Pallas kernel, which has no cycles either
-        (`navit.compile.kernels`).
+        (`navit.compile.kernel_times`).
       taken: of a kernel that says so, the share of its steps that runs each branch.
       collectives: what it sends, an operation of its own or fused into this one.
     """

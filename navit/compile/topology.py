@@ -48,7 +48,7 @@ def prepare(dump: str | None = None) -> None:
     """Sets what libtpu reads when it loads; call it before anything uses a device.
 
     Args:
-      dump: a directory for the schedules of the kernels (`navit.compile.kernels`).
+      dump: a directory for the schedules of the kernels (`navit.compile.kernel_times`).
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():

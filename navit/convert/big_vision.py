@@ -16,7 +16,7 @@ import numpy as np
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
 from navit.convert import tensors, tokenizers
-from navit.convert.weights import (
+from navit.convert.stored import (
     Tensor,
     Weights,
     check_shapes,

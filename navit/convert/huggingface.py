@@ -25,7 +25,7 @@ from navit.convert.huggingface_config import (
     read_json,
     write_json,
 )
-from navit.convert.weights import (
+from navit.convert.stored import (
     Tensor,
     Weights,
     check_shapes,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert.weights import depth_of, square_side
+from navit.convert.stored import depth_of, square_side
 from navit.files import write_atomic
 
 log = logging.getLogger("navit")

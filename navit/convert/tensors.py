@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from navit.config import ModelConfig
-from navit.convert.weights import Tensor
+from navit.convert.stored import Tensor
 
 _BLOCK = {  # ours: (Hugging Face, big_vision)
     "attention_norm": ("layer_norm1", "LayerNorm_0"),

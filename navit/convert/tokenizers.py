@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from navit.convert.weights import Weights
-from navit.input.text import EOS, PAD, open_tokenizer
+from navit.convert.stored import Weights
+from navit.input.tokens import EOS, PAD, open_tokenizer
 
 # What they are called in released repositories, of either format. SigLIP 1's have a
 # tokenizer.json too, and transformers opens the pieces.

@@ -17,12 +17,12 @@ import navit
 from navit import config as config_lib
 from navit.config import Config
 from navit.embed import Embedder, grids_of
-from navit.evals.classification import Classification
+from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
 from navit.files import write_atomic
-from navit.input.sources import Source, Task
-from navit.input.stream import StreamSource
+from navit.sources.source import Source, Task
+from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 

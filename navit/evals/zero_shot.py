@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from navit.input.sources import Task
+from navit.sources.source import Task
 
 
 class ZeroShot:

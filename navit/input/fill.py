@@ -10,9 +10,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from navit.batch import PackedImages
-from navit.input import geometry, pixels
-from navit.input.images import ArrayLike, ImageLike, sizes_of
-from navit.input.plan import Rows, pack_rows
+from navit.input import pixels
+from navit.plan import geometry
+from navit.plan.epoch import Rows, pack_rows
+from navit.sources.images import ArrayLike, ImageLike, sizes_of
 
 # What a random key is for, so that no two draws share one; `plan.py` has others.
 _WHICH_TOKENS = 3

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from navit import config
-from navit.input import storage, table, tar
+from navit.sources import storage, table, tar
 
 
 class Named(NamedTuple):

@@ -19,18 +19,18 @@ from absl import flags
 
 from navit import config
 from navit.batch import Batch, PackedImages
-from navit.input import text
-from navit.input.batch_plans import BatchPlans
+from navit.input import tokens
 from navit.input.fill import fill_rows, slot_array
-from navit.input.folder import same_table
-from navit.input.images import ImageLike
-from navit.input.kinds import open_source as open_source
-from navit.input.kinds import open_train_source as open_train_source
-from navit.input.mixture import MixtureSource
-from navit.input.plan import VERSION, Part, Rows, grids_of
-from navit.input.sources import Source
-from navit.input.stream import Carried, StreamSource
 from navit.input.stream_plan import Planned, StreamPlans
+from navit.plan.batches import BatchPlans
+from navit.plan.epoch import VERSION, Part, Rows, grids_of
+from navit.sources.folder import same_table
+from navit.sources.images import ImageLike
+from navit.sources.kinds import open_source as open_source
+from navit.sources.kinds import open_train_source as open_train_source
+from navit.sources.mixture import MixtureSource
+from navit.sources.source import Source
+from navit.sources.stream import Carried, StreamSource
 
 log = logging.getLogger("navit")
 
@@ -64,8 +64,11 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
 
 
 def parts_of(source: Source) -> tuple[Part, ...]:
-    """What a mixture draws from by weight; nothing of any other source."""
-    return source.parts if isinstance(source, MixtureSource) else ()
+    """The sources of a mixture as the plan draws from them; none for other sources."""
+    if not isinstance(source, MixtureSource):
+        return ()
+    offsets = np.cumsum([0, *source.counts[:-1]]).tolist()
+    return tuple(map(Part, offsets, source.counts, source.shares))
 
 
 def fingerprint(source: Source | StreamSource) -> str:
@@ -128,7 +131,7 @@ class Materialize(grain.transforms.Map):
         token_ids = np.zeros((len(rows.index), 1), np.int32)
         if self._text:
             texts = [captions.get(int(i), "") for i in rows.index]
-            token_ids = text.encode(texts, self._text.length, self._text.tokenizer)
+            token_ids = tokens.encode(texts, self._text.length, self._text.tokenizer)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
             task = next(iter(source.tasks.values()))
@@ -136,7 +139,7 @@ class Materialize(grain.transforms.Map):
         batch = Batch(
             images=images,
             text=slot_array(
-                *(rows, self._captions, token_ids, text.PAD),
+                *(rows, self._captions, token_ids, tokens.PAD),
                 group=self._data.caption_rows or 1,
             ),
             label=slot_array(rows, slots, labels, -1),

@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from navit.input.images import (
+from navit.sources.images import (
     DAMAGED,
     UPRIGHT,
     ImageLike,

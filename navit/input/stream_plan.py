@@ -16,9 +16,9 @@ import grain
 import numpy as np
 
 from navit import config
-from navit.input import groups, sampling
-from navit.input.plan import Rows, draw
-from navit.input.stream import Record, StreamSource
+from navit.plan import groups, sampling
+from navit.plan.epoch import Rows, draw
+from navit.sources.stream import Record, StreamSource
 
 # What a random key is for, so that no two draws share one.
 _ORDER, _DRAWS, _GROUPS = 5, 6, 7

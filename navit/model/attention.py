@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from navit.model.splash import SAVED, splash, splash_skip
-from navit.model.splash_blocks import LANES, SUBLANES, WHOLE_ROW, Segments, spread
-from navit.model.unpack import split_heads, unpack
+from navit.kernels.splash import SAVED, splash, splash_skip
+from navit.kernels.splash_blocks import LANES, SUBLANES, WHOLE_ROW, Segments, spread
+from navit.kernels.unpack import split_heads, unpack
 from navit.sharding import platform
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ def attention(
         * "xla": the reference: a dense `[n, n]` mask; work grows with n squared.
         * "unpack": gathers every segment to a row of its own, attends there one row
           at a time so that the logits stay in a CPU's cache, and puts the result back;
-          exact, and 2 to 17 times as fast on a CPU (`navit.bench.attention`). Needs
-          the two bounds.
+          exact, and 2 to 17 times as fast on a CPU
+          (`navit.bench.attention_speed`). Needs the two bounds.
         * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
           block; wins for every such row.
         * "splash_skip": a TPU kernel that visits only blocks with a segment in common;

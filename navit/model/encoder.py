@@ -12,9 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
-from navit.model.fused import fits
-from navit.model.fused_mlp import MlpWeights, fused_mlp
-from navit.model.linear import (
+from navit.kernels.fused import fits
+from navit.kernels.fused_mlp import MlpWeights, fused_mlp
+from navit.kernels.norm_project import ProjectWeights, norm_project
+from navit.kernels.splash_blocks import LANES, heads_fill_lanes
+from navit.model.layers import (
     Linear,
     add_bias,
     compute_dtype,
@@ -22,8 +24,6 @@ from navit.model.linear import (
     linear,
     product,
 )
-from navit.model.norm_project import ProjectWeights, norm_project
-from navit.model.splash_blocks import LANES, heads_fill_lanes
 from navit.sharding import Rules
 
 # `navit.model.attention.attention_qkvpacked` with this batch's segments.

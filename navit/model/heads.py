@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.model.encoder import Mlp
-from navit.model.linear import layer_norm, linear
+from navit.model.layers import layer_norm, linear
 from navit.sharding import Rules
 
 

@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.config import ModelConfig
+from navit.kernels.splash_blocks import LANES
 from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder
-from navit.model.linear import compute_dtype, linear
-from navit.model.splash_blocks import LANES
+from navit.model.layers import compute_dtype, linear
 from navit.sharding import Rules, platform
 
 # Tokens of a row of captions: as long as keeps a TPU busy, no longer.

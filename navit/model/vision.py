@@ -16,7 +16,7 @@ from navit.config import ModelConfig, VisionConfig
 from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
-from navit.model.linear import compute_dtype, linear
+from navit.model.layers import compute_dtype, linear
 from navit.model.positions import PositionEmbedding
 from navit.sharding import Rules
 

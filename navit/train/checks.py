@@ -12,12 +12,12 @@ import numpy as np
 
 from navit import config as config_lib
 from navit.config import Config
-from navit.config_model import ROUNDING
-from navit.input import text
-from navit.input.sources import Source
-from navit.input.stream import StreamSource
-from navit.model.splash_blocks import LANES, WHOLE_ROW
+from navit.config.model import ROUNDING
+from navit.input import tokens
+from navit.kernels.splash_blocks import LANES, WHOLE_ROW
 from navit.sharding import Rules, platform
+from navit.sources.source import Source
+from navit.sources.stream import StreamSource
 from navit.train.step import Metrics
 from navit.train.trackers import check_installed
 
@@ -78,7 +78,7 @@ def check_config(config: Config) -> None:
     check_installed(config)
     tower = config.model.text
     if tower is not None and config.train.loss != "classification":
-        text.check_vocabulary(tower.tokenizer, tower.vocab_size)
+        tokens.check_vocabulary(tower.tokenizer, tower.vocab_size)
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
             raise ValueError(
@@ -100,7 +100,7 @@ def check_captions(config: Config, source: Source | StreamSource) -> None:
     if config.model.text is not None and config.train.loss != "classification":
         captions = _some_captions(source)
         tower = config.model.text
-        cut = text.share_cut(captions, tower.length, tower.tokenizer)
+        cut = tokens.share_cut(captions, tower.length, tower.tokenizer)
         if cut:
             log.warning(
                 "%.1f %% of the captions are longer than model.text.length=%d and lose "

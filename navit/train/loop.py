@@ -13,22 +13,17 @@ from navit.config import Config
 from navit.embed import Embedder
 from navit.evals import budgets
 from navit.input import pipeline
-from navit.input.sources import Source
-from navit.input.stream import StreamSource
 from navit.model.two_tower import TwoTower
-from navit.optim import make_optimizer, make_schedule
 from navit.sharding import Rules, make_mesh, use_mesh
+from navit.sources.source import Source
+from navit.sources.stream import StreamSource
 from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import (
-    check_captions,
-    check_config,
-    check_devices,
-    check_finite,
-)
+from navit.train.checks import check_captions, check_config, check_devices, check_finite
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.metrics import Meter, line
+from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
 from navit.train.start import start
 from navit.train.state import TrainState

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from navit import flops
 from navit.batch import Batch
 from navit.config import Config
 from navit.files import write_atomic
+from navit.model import flops
 from navit.train import hosts
 
 Values = dict[str, float | int]

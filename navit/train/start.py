@@ -15,11 +15,11 @@ from navit import config as config_lib
 from navit.config import Config
 from navit.files import write_atomic
 from navit.model.two_tower import TwoTower
-from navit.optim import make_optimizer
 from navit.sharding import Rules
 from navit.train import hosts
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, rounding_changes
+from navit.train.optim import make_optimizer
 from navit.train.state import TrainState, init_state
 
 log = logging.getLogger("navit")

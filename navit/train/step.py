@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from navit import losses
 from navit.batch import Batch, PackedImages
 from navit.config import Config
+from navit.losses.classification import classification_loss
+from navit.losses.contrastive import sigmoid_loss, softmax_loss
 from navit.model.two_tower import TwoTower, normalize
 from navit.sharding import Rules
 from navit.train.state import TrainState
@@ -43,7 +44,7 @@ def batch_loss(
 
         real = (batch.images.grids[..., 0] > 0).reshape(-1)
         logits = in_parts(classify, batch.images).reshape(real.size, -1)
-        return losses.classification_loss(logits, batch.label.reshape(-1), real)
+        return classification_loss(logits, batch.label.reshape(-1), real)
     assert text is not None and model.scale is not None and model.bias is not None
 
     def embed_images(images: PackedImages) -> Array:
@@ -67,8 +68,8 @@ def batch_loss(
     texts = normalize(texts.reshape(real.size, -1, out_sharding=rules.rows(2)))
     scale, bias = model.scale[...], model.bias[...]
     if config.train.loss == "softmax":
-        return losses.softmax_loss(images, texts, real, scale=scale, rules=rules)
-    return losses.sigmoid_loss(
+        return softmax_loss(images, texts, real, scale=scale, rules=rules)
+    return sigmoid_loss(
         *(images, texts, real),
         scale=scale,
         bias=bias,

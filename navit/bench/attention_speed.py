@@ -1,0 +1,200 @@
+"""Packed attention: every implementation, forward and with gradients.
+
+  python -m navit.bench.attention_speed
+  python -m navit.bench.attention_speed --mixes 2x4096x16 --heads 16 --width 72
+  python -m navit.bench.attention_speed --topology v6e:1x1
+
+On this machine each line is one mix: rows x tokens in a row, and so many images of so
+many tokens at most in each row (all as long as fit). Times are medians of interleaved
+rounds.
+
+With a TPU topology nothing runs, and no TPU is needed: the TPU compiler compiles
+forward and backward passes of 16,384 tokens, of images of 64 to 1024 tokens packed into
+rows, and the time is that of its schedule: the kernels' bundles, and the cycles that it
+expects of all other operations. No stall is in it, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from navit.compile import kernel_times, schedule, topology
+from navit.compile.program import visited_blocks
+from navit.config import MeshConfig
+from navit.kernels import splash
+from navit.model.attention import attention, attention_qkvpacked
+from navit.plan.epoch import pack_rows
+from navit.sharding import make_mesh
+
+IMPLEMENTATIONS = ("xla", "unpack")
+ROWS = {
+    "xla": (1024,),
+    "splash": (256, 512, 1024, 1152),
+    "splash_skip": (2048, 4096, 8192),
+}
+TOKENS = 16_384
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--mixes",
+        default="8x256x1,2x1024x1,2x1024x2,2x1024x4,2x1024x8,1x4096x4,1x4096x16",
+        help="rows x row tokens x images a row, several by commas",
+    )
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--topology", help="of one chip: v6e:1x1, v5e:1x1, v5p:1x1x1")
+    parser.add_argument(
+        "--only", help="of --topology: implementation:row tokens, several by commas"
+    )
+    # The folder of the process that compiles for one line.
+    parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.dump:
+        _compiled(args.topology, args.only, args.heads, args.width, args.dump)
+        return
+    if args.topology:
+        _scheduled(args.topology, args.only, args.heads, args.width)
+        return
+    print(f"{args.heads} heads of {args.width}, {jax.default_backend()}; milliseconds")
+    print(
+        f"{'rows x tokens x images':>24}{'':10}", *map("{:>10}".format, IMPLEMENTATIONS)
+    )
+    for mix in args.mixes.split(","):
+        rows, tokens, images = map(int, mix.split("x"))
+        _line(rows, tokens, images, args.heads, args.width, args.rounds)
+
+
+def _line(
+    rows: int, tokens: int, images: int, heads: int, width: int, rounds: int
+) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = jnp.asarray(
+        rng.standard_normal((3, rows, tokens, heads, width), np.float32)
+    )
+    ids = np.repeat(np.arange(1, images + 1), tokens // images)
+    ids = np.pad(ids, (0, tokens - len(ids)))
+    segment_ids = jnp.asarray(np.broadcast_to(ids, (rows, tokens)), jnp.int32)
+    calls: dict[str, list[Callable[[], object]]] = {"forward": [], "gradients": []}
+    for name in IMPLEMENTATIONS:
+        attend = functools.partial(
+            attention,
+            segment_ids=segment_ids,
+            implementation=name,
+            max_segments=images,
+            max_segment_tokens=tokens // images,
+        )
+        forward = jax.jit(attend)
+        total = jax.jit(
+            jax.grad(lambda *x, attend=attend: (attend(*x) ** 2).sum(), (0, 1, 2))
+        )
+        calls["forward"].append(functools.partial(forward, q, k, v))
+        calls["gradients"].append(functools.partial(total, q, k, v))
+    for what, sides in calls.items():
+        times: list[list[float]] = [[] for _ in sides]
+        for round in range(rounds + 1):  # the first compiles
+            for side, found in zip(sides, times, strict=True):
+                start = time.perf_counter()
+                jax.block_until_ready(side())
+                if round:
+                    found.append(1000 * (time.perf_counter() - start))
+        medians = [f"{statistics.median(x):10.1f}" for x in times]
+        print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *medians, flush=True)
+
+
+def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:
+    """One process for each line: libtpu reads where to write its schedules but once."""
+    known = [kind for kind, chip in topology.CHIPS.items() if chip.clock]
+    if name.partition(":")[0] not in known:
+        raise SystemExit(f"--topology {name}: the clock is known of {known} alone")
+    cases = only.split(",") if only else [f"{i}:{n}" for i in ROWS for n in ROWS[i]]
+    print(
+        f"{heads} heads of {width}, {TOKENS} tokens, {name}; milliseconds by schedule"
+    )
+    titles = ("forward", "backward", "other", "sum", "MiB", "blocks", "compile s")
+    print(f"{'':18}", *map("{:>9}".format, titles), flush=True)
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix="navit-schedule-") as dump:
+            command = [sys.executable, "-m", "navit.bench.attention_speed"]
+            command += ["--topology", name, "--only", case]
+            command += ["--heads", str(heads), "--width", str(width), "--dump", dump]
+            subprocess.run(command, check=True)
+
+
+def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
+    topology.prepare(str(dump))
+    implementation, _, row = case.partition(":")
+    n, clock = int(row), (topology.chip(name).clock or 0.0) / 1000
+    mesh, rules = make_mesh(MeshConfig(), topology.devices(name))
+    assert mesh is not None
+    start = time.perf_counter()
+    place = jax.NamedSharding(mesh, rules("batch") or jax.P())
+    # As a projection leaves them.
+    b, make = TOKENS // n, functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    qkv = make((b, n, 3 * heads * width), jnp.bfloat16)
+    x, ids = make((b, n, heads * width), jnp.bfloat16), make((b, n), jnp.int32)
+
+    def both(qkv: jax.Array, ids: jax.Array, gradient: jax.Array) -> object:
+        def attend(qkv: jax.Array) -> jax.Array:
+            return attention_qkvpacked(
+                qkv, ids, width=width, implementation=implementation
+            )
+
+        out, back = jax.vjp(attend, qkv)
+        return out, back(gradient)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(both).lower(qkv, ids, x)
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    operations = schedule.operations(compiled.as_text() or "")
+    other = sum(x.cycles * x.runs for x in operations) / clock
+    turns = _turns(n) if implementation == "splash_skip" else None
+    times = {"forward": 0.0, "backward": 0.0}
+    for kernel_name, kernel in kernel_times.kernel_cycles(dump).items():
+        part = "backward" if "backward" in kernel_name else "forward"
+        taken = None
+        if turns is not None:
+            taken = kernel_times.skipping(kernel, _blocks(n), turns)
+        times[part] += kernel.cycles(taken=taken) / clock
+    figures = [*times.values(), other, sum(times.values()) + other]
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    memory = analysis.temp_size_in_bytes / 2**20
+    blocks = "all" if turns is None else f"{turns / _blocks(n):.2f}"
+    print(
+        f"{implementation:12} {n:5}",
+        *map("{:9.3f}".format, figures),
+        f"{memory:9.0f} {blocks:>9} {seconds:9.0f}",
+        flush=True,
+    )
+
+
+def _blocks(row_tokens: int) -> int:
+    return row_tokens // splash.block_size(row_tokens)
+
+
+def _turns(row_tokens: int) -> float:
+    """Mean blocks of keys that a block of queries visits."""
+    lengths = np.random.default_rng(0).integers(64, 1025, 100 * row_tokens // 544)
+    grids = np.stack([np.ones_like(lengths), lengths], -1)
+    rows = pack_rows(grids, row_tokens, None)
+    return visited_blocks(rows, row_tokens)
+
+
+if __name__ == "__main__":
+    main()

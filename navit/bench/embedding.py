@@ -1,0 +1,177 @@
+"""Images a second from JPEG bytes to embeddings, against transformers where installed.
+
+  python -m navit.bench.embedding                     # navit alone
+  pip install torch transformers && python -m navit.bench.embedding --rounds 5
+
+The same weights (B/16, random) and the photographs of data/sample, mixed shapes, on the
+same cores; both sides take turns, and the median of the rounds counts. "whole" starts
+at JPEG bytes, "model" at prepared patches. transformers runs its own processor (Pillow)
+and model in float32 with batches of --batch images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from navit import weights
+from navit.config import Config, ModelConfig
+from navit.convert.stored import Weights, shapes_of
+from navit.embed import embed_packed
+from navit.input import fill
+from navit.model import variants
+
+SAMPLE = Path(__file__).parents[2] / "data/sample"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--size", default="B", help="Ti, S, B, L or So400m")
+    parser.add_argument("--budgets", default="256,1024")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8, help="of transformers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--side",
+        type=int,
+        help="enlarge the photographs to this longer side, as 4000 of a camera",
+    )
+    args = parser.parse_args()
+    files = sorted(SAMPLE.glob("*.jpg"))
+    photographs = [file.read_bytes() for file in files]
+    if args.side:
+        photographs = [_enlarged(data, args.side) for data in photographs]
+    images = [photographs[i % len(files)] for i in range(args.images)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        weights.write(_random(args.size), path, "huggingface", config=Config())
+        ours = weights.load(path)
+        theirs = _transformers(path, args.batch)
+        for budget in map(int, args.budgets.split(",")):
+            sides = {"navit": _navit(ours, images, budget)}
+            if theirs:
+                sides["transformers"] = theirs(images, budget)
+            _report(sides, budget, args.images, args.rounds)
+
+
+def _enlarged(data: bytes, side: int) -> bytes:
+    with Image.open(io.BytesIO(data)) as image:
+        size = [round(x * side / max(image.size)) for x in image.size]
+        exif = image.getexif()  # which way is up
+        buffer = io.BytesIO()
+        image.resize((size[0], size[1]), Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=88, exif=exif
+        )
+    return buffer.getvalue()
+
+
+# What runs: "whole" and "model", each a call without arguments.
+Side = dict[str, Callable[[], np.ndarray]]
+
+
+def _navit(model: Any, images: list[bytes], budget: int) -> Side:
+    packed = fill.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
+    rows = model.rows_at_once(budget, len(packed.grids))
+    parts = [
+        jax.tree.map(lambda x, i=i: x[i : i + rows], packed)
+        for i in range(0, len(packed.grids), rows)
+    ]
+
+    def alone() -> np.ndarray:
+        found = [embed_packed(model.vision, part, budget, True) for part in parts]
+        return np.concatenate([np.asarray(x)[:, 0] for x in found])
+
+    return {"whole": lambda: model.embed_images(images, budget), "model": alone}
+
+
+def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
+    try:
+        import torch
+        from PIL import ImageOps
+        from transformers import Siglip2ImageProcessorPil, Siglip2Model
+    except ImportError:
+        print("torch and transformers are not installed: navit alone")
+        return None
+    model = Siglip2Model.from_pretrained(path).eval()
+    processor = Siglip2ImageProcessorPil.from_pretrained(path)
+
+    def prepare(images: list[bytes], budget: int) -> list[dict]:
+        opened = [
+            ImageOps.exif_transpose(Image.open(io.BytesIO(x))).convert("RGB")
+            for x in images
+        ]
+        return [
+            processor(
+                opened[i : i + batch], max_num_patches=budget, return_tensors="pt"
+            )
+            for i in range(0, len(opened), batch)
+        ]
+
+    def forward(parts: list[dict]) -> np.ndarray:
+        with torch.no_grad():
+            pooled = [model.vision_model(**part).pooler_output for part in parts]
+        z = torch.cat(pooled)
+        return (z / z.norm(dim=-1, keepdim=True)).numpy()
+
+    def side(images: list[bytes], budget: int) -> Side:
+        prepared = prepare(images, budget)
+        return {
+            "whole": lambda: forward(prepare(images, budget)),
+            "model": lambda: forward(prepared),
+        }
+
+    return side
+
+
+def _report(sides: dict[str, Side], budget: int, count: int, rounds: int) -> None:
+    vectors = {}
+    for name, side in sides.items():
+        for what, call in side.items():
+            vectors[name, what] = call()  # compiles, and warms up
+    if len(sides) > 1:
+        a, b = (vectors[name, "whole"] for name in sides)
+        print(f"{budget:5} tokens  smallest cosine {(a * b).sum(-1).min():.4f}")
+    for what in ("whole", "model"):
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                start = time.perf_counter()
+                side[what]()
+                times[name].append(time.perf_counter() - start)
+        medians = {name: count / statistics.median(x) for name, x in times.items()}
+        text = "  ".join(
+            f"{name} {rate:6.2f} images/s" for name, rate in medians.items()
+        )
+        if len(sides) > 1:
+            text += f"  ratio {medians['navit'] / medians['transformers']:.2f}"
+        print(f"{budget:5} tokens  {what:5}  {text}", flush=True)
+
+
+def _random(size: str) -> Weights:
+    model = ModelConfig(
+        vision=variants.vision(f"{size}/16"),
+        text=variants.text(size, depth=1, vocab_size=1000, length=64, tokenizer=""),
+    )
+    shapes = shapes_of(model)
+    rng = np.random.default_rng(0)
+
+    def read(name: str) -> np.ndarray:
+        value = rng.standard_normal(shapes[name], np.float32)
+        value *= 0.5 * shapes[name][-2] ** -0.5 if len(shapes[name]) > 1 else 0.1
+        return value + ("norm" in name and name.endswith("scale"))
+
+    return Weights(model, read, where="random weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The configuration of a run; every name of it is here."""
+
+from typing import Any
+
+from navit.config import overrides
+from navit.config.data import Crop as Crop
+from navit.config.data import DataConfig as DataConfig
+from navit.config.data import Sides as Sides
+from navit.config.data import TokenDrop as TokenDrop
+from navit.config.experiment import Config as Config
+from navit.config.experiment import EvalConfig as EvalConfig
+from navit.config.experiment import MeshConfig as MeshConfig
+from navit.config.experiment import OptimConfig as OptimConfig
+from navit.config.experiment import TrainConfig as TrainConfig
+from navit.config.experiment import load as load
+from navit.config.model import ModelConfig as ModelConfig
+from navit.config.model import PositionConfig as PositionConfig
+from navit.config.model import TextConfig as TextConfig
+from navit.config.model import VisionConfig as VisionConfig
+from navit.config.overrides import differences as differences
+from navit.config.overrides import override as override
+from navit.config.overrides import to_json as to_json
+from navit.config.sources import AnySource as AnySource
+from navit.config.sources import ArrayRecords as ArrayRecords
+from navit.config.sources import Folder as Folder
+from navit.config.sources import Mixture as Mixture
+from navit.config.sources import ParquetImages as ParquetImages
+from navit.config.sources import Stream as Stream
+from navit.config.sources import Synthetic as Synthetic
+from navit.config.sources import TarShards as TarShards
+from navit.config.sources import Tfds as Tfds
+from navit.config.sources import TrainSource as TrainSource
+
+
+def from_json(data: Any) -> Config:
+    """Makes the config that `to_json` wrote; raises as `overrides.from_json`."""
+    return overrides.from_json(data, Config)

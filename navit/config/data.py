@@ -1,0 +1,223 @@
+"""The data's part of a configuration (`navit/config/experiment.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from statistics import NormalDist
+from typing import Literal
+
+from navit.config.overrides import positive
+from navit.config.sources import AnySource, Stream, Synthetic, TrainSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """NaViT's resolution sampling: every image gets the area of a drawn square.
+
+    Its side in pixels (`of="side"`), or its area, is drawn between `low` and `high`:
+    uniformly, or from a normal on [-1, 1], truncated there and stretched to them.
+    NaViT found sides better than areas, and N(-0.5, 1) on [64, 384] best.
+    """
+
+    of: Literal["side", "area"] = "side"
+    distribution: Literal["uniform", "truncated_normal"] = "truncated_normal"
+    low: int = 64
+    high: int = 384
+    mean: float = -0.5
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "low", "std")
+        if self.high < self.low:
+            raise ValueError(f"high={self.high} is less than low={self.low}")
+        normal = NormalDist(self.mean, self.std)
+        if not normal.cdf(1) - normal.cdf(-1) > 0.01:
+            raise ValueError(
+                f"of a normal of mean={self.mean} and std={self.std} hardly anything "
+                "lies in [-1, 1], which is stretched to low and high"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A random crop of every image, before its grid is found.
+
+    `area`: range of its share of the image. `aspect`: range of its width over height,
+    relative to the image's own (drawn evenly on a logarithmic scale).
+    """
+
+    area: tuple[float, ...] = (0.5, 1.0)
+    aspect: tuple[float, ...] = (0.75, 4 / 3)
+
+    def __post_init__(self) -> None:
+        for name, top in (("area", 1.0), ("aspect", float("inf"))):
+            found = getattr(self, name)
+            if len(found) != 2 or not 0 < found[0] <= found[1] <= top:
+                raise ValueError(f"{name} is a range, as (0.5, 1.0), not {found}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDrop:
+    """Drops tokens of every image in training (NaViT, continuous token dropping).
+
+    `kind`: drop the share `rate` of each image ("constant"); a share of Beta
+    distribution with that mean, at most `most` ("beta"); or a share that rises with the
+    image's length, from `rate - delta` to `rate + delta` ("resolution").
+    With `final_rate` the rate moves from `rate` to that along a sigmoid in the number
+    of images seen, half way at `midpoint` images, `timescale` images wide. NaViT found
+    that dropping less in the end helps, and more hurts.
+    """
+
+    kind: Literal["constant", "beta", "resolution"] = "resolution"
+    rate: float = 0.5
+    final_rate: float | None = None
+    midpoint: float = 0.0
+    timescale: float = 1.0
+    delta: float = 0.1
+    most: float = 0.85
+
+    def __post_init__(self) -> None:
+        positive(self, "timescale", "most")
+        top = self.most if self.kind == "beta" else 1.0
+        for name, rate in (("rate", self.rate), ("final_rate", self.last_rate)):
+            if not 0 <= rate < top or top > 1:
+                raise ValueError(f"{name} must be in [0, {top:g}), not {rate}")
+        low, high = sorted((self.rate, self.last_rate))
+        if (
+            self.kind == "resolution"
+            and not 0 <= low - abs(self.delta) <= (high + abs(self.delta)) < 1
+        ):
+            raise ValueError(
+                f"delta={self.delta} takes rates of {low} to {high} out of [0, 1)"
+            )
+        if not math.isfinite(self.midpoint):
+            raise ValueError(f"midpoint is a number of images, not {self.midpoint}")
+
+    @property
+    def last_rate(self) -> float:
+        """At the end of the schedule."""
+        return self.rate if self.final_rate is None else self.final_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is packed.
+
+    A global batch is `rows` rows of `row_tokens` tokens with `slots` images at most
+    each (None: twice as many as a row holds on average, to a power of two; a `Stream`,
+    whose sizes are not known before, needs a number).
+
+    Every image takes one of `budgets` (in tokens), drawn anew each epoch by
+    `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
+    batch, as SigLIP 2 does. `sides` draws resolutions as NaViT does, in their place.
+    `max_upscale` caps how far a small image is enlarged (None: as far as the budget
+    allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), but to
+    `min_tokens` it always is.
+
+    The text tower takes the captions of `caption_rows` rows at a time as one list of
+    `captions` places (None: a few per cent more than such rows hold on average), so
+    that it does not run on empty slots; the plan sees to it that they hold no more.
+    Every device takes whole groups, so `rows` must be a multiple of devices times
+    `caption_rows`; 4 to 8 is enough. None: every slot has a place.
+
+    `crop`, `flip` and `drop` change what is seen of an image, in training alone.
+    `elastic`: an image may give up this share of its tokens to close a row, which
+    pads less and biases resolution downwards; off at 0.
+    `workers` is the number of processes that decode; 0 decodes in threads of this
+    process.
+    """
+
+    train: TrainSource = Synthetic()
+    eval: AnySource | None = None
+    budgets: tuple[int, ...] = (256,)
+    budget_weights: tuple[float, ...] = ()
+    budget_per: Literal["image", "batch"] = "image"
+    sides: Sides | None = None
+    min_tokens: int = 1
+    max_upscale: float | None = None
+    row_tokens: int = 1024
+    rows: int = 8
+    slots: int | None = None
+    caption_rows: int | None = None
+    captions: int | None = None
+    open_rows: int = 16
+    elastic: float = 0.0
+    crop: Crop | None = None
+    flip: bool = False
+    drop: TokenDrop | None = None
+    dct: Literal["fast", "accurate"] = "fast"
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
+        for name in ("max_upscale", "slots", "caption_rows", "captions"):
+            if getattr(self, name) is not None:
+                positive(self, name)
+        if self.captions is not None and self.caption_rows is None:
+            raise ValueError(
+                f"data.captions={self.captions} are of data.caption_rows, which is not "
+                "set"
+            )
+        if self.rows % (self.caption_rows or 1):
+            raise ValueError(
+                f"data.rows={self.rows} is not divisible by data.caption_rows="
+                f"{self.caption_rows}"
+            )
+        for name in ("workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.elastic < 1:
+            raise ValueError(f"elastic is a share in [0, 1), not {self.elastic}")
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
+        weights = self.budget_weights
+        good = all(0 < weight < math.inf for weight in weights)
+        if weights and (len(weights) != len(self.budgets) or not good):
+            raise ValueError(
+                f"data.budget_weights={weights} needs one positive number for each of "
+                f"data.budgets={self.budgets}"
+            )
+        if self.sides is not None and self.budget_per == "batch":
+            raise ValueError('data.sides are drawn per image: budget_per="image"')
+        if max(self.budgets) > self.row_tokens and self.sides is None:
+            raise ValueError(
+                f"data.budgets reach {max(self.budgets)} tokens, more than a row of "
+                f"data.row_tokens={self.row_tokens}: lower one or raise the other"
+            )
+        if isinstance(self.train, Stream):
+            _check_stream(self)
+        if self.min_tokens > min(self.budgets) and self.sides is None:
+            raise ValueError(
+                f"data.min_tokens={self.min_tokens} is more than the least of "
+                f"data.budgets={self.budgets}"
+            )
+
+    def most_tokens(self, patch_size: int) -> int:
+        """No image takes more tokens than this."""
+        if self.sides is None:
+            return max(self.budgets)
+        return max(1, int((self.sides.high / patch_size) ** 2))
+
+
+def _check_stream(data: DataConfig) -> None:
+    """Raises ValueError for what needs all sizes before the first image."""
+    for name, needed in (("elastic", 0.0), ("budget_per", "image")):
+        if getattr(data, name) != needed:
+            raise ValueError(
+                f"data.{name}={getattr(data, name)} needs a source with random access, "
+                f"and a Stream has none: set it to {needed}"
+            )
+    if data.slots is None:
+        raise ValueError("the sizes of a Stream are not known before: set data.slots")
+    if data.caption_rows is not None and data.captions is None:
+        raise ValueError(
+            "the sizes of a Stream are not known before: set data.captions for "
+            f"data.caption_rows={data.caption_rows}"
+        )
+    if data.eval is None:
+        raise ValueError(
+            "a Stream cannot be evaluated on: set data.eval to a source with random "
+            "access"
+        )

@@ -1,0 +1,219 @@
+"""The configuration of a run: frozen dataclasses.
+
+A config is only data. Each file in `configs/` defines `get_config() -> Config`; `load`
+reads one and applies `key.path=value` overrides. The whole tree is saved with the
+checkpoint, and evaluation rebuilds the model from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from navit.config.data import DataConfig
+from navit.config.model import ModelConfig
+from navit.config.overrides import override, positive
+from navit.config.sources import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1).
+
+    `weight_decay`: the share of every kernel that a step takes away at the schedule's
+    peak, and less during warm-up and cosine; `lr`, `vision_lr` and `text_lr` do not
+    multiply it, as in big_vision. (AdamW elsewhere multiplies it by `lr`: torch's 0.1
+    at lr=1e-3 is 1e-4 here.) Biases, norms, embeddings, tables and the probe do not
+    decay.
+    `start`: the run is the end of a longer schedule, of which this share is over: 0.9
+    is where SigLIP 2's NaFlex stage resumes (section 2.4.2). `vision_lr`, `text_lr`:
+    factors for the towers; 0 freezes one.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 1.0
+    start: float = 0.0
+    vision_lr: float = 1.0
+    text_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive(self, "lr", "clip_norm")
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start is a share in [0, 1), not {self.start}")
+        for name in ("warmup_steps", "weight_decay", "vision_lr", "text_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, which loss, and how often to log and save (in steps).
+
+    `microbatches`: towers take a device's rows in so many parts, one after another,
+    and make each part's activations anew for its gradient: less memory for a third more
+    work. The loss is over the whole batch all the same.
+    `loss_implementation`: how the sigmoid loss sums over all pairs
+    (`navit.losses.contrastive`); every way has the same value.
+    `log_to`: where the training log goes besides metrics.jsonl and the terminal.
+    `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
+    WORKDIR/profile.
+    """
+
+    steps: int = 1000
+    loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    microbatches: int = 1
+    loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    profile_steps: str = ""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "log_every", "checkpoint_every", "keep")
+        positive(self, "microbatches")
+        if self.loss != "sigmoid" and self.loss_implementation != "auto":
+            raise ValueError(
+                f"train.loss_implementation={self.loss_implementation} is a way to the "
+                f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
+            )
+        window = self.profile_window
+        if window and not 1 <= window[0] < window[1] <= self.steps + 1:
+            raise ValueError(
+                f"profile_steps={self.profile_steps} is empty or not within steps 1 to "
+                f"{self.steps}: the first comes before the last, which is not traced"
+            )
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The first step to trace and the one before which to stop."""
+        if not self.profile_steps:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise ValueError(
+                f'profile_steps is FIRST:LAST, as "100:103", not {self.profile_steps!r}'
+            )
+        return int(first), int(last)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Token budgets to evaluate at, images at most, and the prompts of zero-shot.
+
+    `batch_tokens`: tokens embedded at a time; lower it where memory is short. None:
+    2048 on a CPU, as its cache holds no more (4096 is a tenth slower), else 16384.
+    """
+
+    budgets: tuple[int, ...] = (256, 729, 1024)
+    max_images: int | None = None
+    batch_tokens: int | None = None
+    prompts: tuple[str, ...] = ("{}",)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "max_images"):
+            if getattr(self, name) is not None:
+                positive(self, name)
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError(f"eval.budgets needs positive numbers, not {self.budgets}")
+        if not self.prompts or any(p.count("{}") != 1 for p in self.prompts):
+            raise ValueError(f'eval.prompts need one "{{}}" each, not {self.prompts}')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; -1 takes what is left.
+
+    `fsdp` shards the parameters and their moments too, `tensor` heads and MLPs; both
+    belong on the fast network of one slice. `slices` TPU slices (pods) lie along
+    `data`. Where all are given, the first devices of a single host are used.
+    `gradients`: the dtype in which devices sum theirs; bfloat16 halves the bytes.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+    gradients: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        positive(self, "slices")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment.
+
+    `init`: weights to start from (whatever `navit.load` takes). The towers' sizes then
+    come from there, where the config leaves them at their defaults.
+    """
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    init: str = ""
+
+    def __post_init__(self) -> None:
+        vision, loss = self.model.vision, self.train.loss
+        if loss == "classification" and not vision.num_classes:
+            raise ValueError(
+                'train.loss="classification" needs model.vision.num_classes'
+            )
+        if loss == "classification" and self.data.caption_rows is not None:
+            raise ValueError(
+                f"data.caption_rows={self.data.caption_rows} groups captions, and "
+                f"train.loss={loss} has none: leave it at none"
+            )
+        if loss == "classification" and isinstance(self.data.train, Stream):
+            raise ValueError("a Stream has no labels, which classification needs")
+        if loss != "classification":
+            if self.model.text is None:
+                raise ValueError(f'train.loss="{loss}" needs a text tower, model.text')
+            if vision.pool == "none":
+                raise ValueError(f'train.loss="{loss}" needs model.vision.pool')
+        most = self.data.most_tokens(vision.patch_size)
+        if most > self.data.row_tokens:
+            raise ValueError(
+                f"data.sides.high={self.data.sides and self.data.sides.high} makes "
+                f"images of {most} tokens, more than a row of data.row_tokens="
+                f"{self.data.row_tokens}: lower one or raise the other"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads the `get_config()` of a python file and applies `key.path=value`s."""
+    path = Path(path)
+    if not path.is_file():
+        known = [*path.parent.glob("*.py"), *Path("configs").glob("*.py")]
+        names = {p.stem: p for p in reversed(known)}
+        near = difflib.get_close_matches(path.stem, names, 1)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
+        raise FileNotFoundError(f"there is no config {path}{hint}")
+    spec = importlib.util.spec_from_file_location(f"navit_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise ValueError(f"{path} defines no get_config() -> navit.config.Config")
+        config = module.get_config()
+    except (TypeError, SyntaxError, ImportError, NameError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: get_config() returned {config!r}, not a Config")
+    return override(config, overrides)

@@ -1,0 +1,194 @@
+"""What a config may name as a source of images: frozen dataclasses, no code that reads.
+
+Paths start with `~`, or are URLs of any file system that fsspec knows (`gs://`,
+`s3://`) where a class says so. `docs/data.md` shows a line of each. On a command line
+the `short` name of a class chooses it: `data.train=tars:PATH`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+    """The built-in offline dataset (`navit/sources/synthetic.py`)."""
+
+    short = "synthetic"
+    size: int = 20_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.size > 0:
+            raise ValueError(f"size must be positive, not {self.size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """Photographs in `path` (URLs too) with a table of `file[,caption][,label]`.
+
+    `table` is a CSV, JSONL or Parquet file, relative to `path`; empty means the only
+    one there. `split` keeps every image ("all"), or sets a share `holdout` of them
+    aside by a hash of the file name: "train" is the rest and "eval" the part set aside.
+    `missing`: the share of the table's files that may be missing, and of its rows that
+    may have neither a caption nor a label; 0 stops at the first.
+    As `data.eval`, an empty `path` means the folder of `data.train` with its `missing`,
+    and its table too if `table` is empty.
+    """
+
+    short = "folder"
+    path: str = ""
+    table: str = ""
+    split: Literal["all", "train", "eval"] = "all"
+    holdout: float = 0.1
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout is a share between 0 and 1, not {self.holdout}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TarShards:
+    """Tar files of `KEY.jpg` with `KEY.txt`, `KEY.json` or `KEY.cls` (WebDataset).
+
+    `path`: `~/cc12m/{00000..01242}.tar`, a glob, or a folder of .tar files; URLs too.
+    `caption`, `label`: the member's extension, and of a .json also the field, as
+    `json.caption` or `json.meta.title`. An empty caption is the .txt, or else the field
+    `caption` of the .json. `classes`: a text file with a class name a line.
+    `missing`: the share of the shards that may be missing.
+    """
+
+    short = "tars"
+    path: str = ""
+    caption: str = ""
+    label: str = "cls"
+    classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords:
+    """ArrayRecord files of serialized `tf.train.Example`, read without TensorFlow.
+
+    `path`: as of `TarShards`, local. `image` (encoded bytes), `caption` (bytes, one or
+    several) and `label` (an integer or bytes) are names of features; an empty name
+    means that there is none. `classes`: a text file with a class name a line.
+    `missing`: the share of the files that may be missing.
+    """
+
+    short = "array_record"
+    path: str = ""
+    image: str = "image"
+    caption: str = "caption"
+    label: str = "label"
+    classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+    """A prepared TensorFlow dataset, stored as ArrayRecord; needs no TensorFlow.
+
+    `name`: `coco_captions`, `imagenet2012:5.1.0`, `my_set/its_config`. `split`:
+    `train`, `validation[:50%]`. `data_dir`: empty is TFDS's own. `image`, `caption` and
+    `label` are features, `captions.text` where they are nested; an empty name means
+    that there is none. Class names are those of the dataset, or the lines of the text
+    file `classes`.
+    """
+
+    short = "tfds"
+    name: str = ""
+    split: str = "train"
+    data_dir: str = ""
+    image: str = "image"
+    caption: str = "caption"
+    label: str = "label"
+    classes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetImages:
+    """Parquet files whose rows hold the images, as Hugging Face's datasets do.
+
+    `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
+    `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) may
+    be empty: there is none. `classes`: a text file with a class name a line. A random
+    image costs the reading of its whole row group: write small ones. `missing`: the
+    share of the files that may be missing.
+    """
+
+    short = "parquet"
+    path: str = ""
+    image: str = "image"
+    caption: str = "caption"
+    label: str = "label"
+    classes: str = ""
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Files that are read in order alone: compressed tars, TFRecord. For training.
+
+    `path`: as of `TarShards`, of `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
+    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as of
+    `TarShards`, or a feature; an empty one is the feature `caption`. The files of each
+    epoch are shuffled, and then the records among `window` at a time. Labels are not
+    read. `missing`: the share of the files that may be missing.
+    """
+
+    short = "stream"
+    path: str = ""
+    image: str = "image"
+    caption: str = ""
+    window: int = 1000
+    missing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_missing(self.missing)
+        if not self.window > 0:
+            raise ValueError(f"window must be positive, not {self.window}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources as one, its images drawn from each by `weights`.
+
+    Weights are shares of the images drawn, of any sum; empty draws every image alike.
+    """
+
+    sources: tuple[Single, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("a mixture needs sources, as sources=(Folder(...), ...)")
+        if self.weights and len(self.weights) != len(self.sources):
+            raise ValueError(
+                f"{len(self.sources)} sources need as many weights, not "
+                f"{len(self.weights)}"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"weights must be positive, not {self.weights}")
+
+
+def _check_missing(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"missing is a share between 0 and 1, not {share}")
+
+
+Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages
+AnySource = Single | Mixture
+TrainSource = AnySource | Stream

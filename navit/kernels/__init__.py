@@ -1,0 +1,1 @@
+"""Pallas kernels for TPUs, and the CPU's gather of segments."""

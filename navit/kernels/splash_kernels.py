@@ -1,0 +1,194 @@
+"""The two attention kernels: forward and backward (Pallas, for TPUs).
+
+Logits are transposed, `[keys, queries]`: softmax's maximum and the running statistics
+are then rows of a few registers, and in every product with a narrow result (values,
+and the gradients of queries, keys and values) the large matrix is the stationary one,
+which keeps a TPU's matrix units twice as busy at 64 channels a head as the usual
+layout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from navit.kernels.splash_blocks import LANES, SUBLANES, Call, dot
+
+LOG2E = math.log2(math.e)
+# Less than any maximum can be, and more than what is hidden.
+_LOWEST = -1e30
+
+
+def _scaled(call: Call, q: Any) -> Array:
+    """The queries of logits to base 2, rounded once, for both kernels alike.
+
+    The factor itself, rounded to bfloat16, would be up to 0.4 % off in every logit.
+    """
+    return (q[...].astype(jnp.float32) * (call.scale * LOG2E)).astype(call.dtype)
+
+
+def forward_kernel(
+    call: Call, bounds: Any, across: Any, down: Any, q: Any, k: Any, v: Any, *out: Any
+) -> None:
+    g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk
+    chunks = call.cut(chunk)
+    work = [(h, c) for h in range(g) for c in chunks]
+    scaled = _scaled(call, q)
+    qt = [call.head_below(scaled, h) for h in range(g)]
+
+    def visit(keys: Any, carry: Any) -> Any:
+        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
+        # A row of ones sums the weights in the same product.
+        ones = jnp.ones((2 * SUBLANES, seen.shape[0]), call.dtype)
+        vt = [jnp.concatenate([call.head_below(vb, h), ones]) for h in range(g)]
+
+        def logits(h: int, c: slice) -> Array:
+            return call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+
+        # The next logits before this softmax: the units that do them work at once.
+        found, ahead = [], logits(*work[0])
+        for i, (h, _) in enumerate(work):
+            s = ahead
+            ahead = logits(*work[i + 1]) if i + 1 < len(work) else s
+            top = s.max(0, keepdims=True)
+            if carry is None:
+                p = jnp.exp2(s - top).astype(call.dtype)
+                found.append((top, dot(vt[h], p, (1, 0))))
+            else:
+                before, total = carry[i]
+                top = jnp.maximum(top, before)
+                p = jnp.exp2(s - top).astype(call.dtype)
+                total = total * jnp.exp2(before - top) + dot(vt[h], p, (1, 0))
+                found.append((top, total))
+        return found
+
+    start = None
+    if not call.whole_row:
+        start = [
+            (
+                jnp.full((1, c.stop - c.start), _LOWEST, jnp.float32),
+                jnp.zeros((width + 2 * SUBLANES, c.stop - c.start), jnp.float32),
+            )
+            for _, c in work
+        ]
+    found = call.over_keys(bounds, visit, start)
+    values, statistics = [], []
+    for top, total in found:
+        weight = total[width : width + 1]
+        # Nothing visited: 0, not 0 / 0.
+        weight = jnp.where(weight == 0, 1, weight)
+        values.append(total[:width] / weight)
+        statistics.append(top + jnp.log2(weight))
+    n = len(chunks)
+    heads = [slice(h * n, (h + 1) * n) for h in range(g)]
+    out_ref, lse_ref = out
+    call.store(out_ref, [jnp.concatenate(values[h], 1) for h in heads])
+    for i, h in enumerate(heads):
+        lse_ref[i : i + 1] = jnp.concatenate(statistics[h], 1)
+
+
+def backward_kernel(
+    call: Call,
+    bounds: Any,
+    across: Any,
+    down: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    gradient: Any,
+    lse: Any,
+    dqkv: Any,
+    ready: Any,
+    sent: Any,
+    dk_total: Any,
+    dv_total: Any,
+) -> None:
+    g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk_backward
+    chunks = call.cut(chunk)
+    work = [(h, c) for h in range(g) for c in chunks]
+    scaled = _scaled(call, q)
+    product = out[...].astype(jnp.float32) * gradient[...].astype(jnp.float32)
+    qt, dt, delta = [], [], []
+    for h in range(g):
+        qt.append(call.head_below(scaled, h))
+        dt.append(call.head_below(gradient[...], h))
+        delta.append(call.head_below(product, h).sum(0, keepdims=True))
+
+    if not call.whole_row:
+
+        @pl.when(pl.program_id(2) == 0)
+        def _() -> None:
+            dk_total[...] = jnp.zeros_like(dk_total)
+            dv_total[...] = jnp.zeros_like(dv_total)
+
+    def visit(keys: Any, carry: Any) -> Any:
+        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
+        kt = [call.head_below(kb, h) for h in range(g)]
+        dks: list[Any] = [0] * g
+        dvs: list[Any] = [0] * g
+        found = []
+        for i, (h, c) in enumerate(work):
+            s = call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+            p = jnp.exp2(s - lse[h : h + 1, c])
+            dp = dot(call.head(vb, h), dt[h][:, c], (1, 0))
+            ds = (p * (dp - delta[h][:, c])).astype(call.dtype)
+            dvs[h] += dot(dt[h][:, c], p.astype(call.dtype), (1, 1))
+            dks[h] += dot(qt[h][:, c], ds, (1, 1))
+            x = dot(kt[h], ds, (1, 0))
+            found.append(x if carry is None else carry[i] + x)
+        if call.whole_row:
+            return found, dks, dvs
+        dk_total[:, keys] += jnp.concatenate(dks)
+        dv_total[:, keys] += jnp.concatenate(dvs)
+        return found
+
+    # Gradients go out from `ready`, while the next group of heads is worked on.
+    row, group, step = (pl.program_id(i) for i in range(3))
+
+    def copies() -> list[Any]:
+        channels = g * width
+        found = []
+        for part in range(3):
+            start = part * call.h * width + group * channels
+            at = pl.ds(pl.multiple_of(start, math.gcd(channels, LANES)), channels)
+            to = dqkv.at[row, :, at] if call.blocks.lanes else dqkv.at[row, at]
+            found.append(pltpu.make_async_copy(ready.at[part], to, sent.at[part]))
+        return found
+
+    def wait() -> None:
+        for copy in copies():
+            copy.wait()
+
+    def send(dks: list[Array], dvs: list[Array]) -> None:
+        call.store(ready.at[1], [x / LOG2E for x in dks])
+        call.store(ready.at[2], dvs)
+        for copy in copies():
+            copy.start()
+
+    start, n = None, len(chunks)
+    if call.whole_row:
+        found, dks, dvs = call.over_keys(bounds, visit, None)
+    else:
+        start = [jnp.zeros((width, c.stop - c.start), jnp.float32) for _, c in work]
+        found = call.over_keys(bounds, visit, start)
+    pl.when((group > 0) & (step == 0))(wait)
+    heads = [jnp.concatenate(found[h * n : (h + 1) * n], 1) for h in range(g)]
+    queries = pl.ds(step * call.blocks.queries, call.blocks.queries)
+    dq = ready.at[0, queries] if call.blocks.lanes else ready.at[0, :, queries]
+    call.store(dq, [x * call.scale for x in heads])
+    if call.whole_row:
+        send(dks, dvs)
+    else:
+        rows = [slice(h * width, (h + 1) * width) for h in range(g)]
+
+        @pl.when(step == call.steps - 1)
+        def _() -> None:
+            send([dk_total[x] for x in rows], [dv_total[x] for x in rows])
+
+    pl.when((group == call.groups - 1) & (step == call.steps - 1))(wait)

@@ -1,0 +1,1 @@
+"""Losses over the packed batch; each counts only real images."""

@@ -1,0 +1,1 @@
+"""Which image goes where, at which grid: integers only."""

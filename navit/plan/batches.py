@@ -1,0 +1,253 @@
+"""Step -> its planned rows, over epochs, blocks and hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from navit.config import DataConfig
+from navit.plan import groups, sampling
+from navit.plan.epoch import (
+    ORDER,
+    Part,
+    Rows,
+    images_per_block,
+    mean_tokens,
+    part_shares,
+    plan_block,
+    records_at,
+)
+
+# How many captions a group of rows needs is told by so many images, and, as dropped
+# tokens follow a schedule, by an epoch after any schedule's end.
+_SAMPLE, _LATE = 10_000, 2**40
+
+# Rates of dropped tokens at which the rows of such a sample are counted, and moments of
+# a block at which the rate is looked up between them. A batch left out is better than
+# an empty one, so the steps are this much fewer.
+_RATES, _MOMENTS = 33, 16
+_FEWER = 0.99
+
+
+class BatchPlans(Sequence):
+    """Step -> this host's rows of that step's global batch; random access.
+
+    Every epoch has the same number of steps, on every host: as many as epoch 0 fills,
+    at least one. What another epoch has beyond that is left out of it; what it lacks
+    comes out as empty rows. Each epoch leaves out other images. Where the rate of
+    dropped tokens changes, so does the number of steps, as a sample foretells.
+
+    Args:
+      sizes: `[m, 2]` (height, width) of every image.
+      steps: how many steps there are in all.
+      parts: of a mixture.
+      process_index, process_count: which host of how many.
+
+    Attributes:
+      steps_per_epoch: in global batches, of epoch 0.
+      never_drawn: images of a mixture that an epoch does not take, by the weights.
+      slots: images that a row may hold.
+      caption_rows, captions: rows in a group, and images that it may hold; without
+        `data.caption_rows` every row is one, with all its slots.
+
+    Raises:
+      ValueError: if the hosts cannot share the rows, or their groups, evenly.
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        data: DataConfig,
+        *,
+        patch_size: int,
+        steps: int,
+        parts: Sequence[Part] = (),
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        self._sizes, self._data, self._patch_size = sizes, data, patch_size
+        self._steps, self._parts = steps, tuple(parts)
+        self.caption_rows = data.caption_rows or 1
+        self._host_rows = groups.host_rows(data, process_count)
+        self._first_row = process_index * self._host_rows
+        self.slots = data.slots or self._slots()
+        self.captions = self._captions()
+        images = sum(part_shares(parts, len(sizes)))
+        self.never_drawn = len(sizes) - images
+        self._block_images = images_per_block(sizes, data, patch_size)
+        blocks = max(1, -(-images // self._block_images))
+        starts = np.arange(blocks) * self._block_images
+        self._counts = np.minimum(images - starts, self._block_images)
+        self._start()
+        # The first step of each block, of one epoch after the other.
+        self._first_steps = self._all_first_steps()
+        self.steps_per_epoch = int(self._first_steps[blocks])
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step):  # type: ignore[no-untyped-def]
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        epoch, block, within, count = self._place(step)
+        start = within * self._data.rows + self._first_row
+        rows = self._plan(epoch, block).slice(start, start + self._host_rows)
+        soon = step + (count + 1) // 2
+        if soon < self._steps:
+            self._planned(*self._place(soon)[:2])  # on its way, so that nobody waits
+        return rows
+
+    def first_block(self) -> tuple[Rows, float]:
+        """The rows of epoch 0's first block that are used, and the share of its images
+        that are left out; what the other blocks are like."""
+        used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._data.rows)
+        return used, 1 - len(used.index) / max(1, int(self._counts[0]))
+
+    def summary(self) -> str:
+        """What an epoch is like."""
+        used, left_out = self.first_block()
+        fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
+        group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "in a row"
+        never = ""
+        if self.never_drawn:
+            never = (
+                f", after the weights of the mixture leave out {self.never_drawn} of "
+                f"{len(self._sizes)}"
+            )
+        return (
+            f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
+            f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
+            f"fill {fill:.1%}, {left_out:.1%} of the images left out{never}; captions "
+            f"fill {self.captions_filled(used):.0%} of {self.captions} places {group}"
+        )
+
+    def captions_filled(self, rows: Rows) -> float:
+        """The share of what the text tower computes for these rows that is captions."""
+        return len(rows.index) * self.caption_rows / (len(rows) * self.captions)
+
+    def __getstate__(self) -> dict:
+        left = ("_planned", "_planner")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self) -> None:
+        self._planner = ThreadPoolExecutor(1)
+        self._planned = functools.lru_cache(maxsize=3)(self._plan_later)
+
+    def _place(self, step: int) -> tuple[int, int, int, int]:
+        """(epoch, block, step in the block, steps that the block has)."""
+        which = int(np.searchsorted(self._first_steps, step, "right")) - 1
+        first, end = self._first_steps[which : which + 2].tolist()
+        return *divmod(which, len(self._counts)), step - first, end - first
+
+    def _all_first_steps(self) -> np.ndarray:
+        blocks = len(self._counts)
+        rows = np.full(blocks, len(self._plan(0, 0)))
+        rows[-1] = len(self._plan(0, blocks - 1))  # it may be shorter
+        rates, needed = self._rows_by_rate()
+        epochs = 1
+        while True:
+            share = self._by_schedule(epochs, rates, needed)
+            share[:, :-1] /= share[0, 0]
+            share[:, -1] /= share[0, -1]
+            share[share != 1] *= _FEWER
+            steps = (rows * share).astype(np.int64) // self._data.rows
+            steps[:, 0] = np.maximum(1, steps[:, 0])
+            total = steps.sum()
+            if total >= self._steps:
+                return np.cumsum([0, *steps.reshape(-1).tolist()])
+            epochs = max(epochs + 1, int(1.1 * epochs * self._steps / total))
+
+    def _by_schedule(
+        self, epochs: int, rates: np.ndarray, needed: np.ndarray
+    ) -> np.ndarray:
+        """Rows that an image takes on average, `[epochs, blocks]`."""
+        counts, drop = self._counts, self._data.drop
+        if drop is None or len(rates) == 1:
+            return np.ones((epochs, len(counts)))
+        before = np.arange(epochs)[:, None] * counts.sum() + np.cumsum(counts) - counts
+        moments = (np.arange(_MOMENTS) + 0.5) / _MOMENTS
+        seen = before[..., None] + counts[:, None] * moments
+        rate = sampling.drop_rate(drop, seen)
+        return np.interp(rate, rates, needed).mean(-1)
+
+    def _rows_by_rate(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rates of dropped tokens, and the rows that a sample of the images takes."""
+        drop = self._data.drop
+        if drop is None or drop.rate == drop.last_rate:
+            return np.zeros(1), np.ones(1)
+        low, high = sorted((drop.rate, drop.last_rate))
+        rates = np.linspace(low, high, _RATES)
+        weights = self._data.budget_weights or (1.0,) * len(self._data.budgets)
+        if self._data.budget_per == "image":
+            weights = (1.0,)
+        needed = np.zeros(_RATES)
+        for i, rate in enumerate(rates.tolist()):
+            same = dataclasses.replace(drop, rate=rate, final_rate=rate)
+            rows = self._sampled(dataclasses.replace(self._data, drop=same))
+            needed[i] = np.dot(weights, [len(found) for found in rows])
+        return rates, needed
+
+    def _sampled(self, data: DataConfig, epoch: int = 0) -> list[Rows]:
+        """Rows of some images of epoch 0; with one budget a batch, of each budget."""
+        shares = part_shares(self._parts, len(self._sizes))
+        some = np.arange(min(_SAMPLE, sum(shares)))
+        some = records_at(some, self._parts, shares, [data.seed, 0, ORDER])
+        kinds = [data]
+        if data.budget_per == "batch":
+            alone = dataclasses.replace(data, budget_weights=(), budget_per="image")
+            kinds = [dataclasses.replace(alone, budgets=(x,)) for x in data.budgets]
+        return [
+            plan_block(
+                self._sizes[some],
+                kind,
+                patch_size=self._patch_size,
+                epoch=epoch,
+                slots=self.slots,
+            )
+            for kind in kinds
+        ]
+
+    def _plan(self, epoch: int, block: int) -> Rows:
+        return self._planned(epoch, block).result()
+
+    def _plan_later(self, epoch: int, block: int) -> Future[Rows]:
+        return self._planner.submit(
+            plan_block,
+            self._sizes,
+            self._data,
+            patch_size=self._patch_size,
+            epoch=epoch,
+            block=block,
+            parts=self._parts,
+            slots=self.slots,
+            captions=self.captions,
+            block_images=self._block_images,
+        )
+
+    def _captions(self) -> int:
+        """The images that a group of rows may hold: as many as nearly all groups do."""
+        data, group = self._data, self.caption_rows
+        if data.captions or not data.caption_rows:
+            return min(data.captions or self.slots, group * self.slots)
+        # With one budget a batch, some budget's batches need most.
+        found = [
+            groups.captions_for(np.diff(rows.offsets), group)
+            for epoch in ((0, _LATE) if data.drop else (0,))
+            for rows in self._sampled(data, epoch)
+        ]
+        return min(max(found), group * self.slots)
+
+    def _slots(self) -> int:
+        """Twice the images that a row holds on average, to the nearest power of two."""
+        images = self._data.row_tokens / mean_tokens(
+            self._sizes, self._data, self._patch_size
+        )
+        return 2 ** max(0, round(np.log2(2 * images)))

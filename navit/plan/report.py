@@ -1,0 +1,155 @@
+"""What a dataset's plan would be at several row lengths: a table and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from navit.config import DataConfig
+from navit.files import write_atomic
+from navit.plan.batches import BatchPlans
+from navit.plan.epoch import Part, typical_tokens
+
+# Below this share of padding one image a row is as good, and simpler.
+_LITTLE = 0.02
+
+
+class Line(NamedTuple):
+    """An epoch in rows of one length; shares are of all places, not per cent."""
+
+    row_tokens: int
+    padding: float
+    images_per_row: float
+    slots: int
+    slots_filled: float
+    captions_filled: float
+    steps_per_epoch: int
+    left_out: float
+
+
+class Report(NamedTuple):
+    """Attributes:
+    lines: one for each row length.
+    alone: padding with one image in each row of the largest budget.
+    lengths: `[m]` tokens of each image of an epoch's first block.
+    """
+
+    lines: list[Line]
+    alone: float
+    lengths: np.ndarray
+
+
+def report(
+    sizes: np.ndarray,
+    data: DataConfig,
+    *,
+    patch_size: int,
+    row_lengths: Sequence[int],
+    parts: Sequence[Part] = (),
+) -> Report:
+    """Plans the first block of an epoch in rows of every length.
+
+    A global batch keeps its tokens: half the rows of twice the length. `slots` are
+    chosen for each length (`data.slots=None`) but for the config's own, and so are
+    `captions`. Of these the column says what share of the text tower's work is real.
+
+    Raises:
+      ValueError: for a row that the longest image does not fit.
+    """
+    most = data.most_tokens(patch_size)
+    lines = []
+    for row_tokens in sorted({*row_lengths, data.row_tokens}):
+        if row_tokens < most:
+            raise ValueError(
+                f"a row of {row_tokens} tokens is shorter than an image of {most}"
+            )
+        own = row_tokens == data.row_tokens
+        rows = max(1, data.rows * data.row_tokens // row_tokens)
+        changed = dataclasses.replace(
+            data,
+            row_tokens=row_tokens,
+            rows=rows,
+            slots=data.slots if own else None,
+            caption_rows=data.caption_rows and math.gcd(data.caption_rows, rows),
+            captions=data.captions if own else None,
+        )
+        plans = BatchPlans(sizes, changed, patch_size=patch_size, steps=1, parts=parts)
+        used, left_out = plans.first_block()
+        images = len(used.index)
+        lines.append(
+            Line(
+                row_tokens,
+                1 - float(used.lengths.sum()) / (len(used) * row_tokens),
+                images / len(used),
+                plans.slots,
+                images / (len(used) * plans.slots),
+                plans.captions_filled(used),
+                plans.steps_per_epoch,
+                left_out,
+            )
+        )
+        if own:
+            lengths = used.lengths
+    alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
+    return Report(lines, alone, lengths)
+
+
+def table(found: Report, row_tokens: int) -> str:
+    """The report as text; the config's own row length is marked."""
+    heads = (
+        "padding",
+        "images/row",
+        "slots",
+        "slots filled",
+        "captions",
+        "steps/epoch",
+    )
+    text = "row tokens  " + "  ".join(heads) + "  left out\n"
+    for line in found.lines:
+        mark = "*" if line.row_tokens == row_tokens else " "
+        cells = (
+            f"{line.row_tokens:9}{mark}",
+            f"{line.padding:8.2%}",
+            f"{line.images_per_row:10.1f}",
+            f"{line.slots:5}",
+            f"{line.slots_filled:12.0%}",
+            f"{line.captions_filled:8.0%}",
+            f"{line.steps_per_epoch:11}",
+            f"{line.left_out:8.1%}",
+        )
+        text += "  ".join(cells) + "\n"
+    text += (
+        f"one image a row, padded to the largest budget: {found.alone:.2%} padding\n"
+    )
+    if found.alone < _LITTLE:
+        text += (
+            "Packing will not help here: every image at its budget already pads under "
+            "2 %. Set data.slots=1 and data.row_tokens to the budget.\n"
+        )
+    return text
+
+
+def plot(found: Report, path: Path) -> None:
+    """Padding by row length, and how long the images are."""
+    from matplotlib.figure import Figure  # slow to import, and only wanted here
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = ["1 image\na row", *(str(line.row_tokens) for line in found.lines)]
+    shares = [found.alone, *(line.padding for line in found.lines)]
+    bars = left.bar(names, [100 * x for x in shares], color="#4477aa")
+    left.bar_label(bars, fmt="%.2g", fontsize=8)
+    left.set(xlabel="row length (tokens)", ylabel="padding (%)")
+    right.hist(found.lengths, bins=60, color="#4477aa")
+    right.set(xlabel="tokens of an image", ylabel="images")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomic(path, buffer.getvalue())

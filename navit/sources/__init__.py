@@ -1,0 +1,1 @@
+"""Where images and captions lie, and the sizes of the images."""

@@ -1,0 +1,116 @@
+"""ArrayRecord files of `tf.train.Example`s; nothing else is read, nor unpickled."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from navit import config
+from navit.sources import examples, records, storage
+from navit.sources.kept import Place, digest
+
+log = logging.getLogger("navit")
+
+# Examples may lack a feature that others have.
+_LOOKED_AT = 16
+
+
+class ArrayRecordReader:
+    """The records of ArrayRecord files, in the order of the files.
+
+    A file that cannot be opened is left out and named.
+
+    Raises:
+      FileNotFoundError, ValueError: if there is no file, none can be opened, or its
+        records are no `tf.train.Example`s with the features that are named.
+    """
+
+    def __init__(self, source: config.ArrayRecords) -> None:
+        files = _files(source)
+        self._source, self.damaged = _open(files)
+        for line in self.damaged:
+            log.warning("left out, damaged: %s", line)
+        self.classes = records.class_names(source.classes)
+        self._image, self._path = source.image, source.path
+        try:
+            some = [self._example(i) for i in range(min(len(self), _LOOKED_AT))]
+        except ValueError as error:
+            raise ValueError(
+                f"{source.path}: {error}. Records are to be tf.train.Examples with the "
+                "encoded image in a feature; other encodings are not read"
+            ) from None
+        available = sorted({name for example in some for name in example})
+        self._caption, self._label = records.choose(source, available, source.path)
+        self.place = Place(
+            Path(files[0]).parent,
+            f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
+            f"label {self._label or 'none'})",
+            digest([files, [tuple(storage.Local().stat(file)) for file in files]]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def name(self, index: int) -> str:
+        return f"{self._path}: record {index}"
+
+    def image(self, index: int) -> bytes:
+        return _image(self._example(index), self._image)
+
+    def record(self, index: int) -> records.Raw:
+        example = self._example(index)
+        return records.Raw(
+            _image(example, self._image),
+            records.label_text(example.get(self._label)),
+            records.texts(example.get(self._caption)),
+        )
+
+    def _example(self, index: int) -> dict[str, list[Any]]:
+        try:
+            data = self._source[index]
+        except RuntimeError as error:  # damaged
+            raise ValueError(str(error)) from None
+        return examples.parse(data)
+
+
+def _files(source: config.ArrayRecords) -> list[str]:
+    path = source.path
+    if storage.is_remote(path):
+        raise ValueError(
+            f"ArrayRecord files are read from this machine, not {path!r}: copy them, "
+            "or mount the bucket (gcsfuse, mount-s3) and name its folder"
+        )
+    # TFDS writes a.array_record-00000-of-00008; in a pattern any name will do.
+    folder = Path(path).expanduser().is_dir()
+    suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)
+    return storage.find(storage.Local(), path, suffixes, missing=source.missing)
+
+
+def _open(files: list[str]) -> tuple[Any, list[str]]:
+    """The files as one, and what is wrong with those that are not in it."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        return ArrayRecordDataSource(files), []
+    except RuntimeError:
+        pass
+    whole, damaged = [], []
+    for file in files:
+        try:
+            ArrayRecordDataSource([file])
+            whole.append(file)
+        except RuntimeError as error:
+            damaged.append(f"{file}: {error}")
+    if not whole:
+        raise ValueError(
+            f"not one of {len(files)} files is an ArrayRecord: {damaged[0]}"
+        )
+    return ArrayRecordDataSource(whole), damaged
+
+
+def _image(example: dict[str, list[Any]], name: str) -> bytes:
+    values = example.get(name, [])
+    if len(values) != 1 or not isinstance(values[0], bytes):
+        raise ValueError(f"the feature {name!r} holds no encoded image")
+    return values[0]

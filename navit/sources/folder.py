@@ -1,0 +1,180 @@
+"""A folder of photographs, here or behind a URL, with a table."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from navit import config
+from navit.sources import records, storage
+from navit.sources.index import Record, measure
+from navit.sources.kept import Place, digest
+from navit.sources.missing import check_missing
+from navit.sources.source import Task
+from navit.sources.table import SUFFIXES, inside, read_table
+
+
+class FolderSource:
+    """Photographs in a folder, with a table of `file[,caption][,label]`.
+
+    A file may stand in several rows, one caption each; one that has none is captioned
+    by the name of its class. Sizes come from the sizes index.
+    A file that cannot be read is left out, with a warning that names it.
+
+    Raises:
+      FileNotFoundError, ValueError: a folder or table that is not there, a table
+        without the columns, a path outside the folder, more missing than
+        `folder.missing` allows, or nothing left to read.
+    """
+
+    def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
+        self._storage = storage.open_storage(folder.path)
+        remote = storage.is_remote(folder.path)
+        listing = self._storage.listing(folder.path)
+        self._root, table = _find(folder, listing)
+        with self._opened(table, self._storage.stat(table).size) as file:
+            named = read_table(file, table, self._root, missing=folder.missing)
+        # Classes are those of the whole table, so that every split numbers them alike.
+        labels = {e.file: records.label_text(e.label) for e in named}
+        names = records.sorted_names({*labels.values()} - {""})
+        stats = {
+            entry.file: stat
+            for entry in named
+            if (stat := self._stat(entry.file, listing)) is not None
+        }
+        entries = [entry for entry in named if entry.file in stats]
+        absent = [entry.file for entry in named if entry.file not in stats]
+        what, remedy = f"files of {table}", "add them, or delete their lines"
+        check_missing(absent, len(named), folder.missing, what, remedy)
+        index = measure(
+            lambda i: self._inspect(entries[i].file, stats[entries[i].file].size),
+            lambda i: self._path(entries[i].file),
+            len(entries),
+            Place(
+                None if remote else Path(self._root),
+                table,
+                digest([[*stats], [tuple(s) for s in stats.values()]]),
+            ),
+            again=again,
+        )
+        part = {i for i, e in enumerate(entries) if _is_in(folder, e.file)}
+        kept = [i for i in index.kept.tolist() if i in part]
+        if not kept:
+            what = f"{len(part)} images, none of them readable" if part else "no image"
+            raise ValueError(
+                f"split={folder.split!r} with holdout={folder.holdout} holds {what} of "
+                f"{table}: change the holdout or use split='all'"
+            )
+        self.left_out = len(part) - len(kept)
+        self._entries = [entries[i] for i in kept]
+        self.sizes = index.sizes[kept]
+        self.tasks = {}
+        if names:
+            number = {name: i for i, name in enumerate(names)} | {"": -1}
+            ids = np.array([number[labels[e.file]] for e in self._entries], np.int32)
+            self.tasks["label"] = Task(names, ids)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def image(self, index: int) -> bytes:
+        return self._storage.read(self.name(index))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if captions := self._entries[index].captions:
+            return captions
+        task = self.tasks["label"]
+        return (task.class_names[task.labels[index]],)
+
+    def name(self, index: int) -> str:
+        return self._path(self._entries[index].file)
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names, sizes, order, captions and labels."""
+        rows = [
+            [*entry, *map(int, size)]
+            for entry, size in zip(self._entries, self.sizes, strict=True)
+        ]
+        found = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return f"{len(rows)} images (table and sizes {found[:16]})"
+
+    def _path(self, file: str) -> str:
+        return f"{self._root}/{file}"
+
+    def _opened(self, path: str, size: int) -> BinaryIO:
+        read = functools.partial(self._storage.read_range, path)
+        return storage.opened(read, size, self._storage.block)
+
+    def _inspect(self, file: str, size: int) -> Record:
+        path = self._path(file)
+        if storage.is_remote(path):
+            with self._opened(path, size) as opened:
+                return Record.of(opened)
+        with storage.open_file(path) as opened:  # not kept open, as a shard is
+            return Record.of(opened)
+
+    def _stat(
+        self, file: str, listing: dict[str, storage.Stat] | None
+    ) -> storage.Stat | None:
+        """None for a file that is not there."""
+        if listing is not None:
+            return listing.get(file)
+        try:
+            return self._storage.stat(self._path(file))
+        except OSError:
+            return None
+
+
+def same_table(one: config.Folder, other: config.Folder) -> bool:
+    """Whether both read the same table of the same folder, however they write it."""
+    found = []
+    for folder in (one, other):
+        listing = storage.open_storage(folder.path).listing(folder.path)
+        root, table = _find(folder, listing)
+        if not storage.is_remote(root):
+            root, table = str(Path(root).resolve()), str(Path(table).resolve())
+        found.append((root, table))
+    return found[0] == found[1]
+
+
+def _find(
+    folder: config.Folder, listing: dict[str, storage.Stat] | None
+) -> tuple[str, str]:
+    """The folder without a slash at its end, and its table."""
+    root = folder.path.rstrip("/")
+    if not storage.is_remote(folder.path):
+        root = str(Path(folder.path).expanduser())
+    if not folder.path or not (listing or Path(root).is_dir()):
+        raise FileNotFoundError(
+            f"there is no folder {folder.path!r}: set data.train.path (or "
+            "data.eval.path) to the folder with your images"
+        )
+    names, name = listing or [p.name for p in Path(root).iterdir()], folder.table
+    if name:
+        name = inside(root, name, "data.train.table")
+        if name not in names and not (Path(root) / name).is_file():
+            raise FileNotFoundError(f"there is no table {root}/{name}")
+        return root, f"{root}/{name}"
+    found = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
+    if len(found) != 1:
+        what = f"{len(found)} tables" if found else "no .csv, .jsonl or .parquet"
+        raise FileNotFoundError(
+            f"{root} has {what}: write one with the columns file,caption[,label], or "
+            "name it with data.train.table"
+        )
+    return root, f"{root}/{found[0]}"
+
+
+def _is_in(folder: config.Folder, file: str) -> bool:
+    held = _hash(file) < folder.holdout
+    return folder.split == "all" or held == (folder.split == "eval")
+
+
+def _hash(text: str) -> float:
+    """A stable number in [0, 1) for a string."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

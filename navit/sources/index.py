@@ -1,0 +1,238 @@
+"""The sizes index: one pass over a dataset's headers, kept for the next run.
+
+An index is two files: `sizes-ID.npz` and, where something could not be read,
+`unreadable-ID.txt` (`navit/sources/kept.py` says where).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from navit.sources.images import size_of
+from navit.sources.kept import (
+    Place,
+    find_beside,
+    read_arrays,
+    write_arrays,
+    write_beside,
+)
+from navit.sources.passing import is_passing
+
+log = logging.getLogger("navit")
+
+# Reading fewer headers than this takes about a second: not worth a file.
+MIN_KEPT = 1000
+# How many records, at least, are read between two savings of what is done.
+SAVE_EVERY = 20_000
+
+
+class Record(NamedTuple):
+    """What the index keeps of one record."""
+
+    height: int
+    width: int
+    label: str = ""
+    text: int = 0  # crc32 of the captions
+
+    @staticmethod
+    def of(
+        image: bytes | BinaryIO, label: str = "", captions: Iterable[str] = ()
+    ) -> Record:
+        """Raises ValueError for what is no image."""
+        height, width = size_of(image)
+        text = "\0".join(captions)
+        check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
+        return Record(height, width, label, check)
+
+
+class Index(NamedTuple):
+    """One entry per record.
+
+    Attributes:
+      sizes: `[n, 2]` int32 (height, width), upright; (0, 0) for an unreadable one.
+      labels: `[n]` bytes, empty where there is none.
+      texts: `[n]` uint32, checksums of the captions.
+      unreadable: (record, reason) of each that cannot be used.
+    """
+
+    sizes: np.ndarray
+    labels: np.ndarray
+    texts: np.ndarray
+    unreadable: dict[int, str]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The records that can be used, in order."""
+        return np.flatnonzero(self.sizes[:, 0])
+
+    def describe(self) -> str:
+        """`N images (... digest)` of what is kept: the same for equal data anywhere."""
+        kept = self.kept
+        digest = hashlib.sha256()
+        for column, dtype in ((self.sizes, "<i4"), (self.texts, "<u4")):
+            digest.update(np.ascontiguousarray(column[kept], dtype).tobytes())
+        digest.update(b"\0".join(self.labels[kept].tolist()))
+        return f"{len(kept)} images (sizes and texts {digest.hexdigest()[:16]})"
+
+
+def measure(
+    inspect: Callable[[int], Record],
+    name: Callable[[int], str],
+    count: int,
+    place: Place,
+    *,
+    again: bool = False,
+) -> Index:
+    """The index of `count` records: read from its file, or made and kept there.
+
+    A record whose `inspect` raises ValueError or OSError is left out, listed and
+    counted. An interrupted pass goes on from what it saved; so does one that a passing
+    trouble of the network stopped.
+
+    Args:
+      again: read every record even if the index of a former pass is there.
+
+    Raises:
+      ValueError: if not one record can be used.
+      OSError: too many open files, no connection, and the like.
+    """
+    state = None if again else _load(place, count)
+    if state is None:
+        state = _State(count)
+    keep, made = again or count >= MIN_KEPT, state.done < count
+    if state.done and made:
+        log.info("indexing goes on from image %d of %d", state.done, count)
+    if made:
+        _fill(state, inspect, count, place, keep=keep)
+    index = state.index()
+    if made:
+        _report(index, name, place, keep)
+    listed, bad = find_beside(place, "unreadable", ".txt"), len(index.unreadable)
+    if bad > 10 or (bad and listed):  # fewer were named one by one
+        remedy = "navit index --again reads them anew"
+        where = f", listed in {listed} ({remedy})" if listed else ""
+        log.warning("%d of %d records are left out%s", bad, count, where)
+    if not count:
+        raise ValueError(f"{place.identity} has no records")
+    if not len(index.kept):
+        reason = next(iter(index.unreadable.values()))
+        raise ValueError(
+            f"not one of the {count} records of {place.identity} is readable: the "
+            f"first says {reason}"
+        )
+    return index
+
+
+class _State:
+    """An index in the making: the first `done` records are in it."""
+
+    def __init__(self, count: int) -> None:
+        self.done = 0
+        self.sizes = np.zeros((count, 2), np.int32)
+        self.texts = np.zeros(count, np.uint32)
+        self.labels: list[bytes] = []
+        self.unreadable: dict[int, str] = {}
+
+    def add(self, records: Iterable[Record | str]) -> None:
+        for record in records:
+            if isinstance(record, str):
+                self.unreadable[self.done] = record
+                self.labels.append(b"")
+            else:
+                self.sizes[self.done] = record.height, record.width
+                self.texts[self.done] = record.text
+                self.labels.append(record.label.encode(errors="replace"))
+            self.done += 1
+
+    def index(self) -> Index:
+        labels = np.array(self.labels, "S")
+        return Index(self.sizes, labels, self.texts, self.unreadable)
+
+
+def _fill(
+    state: _State,
+    inspect: Callable[[int], Record],
+    count: int,
+    place: Place,
+    *,
+    keep: bool,
+) -> None:
+    def one(record: int) -> Record | str:
+        try:
+            return inspect(record)
+        except (ValueError, OSError, RecursionError) as error:
+            if is_passing(error):
+                raise error.__cause__ or error from None  # to go on later
+            return " ".join(str(error).split())[:200] or type(error).__name__
+
+    chunk = max(SAVE_EVERY, count // 50)
+    threads = min(32, 4 * (os.cpu_count() or 1))
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(
+            total=count,
+            initial=state.done,
+            desc="indexing",
+            unit=" images",
+            delay=2,
+        ) as bar,
+    ):
+        saved = state.done
+        try:
+            while state.done < count:
+                # In steps, so that the bar moves and an interruption is heard.
+                batch = range(state.done, min(count, state.done + 256))
+                state.add(pool.map(one, batch))
+                bar.update(len(batch))
+                if keep and state.done - saved >= chunk:
+                    _save(state, place)
+                    saved = state.done
+        finally:  # interrupted as well
+            if keep and state.done > saved:
+                _save(state, place)
+
+
+def _report(index: Index, name: Callable[[int], str], place: Place, keep: bool) -> None:
+    bad = index.unreadable
+    lines = [f"{name(i)}: {reason}" for i, reason in bad.items()]
+    for line in lines[:10]:
+        log.warning("left out, unreadable: %s", line)
+    if keep and (bad or find_beside(place, "unreadable", ".txt")):
+        write_beside(place, "unreadable", ".txt", "\n".join(lines).encode())
+
+
+def _save(state: _State, place: Place) -> None:
+    done = state.done
+    unreadable = {i: reason for i, reason in state.unreadable.items() if i < done}
+    write_arrays(
+        place,
+        "sizes",
+        done=np.array(done),
+        sizes=state.sizes,
+        texts=state.texts,
+        labels=np.array(state.labels[:done], "S"),
+        bad=np.array(list(unreadable), np.int64),
+        reasons=np.array(list(unreadable.values()), "U"),
+    )
+
+
+def _load(place: Place, count: int) -> _State | None:
+    arrays = read_arrays(place, "sizes")
+    if arrays is None or len(arrays["sizes"]) != count:
+        return None
+    state = _State(count)
+    state.done = int(arrays["done"])
+    state.sizes, state.texts = arrays["sizes"], arrays["texts"]
+    state.labels = arrays["labels"].tolist()
+    reasons = arrays["reasons"].tolist()
+    state.unreadable = dict(zip(arrays["bad"].tolist(), reasons, strict=True))
+    return state

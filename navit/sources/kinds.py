@@ -1,0 +1,66 @@
+"""What a config names -> the source that reads it."""
+
+from __future__ import annotations
+
+from navit import config
+from navit.sources.mixture import MixtureSource
+from navit.sources.records import Reader, RecordSource
+from navit.sources.source import Source
+from navit.sources.stream import StreamSource
+
+
+def open_train_source(source: config.TrainSource) -> Source | StreamSource:
+    """Opens what training reads: without random access too."""
+    if isinstance(source, config.Stream):
+        return StreamSource(source)
+    return open_source(source)
+
+
+def open_source(source: config.TrainSource, *, again: bool = False) -> Source:
+    """Opens what a config names; sizes are known from here on.
+
+    Args:
+      again: read all headers anew and keep the index, whatever is kept already.
+
+    Raises:
+      ValueError: for a stream, which has no random access.
+    """
+    if isinstance(source, config.Stream):
+        raise ValueError(
+            f"the stream {source.path!r} has no random access, which this needs: a "
+            "stream is what `navit train` reads, as data.train; plain tar shards "
+            "(TarShards) or ArrayRecord files are read by all"
+        )
+    # Each kind is imported when it is used: some need packages that others do not.
+    if isinstance(source, config.Synthetic):
+        from navit.sources.synthetic import SyntheticSource
+
+        return SyntheticSource(source.size, source.seed)
+    if isinstance(source, config.Folder):
+        from navit.sources.folder import FolderSource
+
+        return FolderSource(source, again=again)
+    if isinstance(source, config.Mixture):
+        parts = [open_source(part, again=again) for part in source.sources]
+        return MixtureSource(parts, source.weights)
+    return RecordSource(_open_reader(source, again), again=again)
+
+
+def _open_reader(source: config.TrainSource, again: bool) -> Reader:
+    if isinstance(source, config.TarShards):
+        from navit.sources.tar import TarReader
+
+        return TarReader(source, again=again)
+    if isinstance(source, config.ArrayRecords):
+        from navit.sources.array_record import ArrayRecordReader
+
+        return ArrayRecordReader(source)
+    if isinstance(source, config.Tfds):
+        from navit.sources.tfds import TfdsReader
+
+        return TfdsReader(source)
+    if isinstance(source, config.ParquetImages):
+        from navit.sources.parquet import ParquetReader
+
+        return ParquetReader(source)
+    raise ValueError(f"{source!r} is no source of images")

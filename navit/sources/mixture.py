@@ -1,0 +1,87 @@
+"""Several sources as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from navit.sources.images import ImageLike
+from navit.sources.source import Source, Task
+
+log = logging.getLogger("navit")
+
+
+class MixtureSource:
+    """The images of all sources, one source after the other.
+
+    A task is the mixture's if all sources that have it number its classes alike; images
+    of the others have the label -1.
+
+    Attributes:
+      counts: how many images each source has.
+      shares: the share of an epoch's images that is drawn from each; they sum to 1.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float] = ()
+    ) -> None:
+        self._sources = tuple(sources)
+        self.counts = [len(source) for source in sources]
+        shares = np.array(weights or self.counts, np.float64)
+        self.shares: list[float] = (shares / shares.sum()).tolist()
+        self._offsets = np.cumsum([0, *self.counts[:-1]])
+        self.sizes = np.concatenate([source.sizes for source in sources])
+        self.left_out = sum(getattr(source, "left_out", 0) for source in sources)
+        self.damaged = sum(getattr(source, "damaged", 0) for source in sources)
+        self.tasks = {}
+        for name in dict.fromkeys(name for s in sources for name in s.tasks):
+            task = _shared(name, sources)
+            if task is None:
+                log.warning(
+                    "the sources name the classes of %r differently, so the mixture "
+                    "has no such task",
+                    name,
+                )
+            else:
+                self.tasks[name] = task
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def image(self, index: int) -> ImageLike:
+        source, index = self._at(index)
+        return source.image(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        source, index = self._at(index)
+        return source.captions(index)
+
+    def name(self, index: int) -> str:
+        source, index = self._at(index)
+        return source.name(index)
+
+    def fingerprint(self) -> str:
+        """Changes with the sources, their order and their weights."""
+        return " + ".join(
+            f"{share:.6g} of {source.fingerprint()}"
+            for share, source in zip(self.shares, self._sources, strict=True)
+        )
+
+    def _at(self, index: int) -> tuple[Source, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        part = int(np.searchsorted(self._offsets, index, "right")) - 1
+        return self._sources[part], index - int(self._offsets[part])
+
+
+def _shared(name: str, sources: Sequence[Source]) -> Task | None:
+    found = {s.tasks[name].class_names for s in sources if name in s.tasks}
+    if len(found) != 1:
+        return None
+    labels = [
+        s.tasks[name].labels if name in s.tasks else np.full(len(s), -1, np.int32)
+        for s in sources
+    ]
+    return Task(found.pop(), np.concatenate(labels).astype(np.int32))

@@ -1,0 +1,163 @@
+"""Parquet files whose rows hold the images, read a row group at a time."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from navit import config
+from navit.sources import records, storage
+from navit.sources.kept import Place, digest
+from navit.sources.passing import is_passing
+from navit.sources.table import import_parquet
+
+log = logging.getLogger("navit")
+
+_KEPT_GROUPS = 4
+# A random image costs the reading of its row group: above this, say so.
+_LARGE_GROUP = 16 << 20
+
+
+class ParquetReader:
+    """The rows of Parquet files, in the order of the files.
+
+    A file that cannot be opened is left out and named.
+
+    Raises:
+      FileNotFoundError, ValueError: if there is no file, none can be opened, or they
+        lack the columns that are named.
+    """
+
+    def __init__(self, source: config.ParquetImages) -> None:
+        self._parquet = import_parquet(source.path)
+        self._path = source.path
+        self._storage = storage.open_storage(source.path)
+        files = storage.find(
+            self._storage, source.path, (".parquet",), missing=source.missing
+        )
+        stats = [self._storage.stat(file) for file in files]
+        self._lengths = {f: s.size for f, s in zip(files, stats, strict=True)}
+        self._groups: list[tuple[str, int]] = []  # (file, row group)
+        self.damaged: list[str] = []
+        counts, largest, first = [], 0, None
+        for file in files:
+            try:
+                with self._open(file) as opened:
+                    metadata = opened.metadata
+            except (ValueError, OSError) as error:
+                if is_passing(error):
+                    raise
+                self.damaged.append(f"{file}: {error}")
+                log.warning("left out, damaged: %s", self.damaged[-1])
+                continue
+            first = first or metadata
+            if metadata.schema.names != first.schema.names:
+                raise ValueError(
+                    f"{file} has the columns {', '.join(metadata.schema.names)}, and "
+                    f"{files[0]} has {', '.join(first.schema.names)}: name files that "
+                    "are alike"
+                )
+            for group in range(metadata.num_row_groups):
+                self._groups.append((file, group))
+                counts.append(metadata.row_group(group).num_rows)
+                largest = max(largest, metadata.row_group(group).total_byte_size)
+        if first is None:
+            raise ValueError(f"not one of {len(files)} files is readable Parquet")
+        if largest > _LARGE_GROUP:
+            log.warning(
+                "%s: row groups hold up to %d MB, and a random image costs the reading "
+                "of a whole one: write smaller ones (row_group_size=64), or tar shards",
+                *(source.path, largest >> 20),
+            )
+        self._ends = np.cumsum(counts)
+        schema = first.schema.to_arrow_schema()
+        self._image = source.image
+        chosen = records.choose(source, schema.names, source.path)
+        self._caption, self._label = chosen
+        named = records.class_names(source.classes)
+        self.classes = named or _huggingface_names(schema, self._label)
+        self.place = Place(
+            None if storage.is_remote(files[0]) else Path(files[0]).parent,
+            f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
+            f"label {self._label or 'none'})",
+            digest([files, [tuple(stat) for stat in stats]]),
+        )
+        self._start()
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict:
+        left = ("_lock", "_cache", "_parquet")
+        return {k: v for k, v in self.__dict__.items() if k not in left}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._parquet = import_parquet(self._path)
+        self._start()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def name(self, index: int) -> str:
+        group, row = self._place(index)
+        file, number = self._groups[group]
+        return f"{file}: row {row} of group {number}"
+
+    def image(self, index: int) -> bytes:
+        value = self._value(index, self._image)
+        value = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(value, bytes):
+            raise ValueError(f"the column {self._image!r} holds no bytes of an image")
+        return value
+
+    def record(self, index: int) -> records.Raw:
+        label = self._value(index, self._label) if self._label else None
+        caption = self._value(index, self._caption) if self._caption else None
+        return records.Raw(
+            self.image(index), records.label_text(label), records.texts(caption)
+        )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """(row group, row in it)."""
+        group = int(np.searchsorted(self._ends, index, "right"))
+        return group, index - int(self._ends[group - 1] if group else 0)
+
+    def _value(self, index: int, column: str) -> Any:
+        group, row = self._place(index)
+        return self._group(group).column(column)[row].as_py()
+
+    def _open(self, file: str) -> Any:
+        if not storage.is_remote(file):
+            return self._parquet.ParquetFile(file)
+        read = functools.partial(self._storage.read_range, file)
+        return self._parquet.ParquetFile(storage.opened(read, self._lengths[file]))
+
+    def _group(self, group: int) -> Any:
+        with self._lock:
+            if group not in self._cache:
+                file, number = self._groups[group]
+                columns = [c for c in (self._image, self._caption, self._label) if c]
+                with self._open(file) as opened:
+                    self._cache[group] = opened.read_row_group(number, columns)
+                while len(self._cache) > _KEPT_GROUPS:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(group)
+            return self._cache[group]
+
+
+def _huggingface_names(schema: Any, label: str) -> tuple[str, ...]:
+    """Class names as Hugging Face's datasets writes them into the schema."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return tuple(map(str, found["info"]["features"][label]["names"]))
+    except (ValueError, KeyError, TypeError):
+        return ()

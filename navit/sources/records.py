@@ -1,0 +1,257 @@
+"""A source over records, whatever file they lie in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from navit.sources.index import Record, measure
+from navit.sources.kept import Place
+from navit.sources.source import Task
+
+_MAX_UNNAMED = 1_000_000
+# The index keeps all labels at the length of the longest.
+_LONGEST_LABEL = 1000
+
+
+class Raw(NamedTuple):
+    """One record: its image, its label (empty: none), its captions."""
+
+    image: bytes | BinaryIO
+    label: str
+    captions: tuple[str, ...]
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Random access to the records of one kind of file."""
+
+    place: Place
+    classes: tuple[str, ...]  # names of integer labels; empty: not known
+    damaged: list[str]  # the files that are not whole, each with what is wrong
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...
+    def image(self, index: int) -> bytes: ...
+    def record(self, index: int) -> Raw: ...
+
+
+class RecordSource:
+    """The `Source` of all records of a reader that can be used.
+
+    An image without a caption is captioned by the name of its class.
+
+    Raises:
+      ValueError: if nothing is readable, or a label has no name in `reader.classes`.
+    """
+
+    def __init__(self, reader: Reader, *, again: bool = False) -> None:
+        self._reader = reader
+        index = measure(
+            lambda i: _inspect(reader, i),
+            reader.name,
+            len(reader),
+            reader.place,
+            again=again,
+        )
+        self._kept = index.kept
+        self._last = -1, b""
+        self._described = index.describe()
+        self.left_out, self.damaged = len(index.unreadable), len(reader.damaged)
+        self.sizes = index.sizes[self._kept]
+        labels = index.labels[self._kept]
+        task = _task(labels, reader.classes, reader.place.identity)
+        self.tasks = {} if task is None else {"label": task}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def image(self, index: int) -> bytes:
+        last, image = self._last
+        return image if last == index else self._reader.image(int(self._kept[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        record = self._reader.record(int(self._kept[index]))
+        if isinstance(record.image, bytes):
+            self._last = index, record.image  # it is asked for next
+        if record.captions:
+            return record.captions
+        task = self.tasks["label"]
+        return (task.class_names[task.labels[index]],)
+
+    def name(self, index: int) -> str:
+        return self._reader.name(int(self._kept[index]))
+
+    def fingerprint(self) -> str:
+        return self._described
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """The captions in a field: one or several, bytes or text; empty ones are none.
+
+    Raises:
+      ValueError: if it is something else.
+    """
+    if value is None:
+        return ()
+    many = value if isinstance(value, list | tuple | np.ndarray) else [value]
+    found = []
+    for item in many:
+        if isinstance(item, bytes):
+            item = item.decode()  # UnicodeDecodeError is a ValueError
+        if not isinstance(item, str):
+            raise ValueError(f"a caption is text, not {item!r:.60}")
+        if item.strip():
+            found.append(item.strip())
+    return tuple(found)
+
+
+def label_text(value: Any) -> str:
+    """A label as the index keeps it; "" for none, as a negative number is.
+
+    Raises:
+      ValueError: if it is neither an integer nor text, or longer than a class is named.
+    """
+    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1:
+        if len(value) > 1:
+            raise ValueError(f"one label is wanted, not {len(value)}")
+        value = value[0] if len(value) else None
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, str):
+        if len(value) > _LONGEST_LABEL:
+            raise ValueError(
+                f"a label of {len(value)} characters (at most {_LONGEST_LABEL}), "
+                f"{value!r:.40}: is it a caption?"
+            )
+        return "" if re.fullmatch(r"\s*-\d+\s*", value) else value.strip()
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return str(int(value)) if value >= 0 else ""
+    raise ValueError(f"a label is an integer or text, not {value!r:.60}")
+
+
+def nested(record: Any, path: str, where: str) -> Any:
+    """The field `a.b` of dicts in dicts; a list of dicts gives a list.
+
+    Raises:
+      ValueError: names what there is instead.
+    """
+    for key in path.split("."):
+        if isinstance(record, list | tuple) and record:
+            record = [nested(item, key, where) for item in record]
+            continue
+        if not isinstance(record, Mapping) or key not in record:
+            raise ValueError(missing(key, record, where))
+        record = record[key]
+    return record
+
+
+def missing(name: str, found: Any, where: str) -> str:
+    names = ", ".join(map(str, found)) if isinstance(found, Iterable) else repr(found)
+    return f"{where} has no {name!r} (it has: {names})"
+
+
+def choose(
+    config: Any, available: Iterable[str], where: str, *, deep: bool = False
+) -> tuple[str, str]:
+    """(caption, label): the configured fields; "" for a default that is not there.
+
+    Args:
+      deep: a field may be `a.b`, of which `a` is to be available.
+
+    Raises:
+      ValueError: for a field that was asked for by name and is not there, for no image,
+        and where neither a caption nor a label is left.
+    """
+    available = list(available)
+
+    def there(name: str) -> bool:
+        return (name.partition(".")[0] if deep else name) in available
+
+    if not there(config.image):
+        raise ValueError(missing(config.image, available, where))
+    chosen = []
+    for field in ("caption", "label"):
+        name = getattr(config, field)
+        if name and not there(name):
+            if name != getattr(type(config)(), field):
+                raise ValueError(missing(name, available, where))
+            name = ""
+        chosen.append(name)
+    caption, label = chosen
+    if not caption and not label:
+        raise ValueError(
+            f"{where} has neither a caption nor a label as named (it has: "
+            f"{', '.join(available)}): set caption= or label="
+        )
+    return caption, label
+
+
+def class_names(path: str) -> tuple[str, ...]:
+    """The lines of a text file; an empty path has none.
+
+    Raises:
+      ValueError: for an empty line, by which all names after it would be shifted.
+    """
+    if not path:
+        return ()
+    text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    if "" in lines:
+        raise ValueError(
+            f"{path}: line {lines.index('') + 1} is empty, and labels count the lines: "
+            "give it a name, or delete it if they do not count it"
+        )
+    return tuple(lines)
+
+
+def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names in order: integers, where all are, by value."""
+    found = sorted(labels)
+    if all(label.isdecimal() for label in found):
+        found.sort(key=int)
+    return tuple(found)
+
+
+def _inspect(reader: Reader, index: int) -> Record:
+    raw = reader.record(index)
+    if not raw.captions and not raw.label:
+        raise ValueError("it has no caption and no label")
+    return Record.of(raw.image, raw.label, raw.captions)
+
+
+def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None:
+    """Integer labels count the names; labels in words are sorted, or found in them."""
+    present = labels != b""
+    if not present.any():
+        return None
+    ids = np.full(len(labels), -1, np.int64)
+    try:
+        ids[present] = labels[present].astype(np.int64)
+    except (ValueError, OverflowError):  # words
+        words = np.char.decode(labels[present], "utf-8")
+        names = names or tuple(np.unique(words).tolist())
+        number = {name: i for i, name in enumerate(names)}
+        for word in np.unique(words):
+            if word not in number:
+                raise ValueError(
+                    f"{where}: the label {word!r} is not among the {len(names)} "
+                    "names of classes="
+                ) from None
+        ids[present] = [number[word] for word in words]
+        return Task(names, ids.astype(np.int32))
+    top = int(ids.max())
+    if not names and top < _MAX_UNNAMED:
+        names = tuple(map(str, range(top + 1)))
+    if top >= len(names):
+        raise ValueError(
+            f"{where}: the label {top} has no name among {len(names)}: set classes= to "
+            "a text file with a name a line"
+        )
+    return Task(names, ids.astype(np.int32))

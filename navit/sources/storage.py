@@ -1,0 +1,306 @@
+"""Bytes of files by name: local ones by `os.pread`, URLs through fsspec."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import io
+import itertools
+import os
+import random
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from navit.sources.missing import check_missing
+from navit.sources.passing import http_status, is_passing
+
+# Open at most so many files: shards can be more than a process may hold.
+_OPEN_FILES = 256
+
+# Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
+_WAITS = (0.5, 1, 2, 4)
+# After this many seconds without a success, nothing is asked for twice.
+_PATIENCE = 60
+
+T = TypeVar("T")
+
+
+class Stat(NamedTuple):
+    """A file's bytes, and what changes when its content does (mtime, ETag)."""
+
+    size: int
+    version: str
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Files by path. Safe in threads; pickles without open files."""
+
+    block: int  # bytes worth fetching at a time
+
+    def read(self, path: str) -> bytes: ...
+    def read_range(self, path: str, start: int, size: int) -> bytes: ...
+    def stat(self, path: str) -> Stat: ...
+    def listing(self, folder: str) -> dict[str, Stat] | None: ...
+    def glob(self, pattern: str) -> list[str]: ...
+
+
+class Local:
+    """Files of this machine."""
+
+    block = 1 << 16
+
+    def __init__(self) -> None:
+        self._open = functools.lru_cache(_OPEN_FILES)(_Descriptor)
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        del state
+        self.__init__()  # type: ignore[misc]
+
+    def read(self, path: str) -> bytes:
+        with open_file(path) as file:
+            return file.read()
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        # The descriptor is held here, so that its eviction cannot close it meanwhile.
+        descriptor = self._open(path)
+        return os.pread(descriptor.number, size, start)
+
+    def stat(self, path: str) -> Stat:
+        found = os.stat(path)
+        return Stat(found.st_size, str(found.st_mtime_ns))
+
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """None: asking for one file is cheap here, and listing all need not be."""
+        del folder
+        return None
+
+    def glob(self, pattern: str) -> list[str]:
+        anchor = Path(pattern).anchor
+        parts = Path(anchor or ".").glob(str(Path(pattern).relative_to(anchor)))
+        return sorted(str(p) for p in parts if not p.is_dir())
+
+
+class Remote:
+    """Files behind a URL.
+
+    What fails for a passing reason is tried again a few times; then it is a
+    ConnectionError.
+    """
+
+    block = 1 << 22
+
+    def __init__(self, url: str) -> None:
+        self._fs = _filesystem(url)
+        self._failing_since: float | None = None
+
+    def read(self, path: str) -> bytes:
+        return self._retried(path, lambda: self._fs.cat_file(path))
+
+    def read_range(self, path: str, start: int, size: int) -> bytes:
+        end = start + size
+        return self._retried(
+            path, lambda: self._fs.cat_file(path, start=start, end=end)
+        )
+
+    def stat(self, path: str) -> Stat:
+        return _remote_stat(self._retried(path, lambda: self._fs.info(path)))
+
+    def listing(self, folder: str) -> dict[str, Stat] | None:
+        """Every file below, by its path from there: asking one by one takes hours."""
+        root = self._fs._strip_protocol(folder).rstrip("/")
+        found = self._retried(folder, lambda: self._fs.find(root, detail=True))
+        return {  # a web server's list of files has no sizes
+            path[len(root) + 1 :]: (
+                self.stat(path) if info.get("size") is None else _remote_stat(info)
+            )
+            for path, info in sorted(found.items())
+        }
+
+    def glob(self, pattern: str) -> list[str]:
+        found = self._retried(pattern, lambda: self._fs.glob(pattern))
+        return sorted(self._fs.unstrip_protocol(path) for path in found)
+
+    def _retried(self, path: str, ask: Callable[[], T]) -> T:
+        for wait in (*_WAITS, None):
+            try:
+                found = ask()
+            except Exception as error:  # each file system has errors of its own
+                if not is_passing(error):
+                    if http_status(error) is None:
+                        raise
+                    raise OSError(f"{path}: {error}") from None
+                now = time.monotonic()
+                self._failing_since = self._failing_since or now
+                if wait is None or now - self._failing_since > _PATIENCE:
+                    reason = str(error.__cause__ or error) or type(error).__name__
+                    raise ConnectionError(f"{path}: {reason}") from None
+            else:
+                self._failing_since = None
+                return found
+            time.sleep(wait * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_storage(path: str) -> Storage:
+    """The storage that `path` lies in."""
+    return Remote(path) if is_remote(path) else Local()
+
+
+def find(
+    storage: Storage, path: str, suffixes: tuple[str, ...], *, missing: float = 0.0
+) -> list[str]:
+    """The files that `a-{000..127}.tar`, `{a,b}.tar`, a glob or a folder stands for.
+
+    Args:
+      missing: the share of them that may not be there; these are left out and named.
+
+    Raises:
+      FileNotFoundError: if there are none.
+      ValueError: if more are missing.
+    """
+    if not path:
+        raise FileNotFoundError("the source has no path: set data.train.path")
+    if not is_remote(path):
+        path = str(Path(path).expanduser())
+    found: list[str] = []
+    for plain in [path] if os.path.isfile(path) else _braces(path):
+        if os.path.isfile(plain):  # whatever signs its name has
+            found.append(plain)
+        elif os.path.isdir(plain):
+            for suffix in suffixes:
+                found += storage.glob(f"{glob.escape(plain.rstrip('/'))}/*{suffix}")
+        elif any(char in plain for char in "*?["):
+            found += storage.glob(plain)
+        elif plain.endswith(suffixes):
+            found.append(plain)
+        else:
+            pattern = [f"{plain.rstrip('/')}/*{suffix}" for suffix in suffixes]
+            found += [file for p in pattern for file in storage.glob(p)]
+    found = list(dict.fromkeys(found))  # patterns may overlap
+    if not found:
+        raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
+    there = [file for file in found if _is_there(storage, file)]
+    if not there:
+        raise FileNotFoundError(f"there is no file {found[0]}")
+    absent = sorted({*found} - {*there})
+    check_missing(absent, len(found), missing, f"files of {path}", "add them")
+    return there
+
+
+def _is_there(storage: Storage, file: str) -> bool:
+    try:
+        storage.stat(file)
+        return True
+    except OSError as error:
+        if is_passing(error):
+            raise
+        return False
+
+
+def open_file(path: str) -> BinaryIO:
+    """Opens a file of this machine.
+
+    Raises:
+      OSError: for a named pipe too, at which a read would wait for a writer.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def opened(
+    read: Callable[[int, int], bytes], size: int, block: int = 1 << 16
+) -> BinaryIO:
+    """A file of which no more is read than is asked for, in blocks."""
+    return io.BufferedReader(_Range(read, size), block)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe is opened at once
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(f"{path} is not a regular file")
+
+
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = _open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "number"):  # and at exit there may be no `os`
+            close(self.number)
+
+
+class _Range(io.RawIOBase):
+    mode, name = "rb", "a range of bytes"  # what BinaryIO asks for
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        self._read, self._size, self._at = read, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}
+        self._at = max(0, base[whence] + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._at)
+        if wanted <= 0:
+            return 0
+        data = self._read(self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _braces(path: str) -> Iterable[str]:
+    """`{00..12}` and `{a,b}` spelled out, as a shell does."""
+    parts = re.split(r"\{([^{}]*)\}", path)
+    choices = []
+    for i, part in enumerate(parts):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", part) if i % 2 else None
+        if span:
+            first, last = span.groups()
+            if int(last) < int(first):
+                raise ValueError(f"{path!r}: {{{part}}} counts down")
+            numbers = range(int(first), int(last) + 1)
+            choices.append([f"{n:0{len(first)}d}" for n in numbers])
+        else:
+            choices.append(part.split(",") if i % 2 else [part])
+    return map("".join, itertools.product(*choices))
+
+
+def _filesystem(url: str) -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise ValueError(
+            f"{url!r} is read through fsspec, which is not installed: pip install "
+            "fsspec, and what fsspec needs for this protocol (gcsfs, s3fs)"
+        ) from None
+    try:
+        return fsspec.core.url_to_fs(url)[0]
+    except ImportError as error:  # the protocol's own package
+        raise ValueError(f"{url!r} cannot be opened: {error}") from None
+
+
+def _remote_stat(info: dict) -> Stat:
+    keys = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created")
+    version = next((str(info[key]) for key in keys if info.get(key)), "")
+    return Stat(int(info["size"] or 0), version)

@@ -1,0 +1,175 @@
+"""Files whose records come in order alone: compressed tars, TFRecord."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import itertools
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from navit import config
+from navit.sources import examples, records, storage, tar
+from navit.sources.images import ImageLike, size_of
+from navit.sources.kept import digest
+from navit.sources.source import Task
+
+_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tfrecord", ".tfrecord-*", ".tfrecords")
+_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
+
+
+class Record(NamedTuple):
+    """One record; with an `error`, it holds a slot that will be empty, and counted."""
+
+    name: str
+    image: bytes = b""
+    captions: tuple[str, ...] = ()
+    size: tuple[int, int] = (1, 1)
+    error: str = ""
+
+
+class StreamSource:
+    """The records of files, from the first to the last; without random access.
+
+    Raises:
+      FileNotFoundError: if there are no files.
+    """
+
+    def __init__(self, source: config.Stream) -> None:
+        self.tasks: dict[str, Task] = {}
+        self._config = source
+        self._storage = storage.open_storage(source.path)
+        self.files = storage.find(
+            self._storage, source.path, _SUFFIXES, missing=source.missing
+        )
+        self._captions = tar.caption_fields(source.caption)
+
+    def fingerprint(self) -> str:
+        """Changes with the files' names and their sizes in bytes."""
+        found = [(PurePath(f).name, self._storage.stat(f).size) for f in self.files]
+        return f"{len(found)} files in order (names and lengths {digest(found)[:16]})"
+
+    def read(self, order: Sequence[int]) -> Iterator[Record]:
+        """The records of the files, taken in that order.
+
+        Of a damaged file, what comes before the damage is used; the damage is a record
+        too.
+
+        Raises:
+          OSError: if a file cannot be read.
+        """
+        for file in (self.files[i] for i in order):
+            read = _examples if ".tfrecord" in PurePath(file).name else self._samples
+            part = functools.partial(self._storage.read_range, file)
+            size, block = self._storage.stat(file).size, self._storage.block
+            with storage.opened(part, size, max(block, 1 << 20)) as opened:
+                try:
+                    for key, raw in read(opened):
+                        yield _record(f"{file}: {key}", raw, self._raw)
+                except _DAMAGE as error:
+                    yield Record(file, error=f"damaged from here on: {error}")
+
+    def _raw(self, found: bytes | dict[str, bytes]) -> records.Raw:
+        captions: tuple[str, ...] = ()
+        if isinstance(found, bytes):
+            example = examples.parse(found)
+            images = example.get(self._config.image, [])
+            captions = records.texts(example.get(self._config.caption or "caption"))
+        else:
+            images = [found["image"]] if "image" in found else []
+            for name, field in self._captions:
+                must = bool(self._config.caption)
+                value = captions or tar.field_of(found.get(name), name, field, must)
+                captions = records.texts(value)
+        if len(images) != 1 or not isinstance(images[0], bytes):
+            raise ValueError("it has no encoded image")
+        if not captions:
+            raise ValueError("it has no caption")
+        return records.Raw(images[0], "", captions)
+
+    def _samples(self, file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """A tar's samples: neighbours of one key, as WebDataset takes them."""
+        wanted = {name for name, _ in self._captions}
+        last = ""
+        sample: dict[str, bytes] = {}
+        with tarfile.open(fileobj=file, mode="r|*", bufsize=1 << 20) as opened:
+            while (member := opened.next()) is not None:
+                opened.members.clear()  # type: ignore[attr-defined]  # it keeps all
+                name = tar.NAME.fullmatch(member.name)
+                if not (name and member.isreg()) or member.issparse():
+                    continue
+                if name[1] != last:
+                    if sample:
+                        yield last, sample
+                    last, sample = name[1], {}
+                suffix = name[2].lower()
+                column = "image" if suffix in tar.IMAGES else suffix
+                if column in wanted or column == "image":
+                    content = opened.extractfile(member)
+                    assert content is not None
+                    sample.setdefault(column, content.read())
+            rest = opened.fileobj.read(512)
+        if sample:
+            yield last, sample
+        if not rest or rest.strip(b"\0"):
+            raise EOFError("it has no end")
+
+
+class Carried:
+    """The records of one batch as a source."""
+
+    def __init__(self, carried: tuple[Record, ...]) -> None:
+        self.tasks: dict[str, Task] = {}
+        self._records = carried
+        self.sizes = np.array([r.size for r in carried], np.int32).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def image(self, index: int) -> ImageLike:
+        return self._usable(index).image
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._usable(index).captions
+
+    def name(self, index: int) -> str:
+        return self._records[index].name
+
+    def fingerprint(self) -> str:
+        return f"{len(self)} records"
+
+    def _usable(self, index: int) -> Record:
+        if self._records[index].error:
+            raise ValueError(self._records[index].error)
+        return self._records[index]
+
+
+def _record(name: str, found: Any, parse: Callable[[Any], records.Raw]) -> Record:
+    try:
+        raw = parse(found)
+        assert isinstance(raw.image, bytes)
+        return Record(name, raw.image, raw.captions, size_of(raw.image))
+    except (ValueError, RecursionError) as error:
+        return Record(name, error=str(error))
+
+
+def _examples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """A TFRecord's records: a length, its checksum, so many bytes, their checksum."""
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    opened = gzip.GzipFile(fileobj=file) if packed else file
+    for number in itertools.count():
+        head = opened.read(12)
+        if not head:
+            return
+        size = int.from_bytes(head[:8], "little")
+        data = opened.read(size + 4) if size < 1 << 31 else b""
+        if len(data) < size + 4:
+            raise EOFError(f"record {number} would have {size} bytes")
+        yield f"record {number}", data[:size]

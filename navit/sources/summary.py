@@ -1,0 +1,37 @@
+"""What `navit index` prints of a source."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from navit.sources.source import Source
+
+_QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+
+
+def describe(name: str, source: Source) -> str:
+    """How many images, how many are left out, and how large they are."""
+    height, width = source.sizes.T.astype(np.float64)
+    rows = {
+        "height": (height, ".0f"),
+        "width": (width, ".0f"),
+        "megapixels": (height * width / 1e6, ".3g"),
+        "height / width": (height / width, ".3g"),
+    }
+    left_out = getattr(source, "left_out", 0)
+    damaged = getattr(source, "damaged", 0)
+    lines = [f"{name}: {len(source)} images, {left_out} unreadable"]
+    if damaged:
+        lines[0] += f", {damaged} damaged shards"
+    for task, (names, labels) in source.tasks.items():
+        count = int((labels >= 0).sum())
+        lines.append(f"  task {task}: {len(names)} classes, {count} images labelled")
+    lines.append("  " + "quantile".ljust(16) + _cells([f"{q} %" for q in _QUANTILES]))
+    for row, (values, form) in rows.items():
+        cells = [format(q, form) for q in np.percentile(values, _QUANTILES)]
+        lines.append("  " + row.ljust(16) + _cells(cells))
+    return "\n".join(lines)
+
+
+def _cells(texts: list[str]) -> str:
+    return "".join(text.rjust(8) for text in texts)

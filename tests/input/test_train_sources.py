@@ -1,0 +1,106 @@
+"""Whole runs on each kind of source that lies in files."""
+
+import csv
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from helpers import tiny_config
+
+from navit.config import Folder, Mixture, Stream, TarShards, Tfds
+from navit.input import pipeline
+from navit.train import loop
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+ROWS = list(csv.DictReader((SAMPLE / "captions.csv").read_text().splitlines()))
+
+
+class Pairs(tfds.core.GeneratorBasedBuilder):
+    """The sample with a caption each."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        classes = sorted({row["label"] for row in ROWS})
+        features = {
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=classes),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for row in ROWS:
+            image = io.BytesIO((SAMPLE / row["file"]).read_bytes())
+            yield (
+                row["file"],
+                {
+                    "image": image,
+                    "caption": row["caption"],
+                    "label": row["label"],
+                },
+            )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict:
+    root = tmp_path_factory.mktemp("sources")
+    for shard in range(2):
+        with tarfile.open(root / f"{shard:05d}.tar", "w") as tar:
+            for row in ROWS[shard::2]:
+                tar.add(SAMPLE / row["file"], row["file"])
+                key = Path(row["file"]).stem
+                for suffix in ("txt", "cls"):
+                    text = row["caption"] if suffix == "txt" else str(shard)
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(text)
+                    tar.addfile(info, io.BytesIO(text.encode()))
+    Pairs(data_dir=root / "tfds", file_format="array_record").download_and_prepare()
+    tar = TarShards(f"{root}/{{00000..00001}}.tar")
+    prepared = Tfds("pairs", data_dir=str(root / "tfds"))
+    mixture = Mixture((tar, Folder(str(SAMPLE))), (1.0, 2.0))
+    stream = Stream(tar.path, window=60)
+    return {"tar": tar, "tfds": prepared, "mixture": mixture, "stream": stream}
+
+
+def configured(source, **data):
+    config = tiny_config(steps=3, log_every=1, checkpoint_every=3)
+    held = Folder(str(SAMPLE)) if isinstance(source, Stream) else None
+    data = dataclasses.replace(config.data, train=source, eval=held, **data)
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfds", "mixture", "stream"])
+def test_a_run_trains_evaluates_and_goes_on(sources, tmp_path, kind):
+    config = configured(sources[kind])
+    assert loop.train(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert (tmp_path / "budgets.json").stat().st_size > 0
+    assert loop.train(config, tmp_path)  # the same data: it is taken up, not refused
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfds"])
+def test_workers_read_what_this_process_reads(sources, kind):
+    """The source goes to another process and opens its files there."""
+    config = configured(sources[kind], workers=0)
+    source = pipeline.open_source(config.data.train)
+    here = list(pipeline.train_batches(config, source))
+    data = dataclasses.replace(config.data, workers=1)
+    there = pipeline.train_batches(dataclasses.replace(config, data=data), source)
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_array_equal(one.images.patches, other.images.patches)
+        np.testing.assert_array_equal(one.text, other.text)
+        assert (one.id >= 0).any()
+    there.close()

@@ -1,0 +1,208 @@
+"""The TPU kernels around attention, in Pallas' simulation of a TPU on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.pallas import tpu as pltpu
+
+from navit.config import MeshConfig
+from navit.kernels.fused import chunks, fits
+from navit.kernels.fused_mlp import MlpWeights, fused_mlp
+from navit.kernels.norm_project import ProjectWeights, norm_project
+from navit.model import encoder
+from navit.model.attention import attention_qkvpacked
+from navit.sharding import Rules, make_mesh
+
+SIMULATED = dict(interpret=pltpu.InterpretParams())
+simulated = functools.partial(fused_mlp, **SIMULATED)
+
+
+def norm(x, w):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale + w.bias
+
+
+def reference(x, w):
+    x = x.astype(jnp.float32)
+    y = norm(x, w) @ w.up.astype(jnp.float32) + w.up_bias
+    y = jax.nn.gelu(y, approximate=True)
+    return x + y @ w.down.astype(jnp.float32) + w.down_bias
+
+
+def example(rng, width, hidden, dtype=jnp.float32, tokens=128):
+    def normal(*shape, std=1.0):
+        return jnp.asarray(rng.normal(scale=std, size=shape), jnp.float32)
+
+    weights = MlpWeights(
+        *(1 + normal(width, std=0.2), normal(width, std=0.2)),
+        *(normal(width, hidden, std=width**-0.5).astype(dtype), normal(hidden)),
+        *(normal(hidden, width, std=hidden**-0.5).astype(dtype), normal(width)),
+    )
+    x, above = normal(2, 2, tokens, width).astype(dtype)
+    return x, weights, above
+
+
+def with_gradients(f, x, weights, above):
+    y, back = jax.vjp(f, x, weights)
+    return y, *back(above.astype(y.dtype))
+
+
+# Hidden channels in one step, in two, and in two with padding; tokens in two parts.
+@pytest.mark.parametrize(
+    "width, hidden, tokens",
+    [(128, 512, 128), (256, 1024, 128), (128, 720, 128), (128, 256, 512)],
+)
+def test_equals_plain_jax_in_value_and_gradients(width, hidden, tokens, rng):
+    args = example(rng, width, hidden, tokens=tokens)
+    found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "width, outputs, tokens",
+    [(128, 384, 128), (256, 768, 128), (128, 256, 128), (128, 384, 512)],
+)
+def test_the_projection_equals_plain_jax_in_value_and_gradients(
+    width, outputs, tokens, transposed, rng
+):
+    x, mlp, above = example(rng, width, outputs, tokens=tokens)
+    weights = ProjectWeights(*mlp[:4])
+    weight = jnp.asarray(rng.normal(size=(2, tokens, outputs)), jnp.float32)
+
+    def plain(x, w):
+        return norm(x, w) @ w.kernel + w.kernel_bias, x
+
+    def run(f):
+        y, back = jax.vjp(f, x, weights)
+        return y, back((weight, above))
+
+    kernel = functools.partial(norm_project, transposed=transposed, **SIMULATED)
+    found, expected = run(kernel), run(plain)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
+
+
+def test_bfloat16_stays_close(rng):
+    args = example(rng, 128, 512, jnp.bfloat16)
+    found, expected = with_gradients(simulated, *args), with_gradients(reference, *args)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype or a.dtype == jnp.bfloat16
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+def test_tokens_do_not_see_each_other(rng):
+    x, weights, _ = example(rng, 128, 512)
+    changed = x.at[0, :50].set(-7e3)
+    before, after = simulated(x, weights), simulated(changed, weights)
+    np.testing.assert_array_equal(before[0, 50:], after[0, 50:])
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def two_devices():
+    return make_mesh(MeshConfig(data=1, fsdp=2))
+
+
+def test_many_devices_equal_one(rng):
+    x, weights, above = example(rng, 128, 512)
+    expected = with_gradients(simulated, x, weights, above)
+    mesh, rules = two_devices()
+    with jax.set_mesh(mesh):
+        x, above = (jax.reshard(y, rules("batch")) for y in (x, above))
+        weights = jax.reshard(weights, jax.P())
+
+        def total(x, weights):
+            # As the layers do.
+            up, down = (rules.gather(w, w.dtype) for w in (weights.up, weights.down))
+            weights = weights._replace(up=up, down=down)
+            return (simulated(x, weights, axes=rules.batch_axes) * above).sum()
+
+        dx, found = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
+    for a, b in zip(
+        jax.tree.leaves((dx, found)), jax.tree.leaves(expected[1:]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    "hidden, padded, channels",
+    [(3072, 3072, 512), (4304, 4352, 256), (4096, 4096, 512), (192, 256, 256)],
+)
+def test_hidden_channels_are_cut_with_little_padding(hidden, padded, channels):
+    assert chunks(hidden) == (padded, channels)
+
+
+def test_they_run_on_tpus_alone():
+    assert not fits(jnp.zeros((2, 128, 128)), 512, ())
+
+
+def test_the_projection_on_many_devices_equals_one(rng):
+    x, mlp, _ = example(rng, 128, 384)
+    weights = ProjectWeights(*mlp[:4])
+
+    def total(x, weights, **options):
+        y, x = norm_project(x, weights, transposed=True, **options, **SIMULATED)
+        return (y**2).sum() + (x * 3).sum()
+
+    expected = jax.jit(jax.grad(total, argnums=(0, 1)))(x, weights)
+    mesh, rules = two_devices()
+    with jax.set_mesh(mesh):
+
+        def sharded(x, weights):
+            kernel = rules.gather(weights.kernel, weights.kernel.dtype)
+            weights = weights._replace(kernel=kernel)
+            return total(x, weights, axes=rules.batch_axes)
+
+        x, weights = jax.reshard(x, rules("batch")), jax.reshard(weights, jax.P())
+        found = jax.jit(jax.grad(sharded, argnums=(0, 1)))(x, weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_has_no_kernel_is_an_error(rng):
+    x, mlp, _ = example(rng, 128, 320)
+    with pytest.raises(ValueError, match=r"no kernel for .* kernel \(128, 320\)"):
+        norm_project(x, ProjectWeights(*mlp[:4]), **SIMULATED)
+    with pytest.raises(ValueError, match=r"no kernel for x .* 320 hidden"):
+        simulated(x[:, :100], mlp)
+
+
+@pytest.mark.parametrize("num_heads, use_bias", [(2, True), (4, True), (2, False)])
+def test_a_block_is_the_same_with_kernels(num_heads, use_bias, rng, monkeypatch):
+    """With `[b, n, c]` between the product and attention, and with `[b, c, n]`."""
+    shared = dict(dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0), fused=True)
+    block = encoder.Block(
+        128, 512, num_heads, qk_norm=False, use_bias=use_bias, **shared
+    )
+    x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
+    segments = jnp.repeat(jnp.asarray([[1, 2], [1, 0]]), 64, axis=1)
+
+    def run():
+        def total(block, x):
+            attend = functools.partial(attention_qkvpacked, segment_ids=segments)
+            return (block(x, attend) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(block, x)
+
+    expected, called = run(), []
+    monkeypatch.setattr(encoder, "fits", lambda *args: True)
+    monkeypatch.setattr(encoder, "heads_fill_lanes", lambda *args: num_heads == 2)
+    for kernel in (fused_mlp, norm_project):
+
+        def seen(*args, kernel=kernel, **options):
+            called.append(kernel)
+            return kernel(*args, **options, **SIMULATED)
+
+        monkeypatch.setattr(encoder, kernel.__name__, seen)
+    found = run()
+    assert called == [norm_project, fused_mlp]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # The exact gradient of a key's bias is 0.
+        atol = 1e-5 * max(1, np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)

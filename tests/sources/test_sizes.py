@@ -1,0 +1,326 @@
+"""navit.sources.index: one pass over the headers, kept, resumed, made anew."""
+
+import errno
+import io
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from navit.cli import main
+from navit.config import Folder
+from navit.sources import index as sizes
+from navit.sources import kept, storage
+from navit.sources.folder import FolderSource
+
+SAMPLE = Path(__file__).parents[2] / "data" / "sample"
+
+
+def encoded(width: int, height: int, format: str = "jpeg", **options) -> bytes:
+    file = io.BytesIO()
+    image = Image.new("RGB", (width, height), (90, 40, 10))
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+IMAGES = [encoded(8 + i, 20) for i in range(30)]
+
+
+def inspect(i: int) -> sizes.Record:
+    return sizes.Record.of(IMAGES[i], f"l{i % 3}", (f"caption {i}",))
+
+
+def bad_inspect(i: int) -> sizes.Record:
+    """Every seventh is none."""
+    if i % 7 == 3:
+        raise ValueError("no\nimage")
+    return inspect(i)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> kept.Place:
+    monkeypatch.setattr(sizes, "MIN_KEPT", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return kept.Place(folder, "the set", "of today")
+
+
+def measure(place, inspect=inspect, count=30, **options) -> sizes.Index:
+    return sizes.measure(inspect, "image {}".format, count, place, **options)
+
+
+def assert_same(one: sizes.Index, other: sizes.Index) -> None:
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one.describe() == other.describe()
+
+
+def test_an_index_holds_the_sizes_labels_and_what_is_unreadable(place):
+    index = measure(place, bad_inspect)
+    for i in range(len(IMAGES)):
+        if i % 7 == 3:
+            assert index.unreadable[i] == "no image"
+            assert not index.sizes[i].any()
+        else:
+            assert index.sizes[i].tolist() == [20, 8 + i]
+            assert index.labels[i].decode() == f"l{i % 3}"
+    assert index.kept.tolist() == [i for i in range(len(IMAGES)) if i % 7 != 3]
+    (listed,) = (place.folder / ".navit").glob("unreadable-*.txt")
+    lines = listed.read_text().splitlines()
+    assert lines == [f"image {i}: no image" for i in index.unreadable]
+
+
+def test_a_kept_index_is_read_and_nothing_else(place):
+    first = measure(place, bad_inspect)
+
+    def never(i):
+        raise AssertionError("read again")
+
+    assert_same(measure(place, never), first)
+    with pytest.raises(AssertionError):
+        measure(place, never, again=True)
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 29])
+def test_an_interrupted_index_resumed_equals_one_made_at_once(place, monkeypatch, stop):
+    monkeypatch.setattr(sizes, "SAVE_EVERY", 5)
+    whole = measure(place._replace(identity="another"), bad_inspect)
+    seen = []
+
+    def interrupted(i):
+        if i == stop:
+            raise KeyboardInterrupt
+        return bad_inspect(i)
+
+    def counted(i):
+        seen.append(i)
+        return bad_inspect(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(place, interrupted)
+    assert_same(measure(place, counted), whole)
+    assert sorted(seen) == list(range(stop, len(IMAGES)))
+    left = sorted(p.name.split("-")[0] for p in place.folder.rglob("*") if p.is_file())
+    assert left == ["sizes", "sizes", "unreadable", "unreadable"]
+
+
+def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
+    """Else all images would be listed as unreadable, for good."""
+
+    def offline(i):
+        if i < 20:
+            return inspect(i)
+        try:
+            raise OSError(errno.ETIMEDOUT, "timed out")
+        except OSError as error:  # as Pillow's reader passes it on
+            raise ValueError("timed out") from error
+
+    with pytest.raises(OSError, match="timed out"):
+        measure(place, offline)
+    assert not list(place.folder.rglob("unreadable*"))
+    index = measure(place)
+    assert len(index.kept) == 30 and not index.unreadable
+
+
+def test_what_is_left_out_is_said_again_on_every_opening(place, caplog):
+    for _ in range(2):
+        measure(place, bad_inspect)
+        assert "4 of 30 records are left out, listed in" in caplog.text
+        caplog.clear()
+
+
+def test_changed_data_is_indexed_anew_and_says_so(place, caplog):
+    measure(place)
+    caplog.set_level(logging.INFO, "navit")
+    changed = measure(place._replace(fingerprint="of tomorrow"), lambda i: inspect(0))
+    assert changed.sizes[5].tolist() == [20, 8]
+    assert "the data has changed" in caplog.text
+
+
+def test_a_damaged_or_pickled_index_is_made_anew(place, caplog):
+    first = measure(place)
+    (file,) = (place.folder / ".navit").glob("sizes-*.npz")
+    whole = file.read_bytes()
+    bomb = io.BytesIO()
+    np.savez(bomb, stamp=np.array([{"a": 1}], object))
+    flips = []  # another compression (in the central directory), and a password
+    for offset, bit in ((10, 2), (8, 1)):
+        flipped = bytearray(whole)
+        flipped[whole.index(b"PK\x01\x02") + offset] ^= bit
+        flips.append(bytes(flipped))
+    cut = (whole[:100], whole[:-30], b"")
+    for damage in (*cut, pickle.dumps({}), bomb.getvalue(), *flips):
+        file.write_bytes(damage)
+        assert_same(measure(place), first)
+        assert "made anew" in caplog.text
+        caplog.clear()
+
+
+def test_where_the_data_cannot_be_written_the_cache_folder_is_used(place, tmp_path):
+    (place.folder / ".navit").write_text("in the way")  # permissions: root has all
+    first = measure(place, bad_inspect)
+    names = sorted(p.name.split("-")[0] for p in (tmp_path / "cache/navit").iterdir())
+    assert names == ["sizes", "unreadable"]
+    assert_same(measure(place, lambda i: pytest.fail("read again")), first)
+
+
+def test_few_images_leave_no_file(place, monkeypatch):
+    monkeypatch.setattr(sizes, "MIN_KEPT", len(IMAGES) + 1)
+    measure(place, bad_inspect)
+    assert not (place.folder / ".navit").exists()
+    measure(place, bad_inspect, again=True)  # navit index --again
+    assert (place.folder / ".navit").is_dir()
+
+
+def test_equal_data_is_described_alike_and_other_data_is_not(place):
+    one = measure(place).describe()
+    assert measure(place._replace(identity="x", fingerprint="y")).describe() == one
+    for other in (
+        lambda i: inspect(i)._replace(height=21),
+        lambda i: inspect(i)._replace(text=0),
+        lambda i: inspect(i)._replace(label="x"),
+    ):
+        assert measure(place, other, again=True).describe() != one
+
+
+def test_nothing_readable_is_an_error_that_says_why(place):
+    with pytest.raises(ValueError, match=r"not one of the 1 .* the set .*not an image"):
+        measure(place, lambda i: sizes.Record.of(b"text"), count=1)
+
+
+def test_no_records_at_all_is_an_error(place):
+    with pytest.raises(ValueError, match="the set has no records"):
+        measure(place, count=0)
+
+
+def test_half_a_surrogate_pair_stops_no_index(place):
+    odd = sizes.Record.of(IMAGES[0], "a\ud800", ("b\udfff",))
+    index = measure(place, lambda i: odd, count=2)
+    assert index.labels.tolist() == [b"a?", b"a?"]
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+@pytest.mark.parametrize("format", ["jpeg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_upright_and_cost_no_more_than_the_header(format, orientation):
+    image = Image.effect_noise((900, 700), 80).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, format, exif=exif(orientation))
+    data, read = file.getvalue(), []
+
+    def read_range(start: int, size: int) -> bytes:
+        read.append(size)
+        return data[start : start + size]
+
+    with storage.opened(read_range, len(data), 4096) as opened:
+        record = sizes.Record.of(opened)
+    upright = (700, 900) if orientation < 5 else (900, 700)
+    assert (record.height, record.width) == upright
+    if format in ("jpeg", "png"):
+        assert sum(read) <= 8192 < len(data) // 10
+
+
+def test_a_range_of_a_file_reads_as_the_file_does(rng):
+    data = rng.bytes(1000)
+    with storage.opened(lambda a, n: data[a : a + n], 1000, 64) as file:
+        plain = io.BytesIO(data)
+        for _ in range(300):
+            whence = int(rng.integers(3))
+            offset = int(rng.integers(-50, 1100)) if whence == 0 else 0
+            offset = max(0, offset) if whence == 0 else int(rng.integers(-40, 40))
+            try:
+                expected = plain.seek(offset, whence)
+            except ValueError:
+                continue
+            assert file.seek(expected) == expected
+            count = int(rng.integers(-1, 200))
+            assert file.read(count) == plain.read(count)
+
+
+def test_a_file_left_open_is_closed_when_python_ends(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"a")
+    descriptor = storage._Descriptor(str(tmp_path / "a"))
+    with monkeypatch.context() as ending:
+        ending.setattr(storage, "os", None)  # modules are emptied before
+        descriptor.__del__()
+    with pytest.raises(OSError):
+        os.fstat(descriptor.number)
+    del descriptor.number
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(sizes, "MIN_KEPT", 0)
+    shutil.copytree(SAMPLE, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def test_a_folder_keeps_its_index_and_sees_a_changed_file(photos, caplog):
+    caplog.set_level(logging.INFO, "navit")
+    first = FolderSource(Folder(str(photos)))
+    (file,) = (photos / ".navit").iterdir()
+    stamp = file.stat().st_mtime_ns
+    again = FolderSource(Folder(str(photos)))
+    assert file.stat().st_mtime_ns == stamp and "changed" not in caplog.text
+    assert again.fingerprint() == first.fingerprint()
+    rotated = [Path(first.name(i)).name for i in range(17)].index("coffee_rotated.jpg")
+    assert again.sizes[rotated].tolist() == [400, 600]
+    name = photos / "cat.jpg"
+    before = name.stat()
+    Image.new("RGB", (33, 44)).save(name)
+    os.utime(name, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    changed = FolderSource(Folder(str(photos)))
+    assert [44, 33] in changed.sizes.tolist()
+    assert "changed" in caplog.text
+    assert changed.fingerprint() != first.fingerprint()
+
+
+def test_the_parts_of_a_split_share_one_index(photos):
+    parts = [FolderSource(Folder(str(photos), split=s)) for s in ("train", "eval")]
+    assert len(list((photos / ".navit").iterdir())) == 1
+    assert sum(map(len, parts)) == 17
+
+
+def run(capsys, *arguments: str) -> str:
+    assert main(["index", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_navit_index_keeps_the_sizes_and_prints_them(photos, tmp_path, capsys):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from navit.config import *\n"
+        "def get_config():\n"
+        f"    data = DataConfig(train=Folder({str(photos)!r}, split='train'),\n"
+        "                      eval=Folder(split='eval'))\n"
+        "    return Config(data=data)\n"
+    )
+    (photos / "cat.jpg").write_bytes(b"no image")
+    lines = run(capsys, str(config), "data.train.split=all").splitlines()
+    assert lines[0] == "data.train: 16 images, 1 unreadable"
+    heights = next(line for line in lines if line.startswith("  height  ")).split()
+    assert (heights[1], heights[-1]) == ("60", "1411")
+    assert lines[1] == "  task label: 7 classes, 16 images labelled"
+    parts = run(capsys, str(config)).splitlines()
+    counts = [int(line.split()[1]) for line in parts if line.startswith("data.")]
+    assert len(counts) == 2 and sum(counts) == 16
+    assert len(list((photos / ".navit").glob("sizes-*"))) == 1
+    # A file mended without a change of size or time is only seen when asked for.
+    before = (photos / "cat.jpg").stat()
+    data = (SAMPLE / "coin_small.jpg").read_bytes()
+    (photos / "cat.jpg").write_bytes(data)
+    os.utime(photos / "cat.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert "17 images, 0 unreadable" in run(
+        capsys, str(config), "--again", "data.train.split=all"
+    )

@@ -1,0 +1,163 @@
+"""Checkpoints on disk: what is damaged is named, and what is whole is kept."""
+
+import errno
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+from navit.sharding import Rules
+from navit.train import checksums
+from navit.train.checkpoint import Checkpoints
+from navit.train.optim import make_optimizer
+from navit.train.state import init_state
+
+CONFIG = tiny_config()
+
+
+def make_state():
+    optimizer = make_optimizer(CONFIG.optim, CONFIG.train.steps)
+    return init_state(CONFIG, optimizer, Rules())
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(make_state)()
+
+
+def write(workdir, state, *steps):
+    checkpoints = Checkpoints(workdir, keep=2)
+    for step in steps:
+        checkpoints.save(state._replace(step=jnp.int32(step)), CONFIG, "data")
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def saved(state, tmp_path_factory):
+    """A work directory of steps 1 to 3, of which it keeps two."""
+    workdir = tmp_path_factory.mktemp("checkpoints") / "run"
+    write(workdir, state, 1, 2, 3)
+    return workdir
+
+
+def files_of(workdir, step=3):
+    folder = workdir / "checkpoints" / str(step)
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(found) > 10
+    return found
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zero(file):
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    bit = np.random.default_rng(len(data)).integers(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def remove(file):
+    file.unlink()
+
+
+def test_what_is_saved_comes_back(saved, state):
+    checkpoints = Checkpoints(saved)
+    found = checkpoints.restore(jax.eval_shape(make_state))
+    assert checkpoints.config() == CONFIG and checkpoints.data() == "data"
+    checkpoints.close()
+    assert int(found.step) == 3
+    assert sorted(x.name for x in (saved / "checkpoints").iterdir()) == ["2", "3"]
+    expected = state._replace(step=jnp.int32(3))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", [truncate, zero, flip, remove])
+def test_a_damaged_checkpoint_is_named_and_training_takes_the_one_before(
+    damage, saved, tmp_path, caplog
+):
+    for i, original in enumerate(files_of(saved)):
+        workdir = shutil.copytree(saved, tmp_path / str(i))
+        damage(workdir / original.relative_to(saved))
+        checkpoints = Checkpoints(workdir)
+        with pytest.raises(
+            ValueError, match=r"step 3 of .* is damaged \(.*\): navit t"
+        ):
+            checkpoints.config()
+        assert (workdir / "checkpoints/3").is_dir()  # reading moves nothing
+        caplog.clear()
+        assert checkpoints.set_damaged_aside() == 2
+        assert "step 3 is damaged (" in caplog.text
+        assert "going on from step 2" in caplog.text
+        assert checkpoints.data() == "data"
+        checkpoints.close()
+        assert (workdir / "damaged/3").is_dir()
+        shutil.rmtree(workdir)
+
+
+def test_a_stray_empty_step_is_set_aside(saved, tmp_path, caplog):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for _ in range(2):
+        (workdir / "checkpoints/7").mkdir()
+        checkpoints = Checkpoints(workdir)
+        assert checkpoints.set_damaged_aside() == 3
+        checkpoints.close()
+    assert "step 7 is damaged (SHA256SUMS is missing): going on from step 3" in (
+        caplog.text
+    )
+    assert {x.name for x in (workdir / "damaged").iterdir()} == {"7", "7.1"}
+
+
+def test_where_no_checkpoint_is_whole_training_does_not_begin_anew(saved, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for step in (2, 3):
+        zero(files_of(workdir, step)[-1])
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(ValueError, match="and there is no earlier one that is whole"):
+        checkpoints.set_damaged_aside()
+    checkpoints.close()
+    assert (workdir / "checkpoints/3").is_dir()
+
+
+def test_what_is_not_finite_is_refused_by_name(state, tmp_path):
+    model = jax.tree.map(lambda x: x, state.model)
+    model.vision.head.probe[...] = model.vision.head.probe[...].at[0, 3].set(jnp.nan)
+    write(tmp_path, state._replace(model=model), 1)
+    checkpoints = Checkpoints(tmp_path)
+    like = jax.eval_shape(make_state)
+    for restore in (
+        lambda: checkpoints.restore(like),
+        lambda: checkpoints.restore_model(like.model),
+    ):
+        with pytest.raises(ValueError, match=r"s/1: model.vision.head.probe is NaN"):
+            restore()
+    checkpoints.close()
+
+
+def test_a_full_disk_is_one_line_that_says_what_is_safe(state, tmp_path, monkeypatch):
+    write(tmp_path, state, 1)
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    monkeypatch.setattr(checksums, "write", full)
+    with pytest.raises(
+        OSError, match=r"/2 \(No space left on device\); step 1 is safe"
+    ):
+        write(tmp_path, state, 2)
+    monkeypatch.undo()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest_step() == 1 and checkpoints.data() == "data"
+    checkpoints.close()
+    write(tmp_path, state, 2)  # what was left of it is in no one's way
+    assert sorted(x.name for x in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

@@ -1,0 +1,65 @@
+"""navit.train.checks: what is looked at before a run."""
+
+import dataclasses
+
+import pytest
+from helpers import tiny_config
+
+from navit.config import Folder, override
+from navit.sharding import make_mesh, use_mesh
+from navit.sources.synthetic import SyntheticSource
+from navit.train import loop
+from navit.train.checks import _some_captions, check_devices
+
+
+class Counted(SyntheticSource):
+    """Says which records it was asked for, of as many as it claims to have."""
+
+    def __len__(self) -> int:
+        return self.claimed
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        self.asked.append(index)
+        return (str(index),)
+
+
+@pytest.mark.parametrize("size", [1, 31, 40, 100_000])
+def test_captions_are_looked_at_in_few_stretches_from_end_to_end(size):
+    source = Counted(size=3)
+    source.claimed, source.asked = size, []
+    assert _some_captions(source) == [str(i) for i in source.asked]
+    assert source.asked == sorted(set(source.asked))
+    assert source.asked[0] == 0 and source.asked[-1] == size - 1
+    assert len(source.asked) == min(size, 256)
+    assert len({i // 64 for i in source.asked}) <= 16  # row groups of a Parquet file
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["data.rows=3", "mesh.data=8"], "data.rows=3 is not divisible by 8 devices"),
+        (["mesh.data=1", "mesh.fsdp=7"], "data.rows=8 is not divisible by 7 devices"),
+        (
+            ["data.rows=6", "mesh.data=1", "mesh.fsdp=3", "model.text.width=32"],
+            "model.text.width=32 cannot be split over mesh.fsdp=3",
+        ),
+        (
+            ["mesh.data=1", "mesh.tensor=2", "model.vision.num_heads=3"],
+            "model.vision.num_heads=3 cannot be split over mesh.tensor=2",
+        ),
+        (["model.attention=splash"], "splash is a TPU kernel, and this runs on a cpu"),
+    ],
+)
+def test_what_the_devices_cannot_share_or_run_is_an_error(options, words):
+    few = ["data.rows=8", "model.vision.width=24", "model.text.width=24"]
+    config = override(tiny_config(), [*few, *options])
+    mesh, rules = make_mesh(config.mesh)
+    with use_mesh(mesh), pytest.raises(ValueError, match=words):
+        check_devices(config, rules)
+
+
+def test_a_config_is_refused_before_data_is_looked_for(tmp_path):
+    config = override(tiny_config(), ["mesh.data=8", "data.rows=3"])
+    nowhere = dataclasses.replace(config.data, train=Folder(str(tmp_path / "no")))
+    with pytest.raises(ValueError, match="not divisible by 8 devices"):
+        loop.train(dataclasses.replace(config, data=nowhere), tmp_path)

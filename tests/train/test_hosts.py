@@ -1,0 +1,287 @@
+"""Several processes: the same numbers as one, the same last step, no waiting for ever.
+
+Two processes of 4 devices each on this machine, over gloo: the command line itself, in
+processes of its own.
+"""
+
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny_config
+
+import navit
+from navit.config import Config, override
+from navit.train import hosts, loop
+from navit.train.interruption import Interruption
+
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+# Widths that 8 devices can share, fewer images than rows: some devices stay empty.
+OPTIONS = [
+    *("data.rows=8", "data.train.size=14", "train.log_every=1"),
+    *("model.vision.width=32", "model.text.width=32"),
+    *("model.vision.depth=1", "eval.budgets=16"),
+]
+PRESETS = {
+    "replicate": ["mesh.data=8"],
+    "fsdp": ["mesh.data=1", "mesh.fsdp=8"],
+    "fsdp, tensor": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+}
+
+
+def get_config() -> Config:
+    """This file is the config of the processes that it starts."""
+    return override(tiny_config(steps=STEPS), OPTIONS)
+
+
+# Before the command line runs: what the process of this index does at a step.
+MISHAPS = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from navit import cli
+from navit.input import pipeline
+real = pipeline.train_batches
+def batches(config, source, *, start_step=0, **kwargs):
+    found = real(config, source, start_step=start_step, **kwargs)
+    class Batches:
+        step = start_step
+        def __iter__(self):
+            return self
+        def __next__(self):
+            self.step += 1
+            if self.step == {step} and kwargs["process_index"] == {process}:
+                {mishap}
+            return next(found)
+        def close(self):
+            found.close()
+    return Batches()
+pipeline.train_batches = batches
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def start(workdir, *options, step=0, process=-1, mishap="pass"):
+    """`navit train` of this file in two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = MISHAPS.format(
+        tests=str(ROOT / "tests"), step=step, process=process, mishap=mishap
+    )
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "4",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [
+        *(sys.executable, "-c", code, "train", __file__, *options),
+        *("--workdir", str(workdir), "--coordinator", address, "--processes", "2"),
+    ]
+    return [
+        subprocess.Popen(
+            [*command, "--process", str(i)],
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, timeout=240):
+    """Exit statuses and outputs."""
+    try:
+        outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [p.returncode for p in processes], outputs
+
+
+def logged(workdir):
+    return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(workdir, expected):
+    """Losses and parameters after the last step, within 1e-5."""
+    a, b = logged(workdir), logged(expected)
+    assert [x["step"] for x in a] == [x["step"] for x in b] == [*range(1, STEPS + 1)]
+    for name in ("loss", "grad_norm", "images_per_step", "fill", "slots_filled"):
+        np.testing.assert_allclose(
+            [x[name] for x in a], [x[name] for x in b], atol=1e-5, err_msg=name
+        )
+    a, b = navit.load(workdir).model, navit.load(expected).model
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
+    ):
+        # A key's bias has a gradient of exactly 0, and Adam follows its rounding.
+        if ".key.bias" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(x, y, atol=1e-5, err_msg=str(path))
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    assert loop.train(get_config(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_two_processes_equal_one_device(one_device, tmp_path, preset):
+    """And so 8 devices of one process, which `test_sharding` compares to one."""
+    codes, outputs = finish(start(tmp_path, *PRESETS[preset]))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "2 processes with 4 devices each" in outputs[0]
+    assert "step " not in outputs[1]  # process 0 speaks for both
+    assert_same(tmp_path, one_device)
+    found, expected = (
+        json.loads((x / "budgets.json").read_text()) for x in (tmp_path, one_device)
+    )
+    assert found["images"] == expected["images"] and found["budgets"]
+
+
+def test_what_one_process_cannot_read_is_left_out_by_all(tmp_path):
+    """Of a model with classes, whose logits are made on all devices."""
+    mishap = (
+        "from navit.input.synthetic import SyntheticSource as S; draw = S.image; "
+        "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
+    )
+    options = [
+        *("train.loss=classification", "model.vision.num_classes=7"),
+        *("model.text=none", "train.steps=1", "mesh.data=8"),
+    ]
+    codes, outputs = finish(start(tmp_path, *options, step=1, process=1, mishap=mishap))
+    assert codes == [0, 0], "\n".join(outputs)
+    (found,) = json.loads((tmp_path / "budgets.json").read_text())["budgets"].values()
+    # Twelve rows of one image, eight of them process 0's.
+    assert found["unreadable"] == outputs[1].count("not evaluated") == 4
+    assert 0 <= found["coarse_accuracy"] <= 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
+    """And the same command goes on to the same end."""
+    mishap = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    options = [*PRESETS["fsdp"], "eval.max_images=2"]
+    codes, outputs = finish(start(tmp_path, *options, step=3, process=1, mishap=mishap))
+    assert codes == [130, 130], "\n".join(outputs)
+    assert "interrupted; saved step 2" in outputs[0]
+    assert [x["step"] for x in logged(tmp_path)] == [1, 2]
+    codes, outputs = finish(start(tmp_path, *options))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "resuming from step 2" in outputs[0]
+    assert_same(tmp_path, one_device)
+
+
+@pytest.mark.parametrize("seconds, steps", [(20.0, 1), (2.0, 2), (0.01, 10)])
+def test_processes_ask_one_another_in_time(monkeypatch, seconds, steps):
+    """However slow a step, a request is heard after it, or within five seconds."""
+    clock, asked = [0.0], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(hosts, "any_of", lambda flag: asked.append(clock[0]) or flag)
+    monkeypatch.setattr(hosts, "gather", lambda x: np.stack([x, 0 * x]))
+    interruption = Interruption()
+    for step in range(1, 50):
+        clock[0] += seconds
+        assert not interruption.after(step)
+    assert asked[:2] == [seconds, 2 * seconds]
+    np.testing.assert_allclose(np.diff(asked[1:]), steps * seconds)
+    interruption.requested = True
+    clock[0] += seconds
+    assert any(interruption.after(step) for step in range(50, 50 + steps))
+
+
+@pytest.mark.slow
+def test_an_error_in_one_ends_all(tmp_path):
+    mishap = "raise ValueError('no disk')"
+    began = time.monotonic()
+    codes, outputs = finish(
+        start(tmp_path, "mesh.data=8", step=3, process=1, mishap=mishap)
+    )
+    assert codes[1] == 1 and codes[0] != 0, "\n".join(outputs)
+    assert "navit: process 1: ValueError: no disk" in outputs[1]
+    assert time.monotonic() - began < 200
+
+
+def test_half_an_address_is_an_error():
+    with (
+        pytest.raises(ValueError, match=r"--process None go together"),
+        hosts.joined("localhost:1234", 2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "env, several",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "t-0:1"}, True),
+        ({"JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_one_of_several_is_told_by_its_environment(env, several):
+    assert hosts._started_as_one_of_several(env) == several
+
+
+def as_processes(monkeypatch, *calls):
+    """What each call raises, run side by side as the processes of one run."""
+    arrays, meet = [None] * len(calls), threading.Barrier(len(calls), timeout=20)
+
+    def gather(values):
+        meet.wait()
+        arrays[int(threading.current_thread().name)] = values
+        meet.wait()
+        return np.stack(arrays)
+
+    raised = [None] * len(calls)
+
+    def run(process):
+        try:
+            calls[process]()
+        except ValueError as error:
+            raised[process] = str(error)
+
+    monkeypatch.setattr(hosts, "gather", gather)
+    threads = [
+        threading.Thread(target=run, args=(i,), name=f"{i}") for i in range(len(calls))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    same, other = get_config(), override(get_config(), ["optim.lr=0.5", "data.seed=3"])
+    check = functools.partial(hosts.check_same_config, same)
+    assert as_processes(monkeypatch, check, check) == [None, None]
+    found = as_processes(
+        monkeypatch, check, check, functools.partial(hosts.check_same_config, other)
+    )
+    assert len({*found}) == 1
+    assert "process 0 and process 2 have different configs" in found[0]
+    assert "data.seed: 0 -> 3; optim.lr: 0.001 -> 0.5" in found[0]
+    check = functools.partial(hosts.check_same, "data.train")
+    found = as_processes(monkeypatch, lambda: check("17 images"), lambda: check("é"))
+    assert len({*found}) == 1
+    assert "data.train is é in process 1 and 17 images in process 0" in found[0]

@@ -1,0 +1,129 @@
+"""navit.train.step: the loss of a batch whose captions stand in lists."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import tiny_config
+
+from navit.batch import Batch
+from navit.config import Config, MeshConfig, override
+from navit.input import pipeline
+from navit.input.tokens import encode
+from navit.model.two_tower import TwoTower
+from navit.sharding import make_mesh, split_rows, use_mesh
+from navit.train.step import batch_loss, with_captions
+
+GROUP = 2
+
+
+def make_config(*options: str) -> Config:
+    """Rows of 6 slots, 16 of them, of which the last are empty."""
+    depths = ("model.vision.depth=1", "model.text.depth=1")
+    options = (
+        *depths,
+        "data.rows=16",
+        "data.slots=6",
+        f"data.caption_rows={GROUP}",
+        *options,
+    )
+    return override(tiny_config(), [*options, "data.train.size=40"])
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    config = make_config()
+    source = pipeline.open_source(config.data.train)
+    batch = next(iter(pipeline.train_batches(config, source)))
+    # One image could not be read; its caption stands where it is.
+    grids, segment_ids = batch.images.grids.copy(), batch.images.segment_ids.copy()
+    grids[1, 0] = 0
+    segment_ids[1][segment_ids[1] == 1] = 0
+    images = batch.images._replace(grids=grids, segment_ids=segment_ids)
+    return batch._replace(images=images)
+
+
+def per_slot(batch: Batch) -> Batch:
+    """The same batch with a caption for every slot."""
+    text = np.zeros((*batch.id.shape, batch.text.shape[-1]), np.int32)
+    for group, texts in enumerate(batch.text):
+        rows = slice(GROUP * group, GROUP * (group + 1))
+        planned = np.argwhere(batch.id[rows] >= 0)
+        for (row, slot), tokens in zip(planned, texts, strict=False):
+            text[rows][row, slot] = tokens
+    return batch._replace(text=text)
+
+
+def loss_and_gradients(config: Config, batch: Batch):
+    mesh, rules = make_mesh(config.mesh)
+
+    @jax.jit
+    def step(batch):
+        model = TwoTower(config.model, rules, rngs=nnx.Rngs(0))
+        return jax.value_and_grad(batch_loss)(model, batch, config, rules)
+
+    with use_mesh(mesh):
+        return jax.tree.map(np.asarray, step(split_rows(batch, rules)))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss):
+    config = make_config(f"train.loss={loss}")
+    slots = per_slot(batch)
+    assert (batch.id >= 0).sum() == 40 and batch.text.any(-1).sum() == 40
+    places = np.prod(batch.text.shape[:2])
+    assert places < 0.8 * np.prod(slots.text.shape[:2])
+    expected = loss_and_gradients(config, slots)
+    meshes = [MeshConfig(data=1), MeshConfig(data=4, fsdp=2)]
+    for mesh in meshes if loss == "sigmoid" else meshes[:1]:
+        found = loss_and_gradients(dataclasses.replace(config, mesh=mesh), batch)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
+    expected = loss_and_gradients(make_config("mesh.data=1"), batch)
+    for options in (
+        ("mesh.data=1", "train.microbatches=4"),
+        ("mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"),
+    ):
+        found = loss_and_gradients(make_config(*options), batch)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_images_and_captions_stay_together(batch):
+    pooled = jnp.asarray(batch.id, jnp.float32)[..., None] + jnp.arange(3.0)
+    images, real = with_captions(pooled, jax.tree.map(jnp.asarray, batch))
+    assert images.shape == (real.size, 3)
+    texts = batch.text.reshape(real.size, -1)
+    source = pipeline.open_source(make_config().data.train)
+
+    for image, text, there in zip(np.asarray(images), texts, real, strict=True):
+        if there:
+            assert text.tolist() in encode(source.captions(int(image[0])), 24).tolist()
+    lost = int(batch.id[1, 0])
+    ids = np.asarray(images)[:, 0].astype(int)[np.asarray(real)]
+    assert sorted({*ids.tolist(), lost}) == sorted(batch.id[batch.id >= 0].tolist())
+    assert lost not in ids
+
+
+def test_no_row_leaves_its_device(batch):
+    mesh, rules = make_mesh(MeshConfig(data=4, fsdp=2))
+
+    def f(pooled, batch):
+        return with_captions(pooled, batch, rules)
+
+    with use_mesh(mesh):
+        sharding = jax.NamedSharding(mesh, rules("batch"))
+        pooled = jax.device_put(np.ones((16, 6, 8), np.float32), sharding)
+        split = split_rows(batch, rules)
+        text = jax.jit(f).lower(pooled, split).compile().as_text()
+        gradient = jax.jit(jax.grad(lambda *x: f(*x)[0].sum()))
+        text += gradient.lower(pooled, split).compile().as_text()
+        assert jax.typeof(jax.jit(f)(pooled, split)[0]).sharding.spec[0] is not None
+    for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"):
+        assert word not in text
