@@ -18,6 +18,8 @@ from navit.compile.program import Program
 from navit.model import flops
 
 _MIB = 2**20
+# XLA's `ExecutionOptions.EFFORT_O0` (xla.proto).
+_LEAST_EFFORT = 9
 
 PARTS = (
     *("attention", "mlp", "embedding", "head", "vision, other"),
@@ -73,7 +75,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         None compiles at the least effort, which is fast, makes slow programs, and gets
         no times.
     """
-    options = {"exec_time_optimization_effort": -1.0} if dump is None else None
+    options = {"optimization_level": _LEAST_EFFORT} if dump is None else None
     start, error, compiled = time.perf_counter(), "", None
     try:
         compiled = program.lowered.compile(compiler_options=options)
