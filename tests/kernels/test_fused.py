@@ -1,6 +1,7 @@
 """The TPU kernels around attention, in Pallas' simulation of a TPU on the CPU."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +203,18 @@ def test_a_block_is_the_same_with_kernels(num_heads, use_bias, rng, monkeypatch)
         monkeypatch.setattr(encoder, kernel.__name__, seen)
     found = run()
     assert called == [norm_project, fused_mlp]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        # The exact gradient of a key's bias is 0.
+    for (path, b), a in zip(
+        jax.tree_util.tree_flatten_with_path(expected)[0],
+        jax.tree.leaves(found),
+        strict=True,
+    ):
         atol = 1e-5 * max(1, np.abs(b).max())
+        if ".key.bias" in jax.tree_util.keystr(path):
+            # Its exact gradient is 0: 256 terms that cancel, one a token. Each result
+            # is off by up to epsilon times the sum of their sizes. The query's bias
+            # sums 256 terms of the same size with random signs, so that its gradient
+            # is smaller than that sum by about the square root of 256. (Against
+            # float64, the kernels are no farther off than plain JAX.)
+            query = np.abs(expected[1][0].attention.query.bias[...]).max()
+            atol = np.finfo(np.float32).eps * math.sqrt(256) * query
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
