@@ -118,7 +118,8 @@ class Embedder:
         at_once = self.rows_at_once(max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         # Each process of the mesh decodes its own rows of every part.
-        shared = jax.sharding.get_mesh().is_multi_process
+        mesh = jax.sharding.get_mesh()
+        shared = not mesh.empty and mesh.is_multi_process
         share = at_once // (jax.process_count() if shared else 1)
         first = share * jax.process_index() if shared else 0
         own = [part.slice(first, first + share) for part in parts]
