@@ -24,11 +24,11 @@ from navit.input.fill import fill_rows, slot_array
 from navit.input.stream_plan import Planned, StreamPlans
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import VERSION, Part, Rows, grids_of
-from navit.sources.folder import same_table
 from navit.sources.images import ImageLike
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
 from navit.sources.mixture import MixtureSource
+from navit.sources.overlap import check_overlap
 from navit.sources.source import Source
 from navit.sources.stream import Carried, StreamSource
 
@@ -42,24 +42,27 @@ _NO_ACCIDENT = 8
 
 
 def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
-    """Opens `data.eval`; the training images where it is not set."""
+    """Opens `data.eval`; the training images where it is not set.
+
+    Warns if training reads the same images.
+
+    Raises:
+      ValueError: if that can only be a mistake; as `open_source`.
+    """
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
         return open_source(data.train, again=again)
-    source = data.eval
-    if isinstance(source, config.Folder) and isinstance(data.train, config.Folder):
-        train = data.train
-        if not source.path:
-            table = source.table or train.table
-            source = dataclasses.replace(
-                source, path=train.path, table=table, missing=train.missing
-            )
-        split = "all" not in (source.split, train.split)
-        if split and source.holdout != train.holdout and same_table(source, train):
-            raise ValueError(
-                f"data.train.holdout={train.holdout} and data.eval.holdout="
-                f"{source.holdout} differ, so images would be in both parts"
-            )
+    source, train = data.eval, data.train
+    if (
+        isinstance(source, config.Folder)
+        and isinstance(train, config.Folder)
+        and not source.path
+    ):
+        table = source.table or train.table
+        source = dataclasses.replace(
+            source, path=train.path, table=table, missing=train.missing
+        )
+    check_overlap(train, source)
     return open_source(source, again=again)
 
 

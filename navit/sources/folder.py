@@ -131,24 +131,41 @@ class FolderSource:
 
 
 def same_table(one: config.Folder, other: config.Folder) -> bool:
-    """Whether both read the same table of the same folder, however they write it."""
-    found = []
-    for folder in (one, other):
-        listing = storage.open_storage(folder.path).listing(folder.path)
-        root, table = _find(folder, listing)
-        if not storage.is_remote(root):
-            root, table = str(Path(root).resolve()), str(Path(table).resolve())
-        found.append((root, table))
-    return found[0] == found[1]
+    """Whether both read the same table of the same folder, however they write it.
+
+    Lists a folder only where that decides, as listing a bucket can take minutes.
+    """
+    if _resolved(_root(one)) != _resolved(_root(other)):
+        return False
+    if one.table == other.table:
+        return True
+    return _resolved(_table(one)) == _resolved(_table(other))
+
+
+def _table(folder: config.Folder) -> str:
+    if folder.table:
+        root = _root(folder)
+        return f"{root}/{inside(root, folder.table, 'data.train.table')}"
+    listing = storage.open_storage(folder.path).listing(folder.path)
+    return _find(folder, listing)[1]
+
+
+def _root(folder: config.Folder) -> str:
+    """The folder without a slash at its end."""
+    if storage.is_remote(folder.path):
+        return folder.path.rstrip("/")
+    return str(Path(folder.path).expanduser())
+
+
+def _resolved(path: str) -> str:
+    return path if storage.is_remote(path) else str(Path(path).resolve())
 
 
 def _find(
     folder: config.Folder, listing: dict[str, storage.Stat] | None
 ) -> tuple[str, str]:
     """The folder without a slash at its end, and its table."""
-    root = folder.path.rstrip("/")
-    if not storage.is_remote(folder.path):
-        root = str(Path(folder.path).expanduser())
+    root = _root(folder)
     if not folder.path or not (listing or Path(root).is_dir()):
         raise FileNotFoundError(
             f"there is no folder {folder.path!r}: set data.train.path (or "

@@ -314,6 +314,12 @@ def test_parts_of_one_folder_have_one_holdout_however_it_is_written(written, tmp
     )
 
 
+def test_training_on_the_part_that_is_evaluated_is_refused():
+    train = Folder(SAMPLE, split="eval")
+    with pytest.raises(ValueError, match=r"train.split=eval and data.eval.split=eval"):
+        open_eval_source(DataConfig(train=train, eval=Folder(split="eval")))
+
+
 @pytest.fixture(scope="module")
 def one_run() -> list[Batch]:
     return batches(config())

@@ -1,0 +1,73 @@
+"""Whether training and evaluation read the same images, by what the config names."""
+
+from __future__ import annotations
+
+import logging
+
+from navit import config
+from navit.config.sources import Single
+from navit.sources.folder import same_table
+
+log = logging.getLogger("navit")
+
+
+def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> None:
+    """Warns if both read the same images; refuses it where it can only be a mistake.
+
+    Raises:
+      ValueError: if `train` is the held-out part of a folder and `evaluation` reads
+        that part too, or if the two split one table by different holdouts.
+    """
+    shared = {
+        _images(other): None
+        for one in _singles(train)
+        for other in _singles(evaluation)
+        if _overlap(one, other)
+    }
+    if shared:
+        log.warning(
+            "data.train and data.eval both read %s: the evaluation is on images that "
+            "the model is trained on. Set data.eval to other images to measure how "
+            "well it generalizes",
+            ", ".join(shared),
+        )
+
+
+def _singles(source: config.TrainSource) -> tuple[Single | config.Stream, ...]:
+    return source.sources if isinstance(source, config.Mixture) else (source,)
+
+
+def _overlap(train: Single | config.Stream, held: Single | config.Stream) -> bool:
+    if isinstance(train, config.Folder) and isinstance(held, config.Folder):
+        return _folders_overlap(train, held)
+    return _images(train) == _images(held)
+
+
+def _folders_overlap(train: config.Folder, held: config.Folder) -> bool:
+    splits, same_holdout = {train.split, held.split}, train.holdout == held.holdout
+    if (splits == {"train", "eval"} and same_holdout) or not same_table(train, held):
+        return False
+    if train.split == "eval" and held.split != "train":
+        raise ValueError(
+            f"data.train.split=eval and data.eval.split={held.split} would train on "
+            f"the images of {train.path} that are held out for the evaluation: set "
+            "data.train.split=train and data.eval.split=eval"
+        )
+    if "all" not in splits and not same_holdout:
+        raise ValueError(
+            f"data.train.holdout={train.holdout} and data.eval.holdout={held.holdout} "
+            "differ, so images would be in both parts: set them to the same share"
+        )
+    return True
+
+
+def _images(source: Single | config.Stream) -> str:
+    """What a source reads, so that equal texts mean the same images."""
+    match source:
+        case config.Synthetic():
+            return f"synthetic images of seed {source.seed}"
+        case config.Tfds():
+            return f"{source.name} split={source.split} {source.data_dir}".rstrip()
+        case config.Folder():
+            return f"the folder {source.path}"
+    return source.path
