@@ -63,6 +63,7 @@ def evaluate(args: argparse.Namespace) -> int:
                 "may change data.* and eval.*"
             )
     embedder = Embedder(embedder.model, config, step=embedder.step)
+    budgets.check_memory(config)
     source = pipeline.open_eval_source(config.data)
     budgets.check(config, source, source)
     out = args.out or weights

@@ -27,7 +27,7 @@ from PIL import Image
 from navit import weights
 from navit.config import Config, ModelConfig
 from navit.convert.stored import Weights, shapes_of
-from navit.embed import embed_packed
+from navit.embed import embed_packed, rows_at_once
 from navit.input import fill
 from navit.model import variants
 
@@ -81,7 +81,7 @@ Side = dict[str, Callable[[], np.ndarray]]
 
 def _navit(model: Any, images: list[bytes], budget: int) -> Side:
     packed = fill.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
-    rows = model.rows_at_once(budget, len(packed.grids))
+    rows = rows_at_once(model.config, budget, len(packed.grids))
     parts = [
         jax.tree.map(lambda x, i=i: x[i : i + rows], packed)
         for i in range(0, len(packed.grids), rows)

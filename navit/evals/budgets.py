@@ -16,7 +16,7 @@ import numpy as np
 import navit
 from navit import config as config_lib
 from navit.config import Config
-from navit.embed import Embedder, grids_of
+from navit.embed import Embedder, check_budget, grids_of
 from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
@@ -71,7 +71,7 @@ def evaluate(
     embedder: Embedder, config: Config, source: Source, *, tasks: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Metrics by budget, and what guessing would give; see `run`."""
-    count = min(len(source), config.eval.max_images or len(source))
+    count = _count(config, source)
     chosen = _choose(source.tasks, tasks)
     evaluators: list[Any]
     classifies = config.train.loss == "classification"
@@ -129,16 +129,29 @@ def evaluate(
     }
 
 
+def check_memory(config: Config) -> None:
+    """Finds, before any data is read, a budget that needs more memory than is free.
+
+    `check` looks again when the number of images is known.
+
+    Raises:
+      ValueError: for such a budget.
+    """
+    for budget in _budgets(config):
+        check_budget(config, budget)
+
+
 def check(config: Config, train: Source | StreamSource, evaluation: Source) -> None:
     """Finds before training what would stop the evaluation after it.
 
     Raises:
-      ValueError: for a budget beyond the position table, or classes that the model or
-        the two sources do not agree on.
+      ValueError: for a budget beyond the position table or this host's memory, or
+        classes that the model or the two sources do not agree on.
     """
     vision = config.model.vision
     for budget in _budgets(config):
         vision.position.check(grids_of(config, evaluation.sizes, budget))
+        check_budget(config, budget, _count(config, evaluation))
     if config.train.loss == "classification":
         names = [next(iter(s.tasks.values()), None) for s in (train, evaluation)]
         classes = [task.class_names if task else () for task in names]
@@ -197,6 +210,10 @@ def _budgets(config: Config) -> tuple[int, ...]:
     """Where to evaluate; a model of one resolution has only one budget."""
     vision = config.model.vision
     return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
+
+
+def _count(config: Config, source: Source) -> int:
+    return min(len(source), config.eval.max_images or len(source))
 
 
 def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:

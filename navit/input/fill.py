@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
 
 from navit.batch import PackedImages
-from navit.input import pixels
+from navit.input import memory, pixels
 from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
 from navit.sources.images import ArrayLike, ImageLike, sizes_of
@@ -206,24 +204,11 @@ def pack(
 
 
 def _check_memory(rows: int, row_tokens: int, patch_size: int) -> None:
-    """Raises ValueError if the patches of so many rows take more than is free."""
-    needed, free = rows * row_tokens * patch_size**2 * 3, _free_memory()
-    if needed > free:
-        raise ValueError(
-            f"packing into {rows} x {row_tokens} tokens (rows x row_tokens) takes "
-            f"{needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory is free: "
-            "lower row_tokens or rows, or pack fewer images at a time"
-        )
-
-
-def _free_memory() -> int:
-    """Bytes: what Linux says is available; elsewhere all that the machine has."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except FileNotFoundError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024  # in kB there
+    memory.check(
+        rows * row_tokens * patch_size**2 * 3,
+        f"packing into {rows} x {row_tokens} tokens (rows x row_tokens)",
+        "lower row_tokens or rows, or pack fewer images at a time",
+    )
 
 
 def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:

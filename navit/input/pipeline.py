@@ -19,11 +19,12 @@ from absl import flags
 
 from navit import config
 from navit.batch import Batch, PackedImages
-from navit.input import tokens
+from navit.input import memory, tokens
 from navit.input.fill import fill_rows, slot_array
 from navit.input.stream_plan import Planned, StreamPlans
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import VERSION, Part, Rows, grids_of
+from navit.plan.groups import host_rows
 from navit.sources.images import ImageLike
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
@@ -36,6 +37,9 @@ log = logging.getLogger("navit")
 
 # What a random key is for, so that no two draws share one; `fill.py` has 3.
 _WHICH_CAPTION = 4
+
+# Batches that grain makes ahead: in this process, or in each worker.
+_AHEAD, _AHEAD_PER_WORKER = 4, 2
 
 # Where storage gives none of so many images, the trouble is not with the images.
 _NO_ACCIDENT = 8
@@ -180,6 +184,30 @@ class MaterializeStream(grain.transforms.Map):
         return batch._replace(id=ids)
 
 
+def check_memory(cfg: config.Config, process_count: int = 1) -> None:
+    """Refuses batches that do not fit in this host's memory, before any data is read.
+
+    Counts only the pixels of the batches that are made ahead and of the two that
+    `navit/train/feed.py` holds, so training takes more.
+
+    Raises:
+      ValueError: if that is more than is free, or `data.rows` cannot be shared by the
+        processes.
+    """
+    data, patch_size = cfg.data, cfg.model.vision.patch_size
+    rows = host_rows(data, process_count)
+    ahead = data.workers * _AHEAD_PER_WORKER or _AHEAD
+    batches = min(cfg.train.steps, ahead + 2)
+    memory.check(
+        batches * rows * data.row_tokens * patch_size**2 * 3,
+        f"holding {batches} batches of data.rows={data.rows} x data.row_tokens="
+        f"{data.row_tokens}"
+        + (f", shared by {process_count} processes," if process_count > 1 else ""),
+        "lower data.rows or data.row_tokens"
+        + (f", or data.workers={data.workers}" if data.workers else ""),
+    )
+
+
 def train_batches(
     cfg: config.Config,
     source: Source | StreamSource,
@@ -204,7 +232,7 @@ def train_batches(
         "process_index": process_index,
         "process_count": process_count,
     }
-    threads, ahead = (1, 1) if data.workers else (2, 4)
+    threads, ahead = (1, 1) if data.workers else (2, _AHEAD)
     plans: BatchPlans | StreamPlans
     if isinstance(source, StreamSource):
         # grain asks for one more before it waits for the first.
@@ -238,7 +266,7 @@ def train_batches(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its flags when it starts workers
     workers = grain.multiprocessing.MultiprocessingOptions(
-        num_workers=data.workers, per_worker_buffer_size=2
+        num_workers=data.workers, per_worker_buffer_size=_AHEAD_PER_WORKER
     )
     batches = dataset.to_iter_dataset(read).mp_prefetch(
         workers, worker_init_fn=_start_worker

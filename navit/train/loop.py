@@ -52,17 +52,20 @@ def train(
 
     Raises:
       ValueError: if `workdir` holds a run of another config or of other data, or if
-        another process trains in it.
+        another process trains in it; or if a batch takes more memory than is free.
       FloatingPointError: if the loss is not finite.
     """
     check_config(config)
     mesh, rules = make_mesh(config.mesh)
     with use_mesh(mesh):
         check_devices(config, rules)
+        budgets.check_memory(config)
+    pipeline.check_memory(config, jax.process_count())
     source = pipeline.open_train_source(config.data.train)
     data = pipeline.fingerprint(source)
     eval_source = pipeline.open_eval_source(config.data)
-    budgets.check(config, source, eval_source)
+    with use_mesh(mesh):
+        budgets.check(config, source, eval_source)
     log.info("training on %s", source.fingerprint())
     log.info("evaluating on %d images", len(eval_source))
     check_captions(config, source)

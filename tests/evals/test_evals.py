@@ -3,14 +3,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import tiny_config
 
 import navit
-from navit.config import DataConfig, EvalConfig, Folder
-from navit.embed import Embedder
+from navit.config import DataConfig, EvalConfig, Folder, override
+from navit.embed import Embedder, check_budget
 from navit.evals import budgets
 from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot
+from navit.input import memory
 from navit.input.pipeline import open_eval_source
 from navit.plan.epoch import grids_of
 from navit.sources.source import Task
@@ -116,6 +118,29 @@ def evaluated(name, budget_list, **data):
     budgets.check(config, source, source)
     embedder = Embedder(model.model, config, step=0)
     return budgets.evaluate(embedder, config, source), source.sizes[:5]
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "tokens"),
+    [
+        (1, [], 256),
+        (17, [], 3 * 8 * 256),  # batches of 2048 tokens on a CPU
+        (99, [], 5 * 8 * 256),  # five of them at a time
+        (17, ["data.max_upscale=1.0"], 4 * 256),  # 3 rows are one batch
+        (17, ["eval.batch_tokens=1000000"], 32 * 256),
+    ],
+)
+def test_a_budget_beyond_the_free_memory_is_refused(
+    images, options, tokens, monkeypatch
+):
+    """Up to the last byte, it is not."""
+    config = override(tiny_config(), options)
+    needed = tokens * 768 + 4 * 256**2
+    monkeypatch.setattr(memory, "free_memory", lambda: needed)
+    check_budget(config, 256, images)
+    monkeypatch.setattr(memory, "free_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"x 256 tokens .* GB, .*: lower the budget"):
+        check_budget(config, 256, images)
 
 
 def test_small_images_are_evaluated_at_the_plans_tokens():

@@ -35,11 +35,12 @@ from navit.config import (
     TrainConfig,
     VisionConfig,
 )
-from navit.input import fill, pixels
+from navit.input import memory, pixels
 from navit.input.fill import fill_rows
 from navit.input.pipeline import (
     Materialize,
     MaterializeStream,
+    check_memory,
     open_eval_source,
     open_source,
     train_batches,
@@ -261,7 +262,7 @@ def test_pack_refuses_before_it_allocates_what_no_machine_has(options, estimate)
 
 def test_pack_refuses_by_the_rows_that_it_made(monkeypatch):
     """Images a little over half a row need twice the rows that their tokens fill."""
-    monkeypatch.setattr(fill, "_free_memory", lambda: 6 * 5 * 192)
+    monkeypatch.setattr(memory, "free_memory", lambda: 6 * 5 * 192)
     images = [solid(24, 8)] * 7
     with pytest.raises(ValueError, match=r"into 7 x 5 tokens"):
         navit.pack(images, patch_size=8, max_tokens=3, row_tokens=5)
@@ -318,6 +319,22 @@ def test_training_on_the_part_that_is_evaluated_is_refused():
     train = Folder(SAMPLE, split="eval")
     with pytest.raises(ValueError, match=r"train.split=eval and data.eval.split=eval"):
         open_eval_source(DataConfig(train=train, eval=Folder(split="eval")))
+
+
+@pytest.mark.parametrize(
+    ("workers", "steps", "processes", "batches"),
+    [(0, 100, 1, 6), (3, 100, 1, 8), (0, 2, 1, 2), (0, 100, 2, 3)],
+)
+def test_batches_beyond_the_free_memory_are_refused(
+    workers, steps, processes, batches, monkeypatch
+):
+    """Up to the last byte, they are not."""
+    needed = batches * 2 * 48 * 768
+    monkeypatch.setattr(memory, "free_memory", lambda: needed)
+    check_memory(config(steps, workers=workers), processes)
+    monkeypatch.setattr(memory, "free_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"data.rows=2 x data.row_tokens=48.* lower"):
+        check_memory(config(steps, workers=workers), processes)
 
 
 @pytest.fixture(scope="module")

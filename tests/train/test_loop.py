@@ -447,6 +447,22 @@ def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("data.rows=1000000000", r"data.rows=1000000000 x .* 184,320.0 GB, .* lower"),
+        ("data.row_tokens=10000000000", r"data.row_tokens=10000000000 takes"),
+        ("eval.budgets=16,1000000", r"embedding 1 x 1000000 tokens .* lower"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_data_is_read(
+    tmp_path, monkeypatch, change, message
+):
+    monkeypatch.delattr(pipeline, "open_train_source")
+    with pytest.raises(ValueError, match=message):
+        loop.train(override(tiny_config(), [change]), tmp_path)
+
+
 def test_classes_must_agree(tmp_path):
     config = override(
         tiny_config(), ["train.loss=classification", "model.vision.num_classes=6"]
