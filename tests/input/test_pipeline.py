@@ -555,7 +555,13 @@ class Far(SyntheticSource):
 def test_ids_beyond_31_bits_stay_as_they_are():
     ids = np.array([2**31 - 1, 2**31, 2**40])
     rows = Rows(np.array([0, 2, 3]), ids, np.ones((3, 2), np.int32))
-    options = dict(patch_size=16, slots=2, captions=2, text_tower=TextConfig(length=24))
+    options = dict(
+        patch_size=16,
+        slots=2,
+        captions=2,
+        text_tower=TextConfig(length=24),
+        named=set(),
+    )
     batch = Materialize(Far(), config().data, **options).map(rows)
     assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
     record = Record("a", solid(16, 16), ("a caption",), (16, 16))
