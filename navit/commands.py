@@ -32,7 +32,7 @@ def train(args: argparse.Namespace) -> int:
         if config.init:
             from navit.weights import start
 
-            config, initial = start(config, workdir)
+            config, initial = start(config, workdir, args.overrides)
         return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
 
 

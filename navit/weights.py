@@ -20,7 +20,6 @@ from navit.config import (
     Folder,
     ModelConfig,
     TextConfig,
-    VisionConfig,
 )
 from navit.config.model import ROUNDING
 from navit.convert import big_vision, huggingface
@@ -187,7 +186,11 @@ def write(
     return format
 
 
-def check_sizes(weights: Weights, model: ModelConfig) -> None:
+def check_sizes(
+    weights: Weights,
+    model: ModelConfig,
+    remedy: str = "leave model.vision and model.text to the weights",
+) -> None:
     """Raises ValueError if a config would make another model than the weights are."""
     found = [
         difference
@@ -196,17 +199,19 @@ def check_sizes(weights: Weights, model: ModelConfig) -> None:
     ]
     if found:
         raise ValueError(
-            f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): leave "
-            "model.vision and model.text to the weights, or state theirs in full"
+            f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): {remedy}"
         )
 
 
 def start(
-    config: Config, workdir: Path
+    config: Config, workdir: Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, Callable[[Rules], TwoTower] | None]:
     """`config` as a run of it in `workdir` has it, and what makes its first model.
 
     A run that has a checkpoint goes on without reading `config.init`.
+
+    Args:
+      overrides: as of `starting_from`.
     """
     if is_workdir(workdir):
         checkpoints = Checkpoints(workdir)
@@ -215,30 +220,37 @@ def start(
                 none: dict[str, np.ndarray] = {}  # its sizes are what is asked for
                 model = checkpoints.config().model
                 kept = Weights(model, none.__getitem__, str(workdir))
-                return starting_from(config, kept), None
+                return starting_from(config, kept, overrides), None
         finally:
             checkpoints.close()
     weights = read(config.init)
-    config = starting_from(config, weights)
+    config = starting_from(config, weights, overrides)
     return config, functools.partial(build, weights, config.model)
 
 
-def starting_from(config: Config, weights: Weights) -> Config:
-    """`config` with the towers that `weights` have, to train them further.
+def starting_from(
+    config: Config, weights: Weights, overrides: Sequence[str] = ()
+) -> Config:
+    """`config` as a run has it that trains `weights` further.
+
+    Args:
+      overrides: the `key.path=value`s that `config` was loaded with. With
+        `init_towers`, those of the towers apply to the towers of the weights.
 
     Raises:
-      ValueError: if the config states another size, length or position embedding.
+      ValueError: if the config states other towers than the weights have.
     """
-    vision, text = config.model.vision, config.model.text
-    if vision == VisionConfig():
-        vision = weights.model.vision
-    if text is not None and weights.model.text is not None:
-        default = TextConfig()
-        named = text.tokenizer  # the tokenizer is the user's to name
-        if dataclasses.replace(text, tokenizer=default.tokenizer) == default:
-            text = weights.model.text
-            if named != default.tokenizer:
-                text = dataclasses.replace(text, tokenizer=named)
+    if config.model.text is None:  # the image tower is all that is asked for
+        image_tower = dataclasses.replace(weights.model, text=None)
+        weights = dataclasses.replace(weights, model=image_tower)
+    if config.init_towers:
+        model = dataclasses.replace(
+            config.model, vision=weights.model.vision, text=weights.model.text
+        )
+        config = dataclasses.replace(config, model=model)
+        of_towers = [x for x in overrides if x.startswith(TOWERS)]
+        config = config_lib.override(config, of_towers)
+    vision = config.model.vision
     if weights.model.vision.fixed_grid:
         log.info(
             "%s was trained at one size, %dx%d patches; from here on images keep their "
@@ -246,10 +258,15 @@ def starting_from(config: Config, weights: Weights) -> Config:
             *(weights.where, *[vision.position.size] * 2),
         )
     vision = dataclasses.replace(vision, fixed_grid=False, image_size=None)
-    model = dataclasses.replace(config.model, vision=vision, text=text)
-    check_sizes(weights, model)
+    model = dataclasses.replace(config.model, vision=vision)
+    if config.init_towers:
+        check_sizes(weights, model)
+    else:
+        check_sizes(weights, model, "init_towers=true takes the towers of the weights")
     return dataclasses.replace(config, model=model)
 
+
+TOWERS = ("model.vision.", "model.text.")
 
 # Settings of a model that its weights do not depend on.
 FREE = (

@@ -156,8 +156,11 @@ class MeshConfig:
 class Config:
     """One experiment.
 
-    `init`: weights to start from (whatever `navit.load` takes). The towers' sizes then
-    come from there, where the config leaves them at their defaults.
+    `init`: weights to start from (whatever `navit.load` takes). `model.vision` and
+    `model.text` must describe their towers.
+    `init_towers`: the run takes the towers of `init` in place of `model.vision` and
+    `model.text`; a `model.text` of None stays None. Settings of the towers on the
+    command line, such as `model.text.tokenizer=gemma.model`, still apply.
     """
 
     model: ModelConfig = ModelConfig()
@@ -167,6 +170,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     init: str = ""
+    init_towers: bool = False
 
     def __post_init__(self) -> None:
         vision, loss = self.model.vision, self.train.loss

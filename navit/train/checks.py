@@ -31,6 +31,7 @@ _RUNS, _RUN = 8, 32
 _FREE = (
     *("eval.", "data.eval", "data.workers"),
     *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
+    "init_towers",  # the towers themselves are compared
 )
 # What changes the numbers by rounding alone, so it may change too, and is recorded.
 _ROUNDING = (*ROUNDING, "mesh.", "train.microbatches", "train.loss_implementation")
@@ -72,10 +73,16 @@ def check_config(config: Config) -> None:
     """Before any data is read: says what is legal and rarely meant, refuses the rest.
 
     Raises:
-      ValueError: if random weights would stay as they are, the tokenizer has more ids
-        than the text tower, or a package to log with is missing.
+      ValueError: if random weights would stay as they are, `init_towers` is set and
+        `init` is not, the tokenizer has more ids than the text tower, or a package to
+        log with is missing.
     """
     check_installed(config)
+    if config.init_towers and not config.init:
+        raise ValueError(
+            "init_towers=true takes the towers of the weights in init, and init is not "
+            "set: give init=PATH, or set init_towers=false"
+        )
     tower = config.model.text
     if tower is not None and config.train.loss != "classification":
         tokens.check_vocabulary(tower.tokenizer, tower.vocab_size)

@@ -14,8 +14,8 @@ from helpers import tiny_config
 
 import navit
 from navit.cli import main
-from navit.config import Config, ModelConfig, override
-from navit.convert.stored import build
+from navit.config import Config, ModelConfig, TrainConfig, override
+from navit.convert.stored import Weights, build
 from navit.embed import Embedder
 from navit.input import tokens
 from navit.model.two_tower import TwoTower
@@ -26,29 +26,52 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ROOT = Path(__file__).parents[2]
 
 
-def config_of(*overrides: str) -> Config:
-    """`tiny_config` with the towers left to the weights."""
-    config = dataclasses.replace(tiny_config(), model=ModelConfig())
-    return override(config, overrides)
+def starting(weights: Weights, *overrides: str) -> Config:
+    """A config of other towers, which `init_towers` replaces by those of `weights`."""
+    config = override(tiny_config(), ["init=a", "init_towers=true", *overrides])
+    return starting_from(config, weights, overrides)
 
 
-def test_sizes_come_from_the_weights():
+def test_towers_come_from_the_weights_where_the_config_says_so():
     weights = read(GOLDEN / "siglip2_b")
-    config = starting_from(config_of("model.remat=dots"), weights)
-    assert config.model.vision.width == 30 and config.model.text.length == 9
+    config = starting(weights, "model.remat=dots")
+    assert config.model.vision == weights.model.vision
+    assert config.model.text == weights.model.text
     assert config.model.remat == "dots"
-    with pytest.raises(ValueError, match=r"model.vision.pool: 'map' -> 'mean'"):
-        named = [f"model.vision.{k}={v}" for k, v in SIZES.items()]
-        starting_from(config_of(*named, "model.vision.pool=mean"), weights)
+    message = r"\(model.vision.patch_size: 3 -> 16\): leave model.vision"
+    with pytest.raises(ValueError, match=message):
+        starting(weights, "model.vision.patch_size=16")
 
 
-SIZES = dict(patch_size=3, width=30, depth=3, mlp_dim=53, num_heads=3)
-SIZES |= {"position.size": 7}
+def test_towers_that_the_weights_do_not_have_are_refused_by_name():
+    """Even where they are the config's defaults, as for B/32 under B/16."""
+    config = Config(init="b")
+    b16 = Weights(config.model, {}.__getitem__, "b16")
+    assert starting_from(config, b16) == config
+    b32 = override(config.model, ["vision.patch_size=32"])
+    message = r"\(model.vision.patch_size: 32 -> 16\): init_towers=true takes"
+    with pytest.raises(ValueError, match=message):
+        starting_from(config, Weights(b32, {}.__getitem__, "b32"))
+
+
+@pytest.mark.parametrize("init_towers", [True, False])
+def test_the_image_tower_is_taken_alone(init_towers):
+    vision = dataclasses.replace(tiny_config().model.vision, num_classes=2)
+    config = override(tiny_config(), ["init=a", f"init_towers={init_towers}"])
+    weights = Weights(
+        dataclasses.replace(config.model, vision=vision), {}.__getitem__, "a"
+    )
+    config = dataclasses.replace(
+        config,
+        model=ModelConfig(vision=vision, text=None),
+        train=TrainConfig(loss="classification"),
+    )
+    assert starting_from(config, weights) == config
 
 
 def test_one_resolution_goes_on_with_the_aspect_kept(caplog):
     caplog.set_level("INFO", "navit")
-    config = starting_from(config_of(), read(GOLDEN / "siglip_fixed"))
+    config = starting(read(GOLDEN / "siglip_fixed"))
     assert not config.model.vision.fixed_grid
     assert "one size, 5x5 patches; from here on images keep their aspect" in caplog.text
 
@@ -82,7 +105,7 @@ def test_training_on_moves_what_is_not_frozen(frozen, tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_without_the_weights_that_it_began_with(
-    tmp_path, monkeypatch, caplog
+    tmp_path, monkeypatch, caplog, capsys
 ):
     """A frozen tower's state is restored, and the file is read no more."""
     monkeypatch.chdir(ROOT)
@@ -99,6 +122,8 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(
     tokens.open_tokenizer.cache_clear()
     assert main(command) == 0
     assert "is trained to step 1 already" in caplog.text
+    assert main([*command, "model.vision.patch_size=16"]) == 1
+    assert "(model.vision.patch_size: 3 -> 16)" in capsys.readouterr().err
     fresh = [*command, "--workdir", str(tmp_path / "other")]
     assert main(fresh) == 1
 
@@ -252,13 +277,15 @@ def test_a_tokenizer_with_more_ids_than_the_table_is_refused():
 def test_a_frozen_tower_needs_weights_to_start_from(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(ROOT)
     command = ["train", "configs/siglip2_naflex_finetune.py", "--workdir"]
-    assert main([*command, str(tmp_path), "data.train.path=data/sample"]) == 1
+    command += [str(tmp_path), "data.train.path=data/sample"]
+    assert main(command) == 1
+    assert "init_towers=true takes the towers of" in capsys.readouterr().err
+    assert main([*command, "init_towers=false"]) == 1
     assert "optim.text_lr=0 freezes a tower" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_a_named_tokenizer_leaves_the_sizes_to_the_weights():
     weights = read(GOLDEN / "siglip2_b")
-    config = config_of("model.text.tokenizer=other.model")
-    text = starting_from(config, weights).model.text
+    text = starting(weights, "model.text.tokenizer=other.model").model.text
     assert text.tokenizer == "other.model" and text.length == 9

@@ -329,6 +329,11 @@ def test_where_the_data_lies_may_change_and_nothing_else_of_it():
         assert not changes(one, two) and changes(one, before)
 
 
+def test_only_the_towers_that_a_run_has_count_and_not_where_they_came_from():
+    now = override(tiny_config(), ["init=a", "init_towers=true"])
+    assert not changes(override(now, ["init_towers=false"]), now)
+
+
 def test_other_data_in_another_process_is_refused(tmp_path, monkeypatch):
     asked = []
 
