@@ -77,16 +77,17 @@ class ArrayRecords:
     """ArrayRecord files of serialized `tf.train.Example`, read without TensorFlow.
 
     `path`: as of `TarShards`, local. `image` (encoded bytes), `caption` (bytes, one or
-    several) and `label` (an integer or bytes) are names of features; an empty name
-    means that there is none. `classes`: a text file with a class name a line.
+    several) and `label` (an integer or bytes) are names of features. None, for the last
+    two, means the feature named "caption" or "label" if there is one; an empty name
+    means no feature. `classes`: a text file with a class name a line.
     `missing`: the share of the files that may be missing.
     """
 
     short = "array_record"
     path: str = ""
     image: str = "image"
-    caption: str = "caption"
-    label: str = "label"
+    caption: str | None = None
+    label: str | None = None
     classes: str = ""
     missing: float = 0.0
 
@@ -100,8 +101,8 @@ class Tfds:
 
     `name`: `coco_captions`, `imagenet2012:5.1.0`, `my_set/its_config`. `split`:
     `train`, `validation[:50%]`. `data_dir`: empty is TFDS's own. `image`, `caption` and
-    `label` are features, `captions.text` where they are nested; an empty name means
-    that there is none. Class names are those of the dataset, or the lines of the text
+    `label` are features, `captions.text` where they are nested; None and empty names as
+    of `ArrayRecords`. Class names are those of the dataset, or the lines of the text
     file `classes`.
     """
 
@@ -110,8 +111,8 @@ class Tfds:
     split: str = "train"
     data_dir: str = ""
     image: str = "image"
-    caption: str = "caption"
-    label: str = "label"
+    caption: str | None = None
+    label: str | None = None
     classes: str = ""
 
 
@@ -120,17 +121,17 @@ class ParquetImages:
     """Parquet files whose rows hold the images, as Hugging Face's datasets do.
 
     `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
-    `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) may
-    be empty: there is none. `classes`: a text file with a class name a line. A random
-    image costs the reading of its whole row group: write small ones. `missing`: the
-    share of the files that may be missing.
+    `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) are
+    columns; None and empty names as of `ArrayRecords`. `classes`: a text file with a
+    class name a line. A random image costs the reading of its whole row group: write
+    small ones. `missing`: the share of the files that may be missing.
     """
 
     short = "parquet"
     path: str = ""
     image: str = "image"
-    caption: str = "caption"
-    label: str = "label"
+    caption: str | None = None
+    label: str | None = None
     classes: str = ""
     missing: float = 0.0
 

@@ -160,7 +160,9 @@ def missing(name: str, found: Any, where: str) -> str:
 def choose(
     config: Any, available: Iterable[str], where: str, *, deep: bool = False
 ) -> tuple[str, str]:
-    """(caption, label): the configured fields; "" for a default that is not there.
+    """(caption, label): the fields to read; "" for none.
+
+    One that is None in the config is the field of that name, if there is one.
 
     Args:
       deep: a field may be `a.b`, of which `a` is to be available.
@@ -179,10 +181,10 @@ def choose(
     chosen = []
     for field in ("caption", "label"):
         name = getattr(config, field)
-        if name and not there(name):
-            if name != getattr(type(config)(), field):
-                raise ValueError(missing(name, available, where))
-            name = ""
+        if name is None:
+            name = field if field in available else ""
+        elif name and not there(name):
+            raise ValueError(missing(name, available, where))
         chosen.append(name)
     caption, label = chosen
     if not caption and not label:

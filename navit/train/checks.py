@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from navit import config as config_lib
-from navit.config import Config
+from navit.config import Config, Stream
 from navit.config.model import ROUNDING
 from navit.input import tokens
 from navit.kernels.splash_blocks import LANES, WHOLE_ROW
@@ -35,8 +35,10 @@ _FREE = (
 )
 # What changes the numbers by rounding alone, so it may change too, and is recorded.
 _ROUNDING = (*ROUNDING, "mesh.", "train.microbatches", "train.loss_implementation")
-# Where data lies decides nothing either: its fingerprint says whether it is the same.
+# Where data lies and what its fields are called decides nothing either: its fingerprint
+# says whether it is the same. A stream's does not cover its captions.
 _PLACES = ("path", "data_dir", "table")
+_FIELDS = ("caption", "label")
 
 
 def changes(before: Config, now: Config) -> list[str]:
@@ -64,8 +66,9 @@ def _anywhere(source: config_lib.TrainSource) -> Any:
     if isinstance(source, config_lib.Mixture):
         sources = tuple(_anywhere(part) for part in source.sources)
         return dataclasses.replace(source, sources=sources)
+    covered = _PLACES if isinstance(source, Stream) else (*_PLACES, *_FIELDS)
     names = {field.name for field in dataclasses.fields(source)}
-    blank: Any = {name: "" for name in names & {*_PLACES}}
+    blank: Any = {name: "" for name in names & {*covered}}
     return dataclasses.replace(source, **blank)
 
 

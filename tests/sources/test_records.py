@@ -208,12 +208,20 @@ def test_a_damaged_file_is_named_and_the_others_are_used(array_records, caplog):
         ({"image": "img"}, r"no 'img' \(it has: caption, image, label\)"),
         ({"caption": "captoin"}, r"no 'captoin' \(it has: caption, image, label\)"),
         ({"label": "class"}, r"no 'class' \(it has: caption, image, label\)"),
+        (
+            {"path": "no_label", "label": "label"},
+            r"no 'label' \(it has: caption, image",
+        ),
         ({"caption": "", "label": ""}, "neither a caption nor a label"),
         ({"path": "gs://bucket/a"}, "from this machine"),
         ({"path": "/nowhere/a.array_record"}, "/nowhere/a.array_record"),
     ],
 )
-def test_a_typo_in_a_field_names_what_there_is(array_records, options, words):
+def test_a_field_that_is_asked_for_and_not_there_is_refused(
+    array_records, options, words, monkeypatch
+):
+    monkeypatch.chdir(array_records)
+    write_records(array_records / "no_label", [example(ROWS[0])])
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         open_source(ArrayRecords(**{"path": str(array_records), **options}))
 

@@ -18,7 +18,7 @@ from helpers import tiny_config
 from PIL import Image
 
 import navit
-from navit.config import Folder, MeshConfig, Mixture, Tfds, override
+from navit.config import Folder, MeshConfig, Mixture, Stream, Tfds, override
 from navit.evals import budgets
 from navit.input import pipeline
 from navit.sharding import Rules, make_mesh, use_mesh
@@ -321,12 +321,16 @@ def test_where_the_data_lies_may_change_and_nothing_else_of_it():
     for source, other in (
         (Folder("/mnt/a"), Folder("/mnt/b")),
         (Tfds("a", data_dir="/mnt/a"), Tfds("a", data_dir="/mnt/b")),
+        (Tfds("a"), Tfds("a", caption="caption", label="")),
     ):
         one, two = (
             dataclasses.replace(before, data=dataclasses.replace(before.data, train=x))
             for x in (source, other)
         )
         assert not changes(one, two) and changes(one, before)
+    data = dataclasses.replace(tiny_config().data, train=Stream("a"))
+    stream = dataclasses.replace(tiny_config(), data=data)
+    assert changes(stream, override(stream, ["data.train.caption=text"]))
 
 
 def test_only_the_towers_that_a_run_has_count_and_not_where_they_came_from():
