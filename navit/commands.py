@@ -14,6 +14,16 @@ from pathlib import Path
 from navit import config as config_lib
 
 
+def _config(args: argparse.Namespace) -> config_lib.Config:
+    """The config of a command, with the towers that a training run of it has."""
+    config = config_lib.load(args.config, args.overrides)
+    if config.init_towers and config.init:
+        from navit.weights import read, starting_from
+
+        config = starting_from(config, read(config.init), args.overrides)
+    return config
+
+
 def train(args: argparse.Namespace) -> int:
     config = config_lib.load(args.config, args.overrides)
     if args.print_config:
@@ -121,7 +131,7 @@ def convert(args: argparse.Namespace) -> int:
 def compile_(args: argparse.Namespace) -> int:
     from navit.compile import run
 
-    config = config_lib.load(args.config, args.overrides)
+    config = _config(args)
     return run.run(
         config,
         args.topology,
@@ -135,7 +145,7 @@ def plan(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.plan import report as plan_report
 
-    config = config_lib.load(args.config, args.overrides)
+    config = _config(args)
     source = pipeline.open_source(config.data.train)
     patch_size = config.model.vision.patch_size
     most = config.data.most_tokens(patch_size)
@@ -166,5 +176,5 @@ def plan(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     from navit.bench import input as bench_input
 
-    bench_input.run(config_lib.load(args.config, args.overrides), args.batches)
+    bench_input.run(_config(args), args.batches)
     return 0

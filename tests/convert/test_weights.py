@@ -285,6 +285,21 @@ def test_a_frozen_tower_needs_weights_to_start_from(monkeypatch, tmp_path, capsy
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_is_of_the_towers_that_a_run_has(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    printed = []
+    for setting in (
+        f"init={GOLDEN / 'siglip2_b'}",
+        "model.vision.patch_size=3",
+        "model.vision.patch_size=16",
+    ):
+        command = ["plan", "configs/siglip2_naflex_finetune.py", setting]
+        command += ["data.train.path=data/sample", "data.max_upscale=1"]
+        assert main(command) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
 def test_a_named_tokenizer_leaves_the_sizes_to_the_weights():
     weights = read(GOLDEN / "siglip2_b")
     text = starting(weights, "model.text.tokenizer=other.model").model.text
