@@ -1,1 +1,1 @@
-"""The device's side: towers over packed tokens. Never imports navit.input."""
+"""The towers over packed tokens, on the device. Never imports `navit.input`."""

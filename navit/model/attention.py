@@ -1,4 +1,4 @@
-"""Attention within images: a token sees the tokens of its own segment alone."""
+"""Attention within images: a token attends only to tokens of its own segment."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ def attention(
 ) -> Float[Array, "b n h k"]:
     """Scaled dot-product attention among the tokens of the same segment of a row.
 
-    Outputs at padding (segment 0) are finite and mean nothing. Whatever finite values
-    stand in another segment or in padding change no bit of a segment's output.
+    Outputs at padding (segment 0) are finite but meaningless. Finite values in another
+    segment or in padding never change a bit of a segment's output.
 
-    What the backward pass needs and cannot cheaply have again bears the name
+    Values that the backward pass needs and that are costly to recompute are named
     "attention" for `jax.checkpoint_policies.save_only_these_names`.
 
     Args:
-      segment_ids: 0 = padding; None lets every token see its whole row.
+      segment_ids: 0 = padding; with None every token sees its whole row.
       implementation:
         * "xla": the reference: a dense `[n, n]` mask; work grows with n squared.
-        * "unpack": gathers every segment to a row of its own, attends there one row
-          at a time so that the logits stay in a CPU's cache, and puts the result back;
-          exact, and 2 to 17 times as fast on a CPU
-          (`navit.bench.attention_speed`). Needs the two bounds.
+        * "unpack": gathers every segment into its own row, attends one row at a time so
+          that the logits stay in a CPU's cache, and puts the result back. Exact, and 2
+          to 17 times as fast on a CPU (`navit.bench.attention_speed`). Needs the two
+          bounds below.
         * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
-          block; wins for every such row.
-        * "splash_skip": a TPU kernel that visits only blocks with a segment in common;
-          work grows with the sum of squared lengths. For longer rows. Both kernels
-          take rows of a multiple of 128 tokens.
-        * None: the platform decides (`navit.sharding.platform`). On a TPU one of its
-          kernels, or "xla" where the row is no multiple of 128. On a CPU "unpack",
-          where the bounds say that it is less work. Else "xla".
-      max_segments: no row has a segment id above this.
-      max_segment_tokens: no segment is longer. A longer one would be cut, so the bound
-        must come from the plan.
+          block; the fastest for every such row.
+        * "splash_skip": a TPU kernel for longer rows that visits only pairs of blocks
+          with a segment in common; work grows with the sum of squared lengths. Row
+          lengths must be multiples of 128 tokens for both kernels.
+        * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
+          kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
+          "unpack" if the bounds show that it is less work. Otherwise "xla".
+      max_segments: the largest segment id that any row may have.
+      max_segment_tokens: the longest segment that any row may have. Longer segments
+        would be cut, so take this bound from the plan.
 
     Raises:
-      ValueError: for an unknown implementation, "unpack" without its bounds, or a TPU
-        kernel on another platform or for a row that it does not take.
+      ValueError: if the implementation is unknown, "unpack" has no bounds, or a TPU
+        kernel is requested on another platform or for a row length it does not support.
     """
     if not q.shape == k.shape == v.shape:
         raise ValueError(
-            f"q {q.shape}, k {k.shape} and v {v.shape} are not of one shape; heads of "
-            "keys and values that several queries share must be repeated"
+            f"q {q.shape}, k {k.shape} and v {v.shape} must have the same shape: "
+            "repeat the heads of keys and values that several queries share"
         )
     attend = functools.partial(
         _attend,
@@ -91,12 +91,13 @@ def attention_qkvpacked(
     max_segments: int | None = None,
     max_segment_tokens: int | None = None,
 ) -> Float[Array, "b n d"]:
-    """`attention` of one array, as one product makes it and a TPU's kernels read it.
+    """`attention` on one array: the layout one product writes and TPU kernels read.
 
     Args:
-      qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
-        Where heads are split over devices, so are they on each device.
-      segment_ids: or what `prepared` made of them.
+      qkv: the queries of all heads, then all keys, then all values:
+        `c = 3 * h * width`. If heads are split over devices, each device has its own
+        heads in this order.
+      segment_ids: as for `attention`, or the result of `prepared`.
       width: channels of a head.
     """
     attend = functools.partial(
@@ -110,7 +111,7 @@ def attention_qkvpacked(
 
 
 def prepared(segment_ids: Int[Array, "b n"]) -> Int[Array, "b n"] | Segments:
-    """What a TPU's kernels would else make of segment ids anew in every layer."""
+    """Prepares segment ids for TPU kernels, once for all layers."""
     return spread(segment_ids) if platform() == "tpu" else segment_ids
 
 
@@ -129,7 +130,7 @@ def _attend(
     max_segments: int | None,
     max_segment_tokens: int | None,
 ) -> Float[Array, "b n d"]:
-    """What one device does with its rows and heads."""
+    """Attention on one device, over its own rows and heads."""
     if segment_ids is None:
         return _dense(qkv, width=width)
     row_tokens, channels = qkv.shape[1], qkv.shape[2] // 3
@@ -139,7 +140,7 @@ def _attend(
     if implementation in _KERNELS:
         if platform() != "tpu":
             raise ValueError(
-                f"implementation={implementation!r} is a TPU kernel, and this runs on "
+                f"implementation={implementation!r} is a TPU kernel, but this runs on "
                 f'a {platform()}: use None, "xla" or "unpack"'
             )
         return _KERNELS[implementation](qkv, segment_ids, width=width)
@@ -186,8 +187,8 @@ def _choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) 
     if row_tokens % LANES or channels % (2 * SUBLANES):
         _warn_once(
             f"rows of {row_tokens} tokens and {channels} channels on each device: "
-            f"a TPU's attention kernels take multiples of {LANES} and {2 * SUBLANES}. "
-            "The dense mask runs instead, several times as slow"
+            f"TPU attention kernels need multiples of {LANES} and {2 * SUBLANES}. "
+            "Using the dense mask instead, which is several times slower"
         )
         return "xla"
     return "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
@@ -209,7 +210,7 @@ def _per_shard(
     arrays: tuple[Array, ...],
     segment_ids: Array | Segments | None,
 ) -> Array:
-    """Rows do not see one another, nor do heads: each device attends to its own."""
+    """Rows and heads are independent, so each device attends over its own."""
     rows, _, heads = (*jax.typeof(arrays[0]).sharding.spec, None, None, None)[:3]
     ids = () if segment_ids is None else (segment_ids,)
     if rows is None and heads is None:
@@ -217,10 +218,10 @@ def _per_shard(
     whole, by_row = jax.P(rows, None, heads), jax.P(rows)
     arrays = jax.tree.map(lambda x: jax.reshard(x, whole), arrays)
     ids = jax.tree.map(lambda x: jax.reshard(x, by_row), ids)
-    # check_vma: a kernel does not say over which axes its results vary.
+    # check_vma=False: a kernel does not declare the axes over which its results vary.
     mapped: Any = jax.shard_map(
         attend,
-        in_specs=(*(whole for _ in arrays), *(by_row for _ in ids)),
+        in_specs=(whole,) * len(arrays) + (by_row,) * len(ids),
         out_specs=whole,
         check_vma=False,
     )

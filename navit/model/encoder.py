@@ -1,4 +1,4 @@
-"""Transformer blocks, stacked and scanned; the same for images and for text."""
+"""Transformer blocks, stacked and scanned; used for both images and text."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from navit.model.layers import (
 )
 from navit.sharding import Rules
 
-# `navit.model.attention.attention_qkvpacked` with this batch's segments.
+# `navit.model.attention.attention_qkvpacked` with this batch's segment ids bound.
 Attend = Callable[..., Array]  # (qkv, *, width)
 
 
 class Mlp(nnx.Module):
     """Two linear layers around a tanh-approximated GELU.
 
-    `fused`: with its norm and its residual by a TPU's kernels, where they fit.
+    `fused`: use the TPU kernels that include the norm and the residual, if they fit.
     """
 
     def __init__(
@@ -67,9 +67,12 @@ class Mlp(nnx.Module):
                 for layer in (self.up, self.down)
             )
             weights = MlpWeights(
-                *(_vector(norm.scale, width), _vector(norm.bias, width)),
-                *(up, _vector(self.up.bias, hidden)),
-                *(down, _vector(self.down.bias, width)),
+                scale=_vector(norm.scale, width),
+                bias=_vector(norm.bias, width),
+                up=up,
+                up_bias=_vector(self.up.bias, hidden),
+                down=down,
+                down_bias=_vector(self.down.bias, width),
             )
             return fused_mlp(x, weights, axes=rules.batch_axes)
         y = jax.nn.gelu(self.up(norm(x)), approximate=True)
@@ -77,11 +80,12 @@ class Mlp(nnx.Module):
 
 
 def _vector(param: Any, size: int) -> Float[Array, " d"]:
+    """The parameter's value, or zeros if the layer has no such parameter."""
     return jnp.zeros(size) if param is None else param[...]
 
 
 class SelfAttention(nnx.Module):
-    """Multi-head attention; what may see what is the caller's `attend`."""
+    """Multi-head attention; the caller's `attend` decides which tokens see which."""
 
     def __init__(
         self,
@@ -121,13 +125,15 @@ class SelfAttention(nnx.Module):
         elif self.fused and fits(x, 3 * x.shape[-1], axes):
             (kernel, bias), size = self._joined(x.dtype), x.shape[-1]
             weights = ProjectWeights(
-                *(_vector(norm.scale, size), _vector(norm.bias, size)),
-                *(kernel, _vector(bias, 3 * size)),
+                scale=_vector(norm.scale, size),
+                bias=_vector(norm.bias, size),
+                kernel=kernel,
+                kernel_bias=_vector(bias, 3 * size),
             )
-            below = x.shape[1] % LANES == 0 and not heads_fill_lanes(
+            transposed = x.shape[1] % LANES == 0 and not heads_fill_lanes(
                 self.num_heads, width
             )
-            qkv, x = norm_project(x, weights, transposed=below, axes=axes)
+            qkv, x = norm_project(x, weights, transposed=transposed, axes=axes)
         else:
             kernel, bias = self._joined(x.dtype)
             qkv = product(norm(x), kernel)
@@ -135,16 +141,19 @@ class SelfAttention(nnx.Module):
         out = self.out(attend(qkv, width=width), out_sharding=rules.rows(x.ndim))
         return x + out
 
-    def _joined(self, dtype: Any) -> tuple[Float[Array, "d c"], Array | None]:
-        """The kernel and bias of one product for queries, keys and values."""
+    def _joined(
+        self, dtype: Any
+    ) -> tuple[Float[Array, "d c"], Float[Array, " c"] | None]:
+        """The kernel and bias that give queries, keys and values in one product."""
         layers = (self.query, self.key, self.value)
-        kernel = self._side_by_side(*(layer.kernel[...] for layer in layers))
+        kernels = [layer.kernel[...] for layer in layers]
+        kernel = self._side_by_side(*kernels)
         biases = [layer.bias[...] for layer in layers if layer.bias is not None]
         bias = self._side_by_side(*biases) if biases else None
         return self.rules.gather(kernel, dtype), bias
 
     def _normalized(self, x: Float[Array, "b n d"]) -> Float[Array, "b n c"]:
-        """Queries and keys with a norm of their own in each head."""
+        """Queries and keys, normalised in each head, and values, side by side."""
         heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
         apart = self.rules("batch", None, "tensor", None)
         together = self.rules("batch", None, "tensor")
@@ -157,8 +166,8 @@ class SelfAttention(nnx.Module):
         k = normalized(self.key, self.key_norm)
         return self._side_by_side(q, k, self.value(x))
 
-    def _side_by_side(self, *arrays: Array) -> Array:
-        """Along the last axis; where `tensor` splits it, on each device."""
+    def _side_by_side(self, *arrays: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
+        """Concatenates along the last axis; on each device, if `tensor` splits it."""
         shards = self.rules.size("tensor")
         if shards == 1:
             return jnp.concatenate(arrays, -1)
@@ -220,10 +229,10 @@ class Block(nnx.Module):
 class Encoder(nnx.Module):
     """`depth` blocks in one stacked tree, run by one scan, and a final norm.
 
-    `config.remat`: "none" keeps every activation for the backward pass, "dots" the
-    outputs of matrix products with parameters, "attention" each block's input and what
-    attention's backward pass needs, "full" each block's input alone. A TPU's kernels
-    (`fused`) always make their products again, and "dots" then keeps almost nothing.
+    `config.remat` selects what the backward pass keeps: "none" every activation, "dots"
+    the outputs of matrix products with parameters, "attention" each block's input and
+    what attention's backward pass needs, "full" only each block's input. TPU kernels
+    (`fused`) always recompute their products, so "dots" then keeps almost nothing.
     """
 
     def __init__(

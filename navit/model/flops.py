@@ -1,9 +1,9 @@
-"""Floating point operations of the model on real tokens, and what devices can do.
+"""Floating point operations of the model on real tokens, and peaks of devices.
 
-Model FLOPs as PaLM counts them (arXiv 2204.02311, appendix B): two for each
-multiplication in a matrix product, nothing for what is elementwise, read from a table
-or recomputed; nothing for padding and empty slots. An image of n tokens attends at n^2,
-whatever the row it lies in.
+Model FLOPs are counted as in PaLM (arXiv 2204.02311, appendix B): two for each
+multiplication in a matrix product. Elementwise operations, table lookups,
+recomputation, padding and empty slots count as zero. Attention of an image of n tokens
+costs n^2, whatever its row's length.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from navit.config import Config, ModelConfig
 
 
 class Counts(NamedTuple):
-    """What went through the model, over all devices; of several steps, their sum.
+    """What the model processes on all devices, in one step or in several.
 
     Attributes:
-      tokens: of real images.
+      tokens: tokens of real images.
       squares: the sum over images of tokens squared.
-      images: real ones.
-      captions: that went with them; 0 where the loss takes no text.
-      pairs: (image, caption) pairs that the loss compared: the square of a global
-        batch's images. 0 where the loss takes no text.
+      images: real images.
+      captions: their captions; 0 if the loss takes no text.
+      pairs: (image, caption) pairs that the loss compares: the number of images in a
+        global batch, squared. 0 if the loss takes no text.
     """
 
     tokens: int = 0
@@ -39,10 +39,10 @@ class Flops:
 
     Attributes:
       vision: the patch embedding and the blocks of the image tower, without attention.
-      attention: queries with keys and weights with values, among an image's tokens.
+      attention: products of queries with keys and of weights with values.
       head: pooling, the projection and the classifier.
-      text: the text tower, its attention included.
-      loss: every image with every caption.
+      text: the text tower, including its attention.
+      loss: similarities of every image with every caption.
     """
 
     vision: int = 0
@@ -57,14 +57,14 @@ class Flops:
 
 
 def forward(model: ModelConfig, counts: Counts) -> Flops:
-    """Of the forward pass alone."""
+    """Counts the forward pass."""
     v, text = model.vision, model.text
     d = v.width
     vision = 2 * v.patch_size**2 * 3 * d + v.depth * _block(d, v.mlp_dim)
     embed = v.embed_dim or d
     head_token = head_image = 0
     if v.pool == "map":
-        # Each token's key, value, logits and weighted sum; then the probe's result.
+        # Per token: key, value, logits and weighted sum. Per image: output and MLP.
         head_token = 4 * d * d + 4 * d
         head_image = 2 * d * d + 4 * d * v.mlp_dim
     if v.embed_dim is not None:
@@ -85,7 +85,10 @@ def forward(model: ModelConfig, counts: Counts) -> Flops:
 
 
 def train_step(config: Config, counts: Counts) -> Flops:
-    """Forward and backward, the latter twice the former; a frozen tower has none."""
+    """Counts forward and backward passes; backward costs twice forward.
+
+    A frozen tower has no backward pass.
+    """
     once = forward(config.model, counts)
     vision = 3 if config.optim.vision_lr else 1
     text = 3 if config.optim.text_lr else 1
@@ -99,13 +102,13 @@ def train_step(config: Config, counts: Counts) -> Flops:
 
 
 def _block(width: int, mlp_dim: int) -> int:
-    """Of a token in one layer: four projections and the MLP."""
+    """Operations of one token in one layer: four projections and the MLP."""
     return 8 * width**2 + 4 * width * mlp_dim
 
 
-# Dense bfloat16 operations a second of one jax device, by part of its `device_kind`;
-# the first that matches counts. From Google's and NVIDIA's data sheets. Where a chip is
-# two devices (tpu7x), half of the chip's.
+# Peak dense bfloat16 operations per second of one jax device, by a substring of its
+# `device_kind`; the first match counts. From Google's and NVIDIA's data sheets. A tpu7x
+# chip is two devices, so each has half of the chip's peak.
 _PEAKS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
@@ -122,6 +125,6 @@ _PEAKS = (
 
 
 def peak(device_kind: str) -> float | None:
-    """Dense bfloat16 operations a second of one device; None where it is not known."""
-    found = (peak for name, peak in _PEAKS if name in device_kind)
-    return next(found, None)
+    """Peak dense bfloat16 operations per second of one device; None if unknown."""
+    matches = (peak for name, peak in _PEAKS if name in device_kind)
+    return next(matches, None)

@@ -1,7 +1,7 @@
 """Pooling per segment: packed tokens -> one vector for every slot.
 
-Linear in the row: a token touches only its own slot's sums. The sums are products with
-the `[n, s]` membership matrix, which an accelerator does faster than a scatter.
+Sums over segments are products with the `[n, s]` membership matrix, which accelerators
+compute faster than a scatter. The cost is linear in the row's length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def membership(segment_ids: Int[Array, "b n"], slots: int) -> Float[Array, "b n 
 def mean_pool(
     x: Float[Array, "b n d"], member: Float[Array, "b n s"]
 ) -> Float[Array, "b s d"]:
-    """Mean over each slot's tokens; 0 for an empty slot. float32."""
+    """Mean over each slot's tokens, in float32; 0 for an empty slot."""
     counts = jnp.maximum(member.sum(1), 1.0)
     return _segment_sum(x, member) / counts[..., None]
 
@@ -35,9 +35,9 @@ def mean_pool(
 def max_pool(
     x: Float[Array, "b n d"], member: Float[Array, "b n s"]
 ) -> Float[Array, "b s d"]:
-    """Maximum over each slot's tokens; 0 for an empty slot. float32.
+    """Maximum over each slot's tokens, in float32; 0 for an empty slot.
 
-    Tokens that tie share the gradient evenly.
+    Tied tokens share the gradient evenly.
     """
     x = x.astype(jnp.float32)
     top = _per_token(_segment_max(x, member), member)
@@ -47,9 +47,9 @@ def max_pool(
 
 
 class MapHead(nnx.Module):
-    """Attention pooling: one probe attends over one image's tokens, then an MLP.
+    """Attention pooling: one probe attends over each image's tokens; an MLP follows.
 
-    Big_vision's MAPHead (models/vit.py), with the softmax taken per segment.
+    big_vision's MAPHead (models/vit.py), with the softmax taken per segment.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MapHead(nnx.Module):
         make = functools.partial(linear, width, width, **shared)
         init = jax.nn.initializers.xavier_uniform()
         self.probe = nnx.Param(init(rngs.params(), (1, width), jnp.float32))
-        # Not split: it meets the probe alone, and no row.
+        # Not sharded: it is applied only to the probe, never to rows.
         self.query = make(names=(None, None), rules=Rules())
         self.key = make(names=("embed", None), rules=rules)
         self.value = make(names=("embed", None), rules=rules)
@@ -81,7 +81,7 @@ class MapHead(nnx.Module):
     ) -> Float[Array, "b s d"]:
         h, width = self.num_heads, x.shape[-1]
         q = self.query(self.probe[...]).reshape(h, width // h)
-        q = self.rules.gather(q, q.dtype)  # whole everywhere: for its gradient
+        q = self.rules.gather(q, q.dtype)  # replicated already; sums its gradient
         k = self.key(x).reshape(*x.shape[:2], h, width // h)
         logits = jnp.einsum("hk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)
         logits = logits * (width // h) ** -0.5
@@ -107,7 +107,7 @@ def _segment_sum(
 def _segment_max(
     x: Float[Array, "b n d"], member: Float[Array, "b n s"]
 ) -> Float[Array, "b s d"]:
-    """Maximum per slot, 0 where empty; no gradient."""
+    """Maximum per slot, without a gradient; 0 for an empty slot."""
     x = jax.lax.stop_gradient(x)
     top = jnp.where(member[..., None] > 0, x[:, :, None], -jnp.inf).max(1)
     return jnp.where(jnp.isfinite(top), top, 0.0)
@@ -116,7 +116,7 @@ def _segment_max(
 def _per_token(
     x: Float[Array, "b s d"], member: Float[Array, "b n s"]
 ) -> Float[Array, "b n d"]:
-    """Each token gets its slot's vector, unrounded; padding gets 0."""
+    """Copies each slot's vector to its tokens, without rounding; padding gets 0."""
     return jnp.einsum("bsd,bns->bnd", x, member, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers and norms, as both towers use them: sharded, with float32 sums."""
+"""Linear layers and norms of both towers: sharded, with float32 sums."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ _BIAS_INIT = jax.nn.initializers.zeros
 
 
 def compute_dtype(name: str) -> Any:
-    """Where "auto" is decided: float32 on a CPU, bfloat16 elsewhere."""
+    """The dtype of that name; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` that gathers its kernel where it is split over devices, and whose
-    bias is added, and its gradient summed, in float32."""
+    """`nnx.Linear` with a sharded kernel, which it gathers.
+
+    The bias is added, and its gradient summed, in float32.
+    """
 
     def __init__(self, *sizes: int, rules: Rules, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -39,7 +41,7 @@ class Linear(nnx.Linear):
         y = product(inputs.astype(self.dtype), kernel, out_sharding)
         if self.bias is None:
             return y
-        # The gradient of a wide output is summed as it is made.
+        # XLA sums the gradient of a wide output as it computes it.
         add = add_bias if self.out_features <= self.in_features else _plus
         return add(y, self.bias[...])
 
@@ -65,8 +67,8 @@ def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
-    # A sum over rows as a matrix product, which a TPU does 20 times as fast; the eight
-    # equal results keep the compiler from making a sum of it again.
+    # A sum over rows as a matrix product, which is 20 times as fast on a TPU. The eight
+    # equal results keep the compiler from turning it back into a sum.
     over = tuple(range(gradient.ndim - 1))
     by_row, spec = None, None
     if not jax.sharding.get_abstract_mesh().empty:
@@ -98,7 +100,7 @@ def linear(
     rules: Rules,
     rngs: nnx.Rngs,
 ) -> Linear:
-    """A linear layer whose kernel's axes carry sharding names."""
+    """A linear layer; `names` are the sharding names of the kernel's two axes."""
     init = functools.partial(_LINEAR_INIT, out_sharding=rules(*names))
     bias = functools.partial(_BIAS_INIT, out_sharding=rules(_split(names[1])))
     return Linear(
@@ -114,7 +116,7 @@ def linear(
 
 
 def _split(name: str | None) -> str | None:
-    # A bias is too small to be worth gathering, but goes where its outputs are.
+    # A bias is too small to shard with FSDP, but it follows its outputs' sharding.
     return name if name == "tensor" else None
 
 

@@ -1,8 +1,8 @@
-"""Every position embedding, computed per token from its coordinates and its grid.
+"""Position embeddings, computed per token from its coordinates and its image's grid.
 
-Nothing here depends on an image's shape statically, so images of all shapes share a
-row. A lookup is a product of per-axis weights with a table: one-hot weights read it,
-triangle weights resize it. No gather: its gradient is a matrix product too.
+No static shape depends on an image's shape, so images of any shapes share a row. Each
+lookup is a product of per-axis weights with a table: one-hot weights read the table,
+triangle weights resize it. Unlike a gather's, its gradient is a matrix product too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from navit.config import PositionConfig
 
-_HIGHEST = jax.lax.Precision.HIGHEST  # a table read must not round the table
+_HIGHEST = jax.lax.Precision.HIGHEST  # a lookup must not round the table
 
 
 def axis_weights(
@@ -24,9 +24,9 @@ def axis_weights(
 ) -> Float[Array, "*b {size}"]:
     """Weights of `size` source cells for cell `index` of an axis resized to `extent`.
 
-    The linear kernel of `jax.image.scale_and_translate(..., antialias=True)`, and of
-    TensorFlow's and PyTorch's antialiased bilinear resize: half-pixel centres, widened
-    when shrinking, renormalised at the border. Rows sum to 1.
+    This is the linear kernel of `jax.image.scale_and_translate(..., antialias=True)`
+    and of TensorFlow's and PyTorch's antialiased bilinear resize: half-pixel centres,
+    widened when shrinking, renormalised at the border. Rows sum to 1.
     """
     scale = size / extent.astype(jnp.float32)
     center = (index.astype(jnp.float32) + 0.5) * scale - 0.5
@@ -43,7 +43,7 @@ class PositionEmbedding(nnx.Module):
             halves = 2 if config.combine == "stack" else 1
             if width % (halves * (1 if config.encoding == "learned" else 2)):
                 raise ValueError(f"width {width} cannot be split for {config}")
-            # The product of two embeddings should be as large as a sum would be.
+            # Makes the product of two embeddings as large as their sum would be.
             std = width**-0.25 if config.combine == "product" else width**-0.5
             make = _ENCODINGS[config.encoding]
             self.row = make(size, width // halves, std, axis=0, rngs=rngs)
@@ -56,7 +56,7 @@ class PositionEmbedding(nnx.Module):
     def __call__(
         self, coords: Int[Array, "b n 2"], grid: Int[Array, "b n 2"]
     ) -> Float[Array, "b n d"]:
-        """float32; `grid` is the (rows, columns) of the image that each token is of."""
+        """Embeds in float32; `grid` is the (rows, columns) of each token's image."""
         kind, size = self.config.kind, self.config.size
         if kind == "factorized":
             return self._factorized(coords, grid)
@@ -106,10 +106,10 @@ class _Learned(nnx.Module):
 
 
 class _Sinusoidal(nnx.Module):
-    """Fixed sines and cosines of geometric wavelengths, up to 10,000 cells.
+    """Fixed sines and cosines with geometric wavelengths, up to 10,000 cells.
 
-    The columns' wavelengths lie between the rows', else a sum or a product could not
-    tell (row, column) from (column, row).
+    The wavelengths of columns lie between those of rows. Otherwise, a sum or a product
+    could not tell (row, column) from (column, row).
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class _Sinusoidal(nnx.Module):
 
 
 class _Fourier(nnx.Module):
-    """One learned linear map of the position, then its sine and cosine."""
+    """The sine and cosine of a learned linear map of the position."""
 
     def __init__(
         self, size: int, width: int, std: float, *, axis: int, rngs: nnx.Rngs
     ) -> None:
         del axis
         half = width // 2
-        # From less than one period to several over the axis of `size` cells.
+        # From less than one period to several along the axis of `size` cells.
         self.frequency = nnx.Param(
             jax.random.normal(rngs.params(), (half,)) * 2 * math.pi / size
         )

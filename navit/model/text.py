@@ -1,4 +1,4 @@
-"""The text tower, as SigLIP 2's: no mask, and the last position is the embedding."""
+"""The text tower, like SigLIP 2's: no mask, and the last position is pooled."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from navit.model.encoder import Encoder
 from navit.model.layers import compute_dtype, linear
 from navit.sharding import Rules, platform
 
-# Tokens of a row of captions: as long as keeps a TPU busy, no longer.
+# Tokens in a row of captions: just long enough to keep a TPU busy.
 _ROW_TOKENS = 256
 
 
 class Text(nnx.Module):
-    """Token ids -> one vector each.
+    """Token ids -> one vector per caption.
 
-    Padding is attended to like any token: the towers were trained so, and the last
-    position, whatever it holds, is what is pooled (big_vision,
+    Padding is attended to like any other token, because the released towers were
+    trained that way. The last position is pooled, even if it is padding (big_vision,
     models/proj/image_text/text_transformer.py; transformers, models/siglip2).
     """
 
@@ -42,7 +42,7 @@ class Text(nnx.Module):
             init(
                 rngs.params(),
                 (c.vocab_size, c.width),
-                # Along the vocabulary, where the shards lie together once gathered.
+                # Along the vocabulary, so that the gathered shards are contiguous.
                 out_sharding=rules("embed", None)
                 if c.vocab_size % rules.size("embed") == 0
                 else rules(None, "embed"),
@@ -74,10 +74,10 @@ class Text(nnx.Module):
     def __call__(
         self, token_ids: Int[Array | np.ndarray, "m t"]
     ) -> Float[Array, "m e"]:
-        """Embeds captions; float32, before normalisation.
+        """Embeds captions in float32, before normalisation.
 
         Raises:
-          ValueError: if there are not exactly `config.length` tokens each.
+          ValueError: if the captions do not have exactly `config.length` tokens each.
         """
         token_ids = jnp.asarray(token_ids)
         if token_ids.shape[-1] != self.config.length:
@@ -109,9 +109,9 @@ class Text(nnx.Module):
 
 
 def captions_beside(count: int, length: int) -> int:
-    """How many of a device's captions make a row for a TPU's attention kernel.
+    """How many of a device's captions share a row of a TPU's attention kernel.
 
-    0 where there is none: on other platforms, or for numbers that do not fit.
+    0 on other platforms, or if no number of captions fits the kernel.
     """
     if platform() != "tpu":
         return 0

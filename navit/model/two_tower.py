@@ -1,4 +1,4 @@
-"""Both towers, and the scale and bias that turn similarities into logits."""
+"""Both towers, with the scale and bias that turn similarities into logits."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ class TwoTower(nnx.Module):
 
 
 def normalize(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
-    """To unit length; a zero vector stays zero, with a zero gradient."""
+    """Scales to unit length; a zero vector stays zero and has a zero gradient."""
     square = jnp.square(x).sum(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))

@@ -1,4 +1,4 @@
-"""The sizes that people name: Ti, S, B, L, So400m, g."""
+"""Configs of the standard model sizes: Ti, S, B, L, So400m, g."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 from navit.config import TextConfig, VisionConfig
 
-# width, depth, mlp_dim, num_heads: big_vision, models/vit.py; "g" is SigLIP 2's g-opt.
+# (width, depth, mlp_dim, num_heads), from big_vision's models/vit.py; "g" is SigLIP 2's
+# g-opt.
 _SIZES = {
     "Ti": (192, 12, 768, 3),
     "S": (384, 12, 1536, 6),
@@ -18,7 +19,7 @@ _SIZES = {
 
 
 def vision(name: str, **overrides: Any) -> VisionConfig:
-    """The image tower of a size and patch, as `vision("So400m/16")`."""
+    """The image tower of a size and patch size, for example `vision("So400m/16")`."""
     size, _, patch = name.partition("/")
     if not patch.isdigit():
         raise ValueError(f'expected a size and a patch such as "B/16", not {name!r}')
@@ -26,12 +27,12 @@ def vision(name: str, **overrides: Any) -> VisionConfig:
 
 
 def text(name: str, **overrides: Any) -> TextConfig:
-    """The text tower of a size, as `text("B")`."""
+    """The text tower of a size, for example `text("B")`."""
     return TextConfig(**{**_tower(name), **overrides})
 
 
 def _tower(size: str) -> dict[str, int]:
     if size not in _SIZES:
-        raise ValueError(f"there is no size {size!r}; there are {', '.join(_SIZES)}")
+        raise ValueError(f"no size {size!r}; choose one of {', '.join(_SIZES)}")
     names = ("width", "depth", "mlp_dim", "num_heads")
     return dict(zip(names, _SIZES[size], strict=True))

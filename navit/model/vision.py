@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from navit.batch import PackedImages
 from navit.config import ModelConfig, VisionConfig
@@ -25,10 +25,10 @@ class VisionOutput(NamedTuple):
     """What the image tower returns.
 
     Attributes:
-      tokens: `[b, n, d]` after the final norm; 0 at padding.
-      pooled: `[b, s, e]` float32, before normalisation; 0 for an empty slot. None with
+      tokens: after the final norm; 0 at padding.
+      pooled: in float32, before normalisation; 0 for an empty slot. None with
         pool="none".
-      logits: `[b, s, c]` float32 class logits; None without classes.
+      logits: class logits in float32; None without classes.
     """
 
     tokens: Float[Array, "b n d"]
@@ -39,7 +39,7 @@ class VisionOutput(NamedTuple):
 class Vision(nnx.Module):
     """Patch embedding, position embedding, encoder, pooling per segment.
 
-    A `VisionConfig` stands for a `ModelConfig` with the other fields at their defaults.
+    A `VisionConfig` is taken as a `ModelConfig` with defaults for all other fields.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Vision(nnx.Module):
             rules=rules,
             rngs=rngs,
         )
-        # One assignment each: NNX decides then whether an attribute holds parameters.
+        # Assigned only once each: NNX then decides whether they contain parameters.
         self.head = (
             MapHead(c.width, c.mlp_dim, c.num_heads, **shared)
             if c.pool == "map"
@@ -97,20 +97,22 @@ class Vision(nnx.Module):
         """Encodes packed images.
 
         Args:
-          packed: `patches` uint8, or float already normalised to [-1, 1].
-          max_image_tokens: no image here has more tokens; lets attention choose a
-            cheaper way. The plan's token budget, never a guess.
+          packed: images whose `patches` are uint8, or float and already normalised to
+            [-1, 1].
+          max_image_tokens: the most tokens that any of these images has, which lets
+            attention choose a cheaper implementation. Pass the plan's token budget,
+            never a guess.
 
         Raises:
-          ValueError: if the patches are of another size than the model's; or, outside
-            jit, a grid reaches beyond the position table or an image has more than
-            `max_image_tokens`.
+          ValueError: if the patch size differs from the model's; or, outside jit, if a
+            grid exceeds the position table or an image has more than `max_image_tokens`
+            tokens.
         """
-        p, found = self.config.patch_size, np.shape(packed.patches)[-1]
-        if found != p**2 * 3:
-            side = (found / 3) ** 0.5
+        p, channels = self.config.patch_size, np.shape(packed.patches)[-1]
+        if channels != p**2 * 3:
+            side = (channels / 3) ** 0.5
             raise ValueError(
-                f"the patches are {side:g}x{side:g} pixels, and this model takes "
+                f"the patches are {side:g}x{side:g} pixels, but this model takes "
                 f"{p}x{p}: pack the images with patch_size={p}"
             )
         if not isinstance(packed.grids, jax.core.Tracer):
@@ -160,8 +162,10 @@ class Vision(nnx.Module):
         return VisionOutput(x, pooled, logits)
 
 
-def _normalize(patches: Array, real: Array) -> Float[Array, "b n c"]:
-    """uint8 pixels to [-1, 1] in float32; exactly 0 at padding."""
+def _normalize(
+    patches: UInt8[Array, "b n c"] | Float[Array, "b n c"], real: Bool[Array, "b n 1"]
+) -> Float[Array, "b n c"]:
+    """Maps uint8 pixels to [-1, 1] in float32; padding becomes exactly 0."""
     if patches.dtype == jnp.uint8:
         patches = patches.astype(jnp.float32) / 127.5 - 1.0
     return jnp.where(real, patches.astype(jnp.float32), 0.0)
@@ -170,7 +174,7 @@ def _normalize(patches: Array, real: Array) -> Float[Array, "b n c"]:
 def _own(
     grids: Int[Array, "b s 2"], segment_ids: Int[Array, "b n"]
 ) -> Int[Array, "b n 2"]:
-    """The grid of the image that each token is of; 1x1 at padding."""
+    """The grid of each token's image; 1x1 at padding."""
     slot = jnp.maximum(segment_ids - 1, 0)[..., None]
     own = jnp.take_along_axis(grids, slot, axis=1)
     return jnp.where((segment_ids > 0)[..., None], own, 1)

@@ -6,16 +6,16 @@ import pytest
 from navit.model.attention import attention
 
 IMPLEMENTATIONS = ["xla", "unpack"]
-# Segments of up to 140 tokens, which "unpack" takes in two ways: all at once, or one
+# Segments of up to 140 tokens, which "unpack" handles in two ways: all at once, or one
 # by one.
 BOUNDS = dict(max_segments=5, max_segment_tokens=140)
 
 
 @pytest.fixture(params=[1, 7])
 def row(rng, request):
-    """Two rows of 48 tokens: segments of 20, 1 and 13; 7 and 19 with a hole between.
+    """Two rows of 48 tokens: segments of 20, 1 and 13; 7 and 19 with a gap between.
 
-    And the same seven times as long.
+    Also the same rows seven times as long.
     """
     segments = np.zeros((2, 48), np.int32)
     segments[0, :20], segments[0, 20:21], segments[0, 21:34] = 1, 2, 3
@@ -63,14 +63,14 @@ def test_gradients_equal_those_of_the_dense_mask(row, implementation):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-# The largest: their products with anything are infinite, or not numbers.
+# The second is near the largest float: its products are infinite or NaN.
 POISONS = [lambda x: x * -7e3 + 11, lambda x: jnp.sign(x) * 3e38]
 
 
 @pytest.mark.parametrize("poisoned", POISONS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_leak_between_segments_in_value_or_gradient(row, implementation, poisoned):
-    """Any values in segment A and in padding leave segment B as it is, to the bit."""
+    """No values in segment A or in padding change a bit of segment B."""
     q, k, v, segments = row
 
     def attend(q, k, v):
@@ -95,7 +95,7 @@ def test_no_leak_between_segments_in_value_or_gradient(row, implementation, pois
 @pytest.mark.parametrize("n", [100, 200])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_does_not_leak_into_the_one_segment(implementation, n, poisoned, rng):
-    """Nor where nothing is gathered, whatever way the length makes it take."""
+    """Also without gathering, on either path that the length selects."""
     q, k, v = jnp.asarray(rng.normal(size=(3, 2, n, 2, 8)), jnp.float32)
     segments = jnp.arange(n) < jnp.array([[n - 13], [20]])
     outside = ~segments[..., None, None]
@@ -103,25 +103,27 @@ def test_padding_does_not_leak_into_the_one_segment(implementation, n, poisoned,
     @jax.jit
     def attend(q, k, v):
         return attention(
-            *(q, k, v, segments.astype(jnp.int32)),
+            q,
+            k,
+            v,
+            segments.astype(jnp.int32),
             implementation=implementation,
             max_segments=1,
             max_segment_tokens=n,
         )
 
-    after = attend(*(jnp.where(outside, poisoned(x), x) for x in (q, k, v)))
-    before = attend(q, k, v)
+    poison = [jnp.where(outside, poisoned(x), x) for x in (q, k, v)]
+    before, after = attend(q, k, v), attend(*poison)
     np.testing.assert_array_equal(before[segments], after[segments])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_order_of_tokens_in_a_row_does_not_matter(row, implementation, rng):
-    """Not even whether a segment is contiguous."""
+    """A segment need not even be contiguous."""
     order = rng.permutation(row[3].shape[1])
     out = attention(*row, implementation=implementation, **BOUNDS)
-    shuffled = attention(
-        *(x[:, order] for x in row), implementation=implementation, **BOUNDS
-    )
+    permuted = [x[:, order] for x in row]
+    shuffled = attention(*permuted, implementation=implementation, **BOUNDS)
     real = np.asarray(row[3])[:, order] > 0
     np.testing.assert_allclose(
         np.asarray(out)[:, order][real], np.asarray(shuffled)[real], atol=2e-6
@@ -130,7 +132,7 @@ def test_order_of_tokens_in_a_row_does_not_matter(row, implementation, rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mask_of_four_budgets_in_one_row(implementation):
-    """256 + 576 + 729 + 1024 tokens: as many visible pairs as the squares sum to."""
+    """256 + 576 + 729 + 1024 tokens: the visible pairs are the sum of the squares."""
     segments = jnp.asarray(np.repeat([1, 2, 3, 4], [256, 576, 729, 1024])[None])
     assert segments.shape == (1, 2585)
     # With zero queries all visible tokens weigh the same, and with the identity as
@@ -155,7 +157,10 @@ def test_rows_of_one_image_need_no_gathering(row):
     q, k, v, segments = row
     one = jnp.where(segments == 4, 1, segments) * (segments != 3) * (segments != 2)
     out = attention(
-        *(q, k, v, one),
+        q,
+        k,
+        v,
+        one,
         implementation="unpack",
         max_segments=1,
         max_segment_tokens=q.shape[1],

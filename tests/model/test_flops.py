@@ -38,7 +38,7 @@ def test_by_hand():
     assert found.total == 18_816 + 2_400 + 2_912 + 11_712 + 64
 
 
-def test_what_a_model_does_not_have_costs_nothing():
+def test_absent_parts_cost_nothing():
     vision = VisionConfig(width=8, num_heads=2, pool="mean", num_classes=5, embed_dim=4)
     found = flops.forward(ModelConfig(vision=vision, text=None), Counts(100, 1000, 3))
     assert found.text == found.loss == 0
@@ -47,7 +47,7 @@ def test_what_a_model_does_not_have_costs_nothing():
 
 
 def test_a_large_tower_costs_two_a_parameter_and_token():
-    """So400m: 6 N D for forward and backward, but for the attention (PaLM, app. B)."""
+    """So400m: 6 N D for forward and backward, without attention (PaLM, app. B)."""
     model = ModelConfig(vision=variants.vision("So400m/16"), text=None)
     tower = jax.eval_shape(lambda: TwoTower(model, rngs=nnx.Rngs(0)).vision)
     parts = (tower.patch, tower.encoder)
@@ -77,7 +77,11 @@ def test_against_xla(pool):
     b, n, t = 3, 64, 16
     model = ModelConfig(
         vision=VisionConfig(
-            *(8, 192, 3, 768, 3),
+            patch_size=8,
+            width=192,
+            depth=3,
+            mlp_dim=768,
+            num_heads=3,
             position=PositionConfig(kind="factorized", encoding="sinusoidal"),
             pool=pool,
             embed_dim=128,
@@ -105,7 +109,7 @@ def test_against_xla(pool):
     assert found.total == pytest.approx(expected, rel=0.03)
 
 
-def test_peaks_are_of_one_device():
+def test_peaks_are_per_device():
     for kind, peak in {
         "TPU v4": 275,
         "TPU v5 lite": 197,

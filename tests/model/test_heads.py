@@ -97,7 +97,7 @@ def test_tied_maxima_share_the_gradient():
 
 @pytest.mark.parametrize("kind", ["map", "mean", "max"])
 def test_cost_is_linear_in_the_row(kind, rng):
-    """Twice the row, the same slots: twice the work, by the compiler's count."""
+    """A row twice as long with as many slots: twice the FLOPs the compiler counts."""
     pool = pools(rng)[kind]
 
     def flops(n):

@@ -9,21 +9,40 @@ from navit.config import PositionConfig
 from navit.model.positions import PositionEmbedding, axis_weights
 
 GRIDS = [
-    *[(1, 40), (3, 85), (256, 1), (65, 2), (16, 16), (23, 7), (9, 31), (40, 2)],
-    *[(1, 1), (27, 27), (32, 32), (1, 256), (85, 3), (2, 65), (15, 17), (7, 100)],
-    *[(100, 7), (64, 16), (8, 8), (5, 5), (13, 70), (1, 2)],
+    (1, 40),
+    (3, 85),
+    (256, 1),
+    (65, 2),
+    (16, 16),
+    (23, 7),
+    (9, 31),
+    (40, 2),
+    (1, 1),
+    (27, 27),
+    (32, 32),
+    (1, 256),
+    (85, 3),
+    (2, 65),
+    (15, 17),
+    (7, 100),
+    (100, 7),
+    (64, 16),
+    (8, 8),
+    (5, 5),
+    (13, 70),
+    (1, 2),
 ]
 
 
 def tokens(grid, pad=0):
-    """coords and grid of every token of one image, as a row with padding behind."""
+    """coords and grid of every token of one image, as a row padded at the end."""
     coords = np.indices(grid).reshape(2, -1).T
     coords = np.concatenate([coords, np.zeros((pad, 2), int)])[None]
     return jnp.asarray(coords), jnp.broadcast_to(jnp.array(grid), coords.shape)
 
 
 @pytest.mark.parametrize(
-    "grid, side", [*((grid, 16) for grid in GRIDS), ((3, 85), 5), ((2, 4), 7)]
+    "grid, side", [(grid, 16) for grid in GRIDS] + [((3, 85), 5), ((2, 4), 7)]
 )
 def test_table_resize_equals_jax_image(grid, side):
     position = PositionEmbedding(PositionConfig(size=side), 8, rngs=nnx.Rngs(0))
@@ -44,7 +63,7 @@ def test_axis_weights_sum_to_one_for_any_extent():
 
 
 @pytest.mark.parametrize("config", POSITIONS, ids=str)
-def test_token_depends_on_its_own_coords_and_grid_alone(config):
+def test_token_depends_only_on_its_own_coords_and_grid(config):
     position = PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
     coords, grid = tokens((3, 7), pad=11)
     order = np.random.default_rng(0).permutation(coords.shape[1])
@@ -74,7 +93,7 @@ def test_fractional_coordinates_do_not_see_the_size(encoding):
 
 
 def test_aspect_preserving_coordinates_tell_the_shape():
-    """A 2x8 image: plain fractions fill both axes, the others a quarter of one."""
+    """A 2x8 image: plain fractions fill both axes; these fill a quarter of one."""
     last = jnp.array([[[1, 7]]])
     grid = jnp.array([[[2, 8]]])
     square = jnp.array([[[7, 7]]]), jnp.array([[[8, 8]]])
@@ -84,8 +103,8 @@ def test_aspect_preserving_coordinates_tell_the_shape():
         return PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
 
     plain, aspect = make("fractional"), make("fractional_aspect")
-    # Row 1 of 2 lies at 0.75 of its own side, but at 1.5/8 of the longer side, where
-    # row 1 of a square 8x8 lies too.
+    # Row 1 of 2 lies at 0.75 of its own side, but at 1.5/8 of the longer side, like
+    # row 1 of a square 8x8.
     same = aspect(jnp.array([[[1, 7]]]), square[1])
     np.testing.assert_allclose(aspect(last, grid), same, atol=1e-6)
     assert np.abs(plain(last, grid) - plain(jnp.array([[[1, 7]]]), square[1])).max() > 0

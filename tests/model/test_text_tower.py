@@ -35,8 +35,8 @@ def test_texts_do_not_see_each_other(tower):
     assert (table[~used] == 0).all() and np.abs(table[used]).min(-1).max() > 0
 
 
-def test_captions_side_by_side_are_as_they_are_alone(tower, monkeypatch):
-    """As a TPU's kernels take them: segments of a row."""
+def test_captions_side_by_side_equal_captions_alone(tower, monkeypatch):
+    """In the layout for TPU kernels: each caption is a segment of a row."""
     ids = jnp.asarray(encode(["one", "two", "three", "four"], 24))
     alone = tower(ids)
     monkeypatch.setattr(text, "captions_beside", lambda count, length: 2)
@@ -46,8 +46,8 @@ def test_captions_side_by_side_are_as_they_are_alone(tower, monkeypatch):
 @pytest.mark.parametrize(
     "count, length, beside", [(8, 64, 4), (14, 64, 2), (17, 64, 0), (3, 256, 1)]
 )
-def test_captions_of_a_row(monkeypatch, count, length, beside):
-    assert captions_beside(count, length) == 0  # for TPUs alone
+def test_captions_per_row(monkeypatch, count, length, beside):
+    assert captions_beside(count, length) == 0  # only on TPUs
     monkeypatch.setattr(text, "platform", lambda: "tpu")
     assert captions_beside(count, length) == beside
 

@@ -52,7 +52,7 @@ def test_overrides_and_errors():
     assert variants.vision("B/32").patch_size == 32
     assert variants.vision("S/14", qk_norm=True).qk_norm
     assert dataclasses.asdict(variants.text("B", length=16))["length"] == 16
-    with pytest.raises(ValueError, match=r"no size 'XXL'; there are Ti, S, B"):
+    with pytest.raises(ValueError, match=r"no size 'XXL'; choose one of Ti, S, B"):
         variants.vision("XXL/16")
     with pytest.raises(ValueError, match="a size and a patch"):
         variants.vision("B")

@@ -1,4 +1,4 @@
-"""The proofs that packing changes nothing: an image's neighbours cannot be told."""
+"""The proofs that packing changes nothing: neighbours leave no trace in an image."""
 
 import functools
 import itertools
@@ -85,7 +85,7 @@ def test_leak_proof(implementation, pool, rng):
 
 @pytest.mark.parametrize("implementation, pool", CASES)
 def test_padding_can_hold_anything(implementation, pool, rng):
-    """Garbage patches, coords and empty slots' neighbours change no bit anywhere."""
+    """Garbage patches and coords in padding change no bit anywhere."""
     encode = compiled(implementation, pool)
     patches = random_patches(rng, GRIDS)
     packed = pack_grids([{0: (0, GRIDS[0]), 2: (1, GRIDS[1])}], 40, 4, patches)
@@ -110,8 +110,8 @@ def test_padding_can_hold_anything(implementation, pool, rng):
 
 @pytest.mark.parametrize("position", POSITIONS, ids=str)
 def test_packed_equals_alone(position, rng):
-    """Any image, in any slot, row length and company, for every position embedding."""
-    # The simplest head for all positions but one: it compiles in half the time.
+    """Any image, in any slot and row, with any neighbours, for all positions."""
+    # The simplest head for all position embeddings but one compiles twice as fast.
     pool = "map" if position == POSITIONS[0] else "mean"
     encode = compiled("unpack", pool, position)
     patches = random_patches(rng, GRIDS)
@@ -149,7 +149,7 @@ def test_attention_implementations_agree(pool, options, rng):
 
 @pytest.mark.parametrize("implementation", ["xla", "unpack"])
 def test_gradients_of_packed_equal_alone(implementation, rng):
-    """The gradient of the parameters too: a packed batch trains as its images would."""
+    """Parameter gradients too: a packed batch trains exactly like its images alone."""
     vision = make_vision(
         ModelConfig(vision=vision_config(), text=None, attention=implementation)
     )
@@ -242,7 +242,7 @@ def test_patch_size_is_the_models(rng):
         vision(other)
 
 
-def test_a_tower_can_be_made_of_its_own_config():
+def test_a_tower_can_be_built_from_its_own_config():
     one = Vision(vision_config(), rngs=nnx.Rngs(0))
     other = Vision(ModelConfig(vision=vision_config()), rngs=nnx.Rngs(0))
     assert jax.tree.structure(one) == jax.tree.structure(other)
