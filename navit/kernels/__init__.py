@@ -1,1 +1,1 @@
-"""Pallas kernels for TPUs, and the CPU's gather of segments."""
+"""Pallas kernels for TPUs, and the gather of segments for CPUs."""

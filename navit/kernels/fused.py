@@ -1,10 +1,10 @@
-"""What the kernels around attention share (Pallas, for TPUs).
+"""Code shared by the kernels around attention (Pallas, for TPUs).
 
-`fused_mlp` is `x + down(gelu(up(norm(x))))`, and `norm_project` the norm and the
-product before attention. Both take a block of tokens at a time while the weights stay
-in the chip's vector memory. What lies between norm and residual, up to four times as
-wide as the rest, never goes to memory, and the backward pass makes it again from x
-alone, so that nothing else needs to be kept.
+`fused_mlp` computes `x + down(gelu(up(norm(x))))`, and `norm_project` the norm and the
+product before attention. Both take one block of tokens at a time while the weights stay
+in the chip's vector memory. Intermediate values between norm and residual, up to four
+times as wide as x, never reach main memory. The backward pass recomputes them from x,
+so nothing else is kept.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from navit.kernels.splash_blocks import LANES, WHOLE_ROW
 from navit.sharding import platform
 
 EPSILON = 1e-6
-# Of one step: tokens, and channels of the widest array.
+# Most tokens, and most channels of the widest array, in one step.
 _TOKENS, _CHANNELS = 1024, 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the work is cut up.
+    """How a kernel divides its work.
 
     Attributes:
       axes: the mesh axes that rows are split over.
-      tokens: of one block.
-      channels: of the widest array, in one step.
+      tokens: tokens in one block.
+      channels: channels of the widest array in one step.
       transposed: the projection is written, and its gradient read, as `[b, c, n]`.
-      interpret: run on any device, slowly: for tests.
+      interpret: simulate the kernel on any device, slowly, for tests.
     """
 
     axes: tuple[str, ...]
@@ -48,23 +48,31 @@ class Plan:
 
 
 def fits(x: Array, hidden: int, axes: tuple[str, ...]) -> bool:
-    """Whether the kernels run here: on a TPU with room for the weights.
+    """Whether the kernels can run here: on a TPU with room for the weights.
 
-    No if the width is no multiple of 128 channels, or a device's tokens none of 128.
+    The width and each device's number of tokens must be multiples of 128.
 
     Args:
+      x: `[b, n, d]`.
       hidden: channels of the widest array.
     """
     if platform() != "tpu" or x.shape[-1] % LANES:
         return False
-    # The gradients of a chip's two cores would have to be summed.
+    # With two cores to a chip, their gradients would have to be summed.
     return pltpu.get_tpu_info().num_cores == 1 and bool(block_tokens(x, hidden, axes))
 
 
 def block_tokens(
     x: Array, hidden: int, axes: tuple[str, ...], in_rows: bool = False
 ) -> int:
-    """Of one block: what divides a device's tokens, or a row's, and has room; or 0."""
+    """Tokens in one block: the most that divide a device's tokens and fit; 0 if none.
+
+    Args:
+      x: `[b, n, d]`.
+      hidden: channels of the widest array.
+      axes: the mesh axes that b is split over.
+      in_rows: blocks must divide a row instead.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.prod(mesh.shape[axis] for axis in axes)
     count = x.shape[1] if in_rows else x.shape[0] * x.shape[1] // devices
@@ -79,7 +87,7 @@ def block_tokens(
 
 
 def chunks(hidden: int) -> tuple[int, int]:
-    """Channels with padding, and how many of them a step takes."""
+    """The number of hidden channels after padding, and the number in each step."""
     least = min(256, -(-hidden // LANES) * LANES)
     more, size = min(
         (-hidden % size, -size) for size in range(least, _CHANNELS + 1, LANES)
@@ -88,8 +96,10 @@ def chunks(hidden: int) -> tuple[int, int]:
 
 
 def _vmem(tokens: int, width: int, hidden: int, dtype: Any) -> int:
-    """Bytes of the MLP's backward kernel: weights, gradients, blocks twice. The
-    projection's has one matrix of the two."""
+    """Vector memory of the MLP's backward kernel, in bytes.
+
+    Weights, gradients, and blocks twice. The projection has one matrix instead of two.
+    """
     size = jnp.dtype(dtype).itemsize
     hidden, channels = chunks(hidden)
     matrices = 2 * width * hidden * (size + 4)
@@ -100,19 +110,22 @@ def _vmem(tokens: int, width: int, hidden: int, dtype: Any) -> int:
 def on_each_device(
     plan: Plan, run: Callable[..., Any], weights: Any, gradients: int = 0
 ) -> Callable[..., Any]:
+    """`run(x, weights, *gradients)` on each device's rows.
+
+    With gradients, it also returns those of the weights: each device's partial sums.
+    """
     if not plan.axes:
         return run
     rows, unreduced = jax.P(plan.axes), set(plan.axes)
-    of: Any = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
-    # Each device has its own part of the sums.
-    parts: Any = jax.tree.map(
-        lambda w: jax.P(*(None,) * w.ndim, unreduced=unreduced), weights
+    weight_specs: Any = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
+    partial_sums: Any = jax.tree.map(
+        lambda w: jax.P(*[None] * w.ndim, unreduced=unreduced), weights
     )
-    # check_vma: a kernel does not say over which axes its results vary.
+    # check_vma=False: a kernel does not declare the axes over which its results vary.
     mapped: Any = jax.shard_map(
         run,
-        in_specs=(rows, of, *(rows,) * gradients),
-        out_specs=(rows, parts) if gradients else rows,
+        in_specs=(rows, weight_specs) + (rows,) * gradients,
+        out_specs=(rows, partial_sums) if gradients else rows,
         check_vma=False,
     )
     return mapped
@@ -121,44 +134,50 @@ def on_each_device(
 def gradients(
     plan: Plan, local: Callable[..., Any], x: Array, weights: Any, *above: Array
 ) -> tuple[Array, Any]:
-    """The gradients of x and weights, from `local`'s on each device."""
+    """The gradients of x and weights, from those that `local` returns on each device.
+
+    Args:
+      x: `[b, n, d]`.
+      above: the gradients of the outputs, `[b, n, ...]` each.
+    """
 
     def cast(x: Array, weights: Any, *above: Array) -> tuple[Array, Any]:
-        dx, found = local(x, weights, *above)
-        like = jax.tree.map(lambda g, w: g.astype(w.dtype), found, weights)
-        return dx.reshape(x.shape), like
+        dx, d_weights = local(x, weights, *above)
+        d_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), d_weights, weights)
+        return dx.reshape(x.shape), d_weights
 
     run = on_each_device(plan, cast, weights, len(above))
-    dx, found = run(x, weights, *(g.astype(x.dtype) for g in above))
+    above = tuple(g.astype(x.dtype) for g in above)
+    dx, d_weights = run(x, weights, *above)
 
-    # Vectors, whole everywhere, are summed here; matrices where they were gathered.
+    # Replicated vectors are summed here, and matrices where they were gathered.
     def summed(gradient: Array, weight: Array) -> Array:
         spec = jax.typeof(gradient).sharding.spec
         if not spec.unreduced or jax.typeof(weight).sharding.spec.reduced:
             return gradient
         return jax.reshard(gradient, jax.P())
 
-    return dx, jax.tree.map(summed, found, weights)
+    return dx, jax.tree.map(summed, d_weights, weights)
 
 
 class Call:
-    """One call's shapes, and what its kernels share."""
+    """The shapes of one call, and the code that its kernels share."""
 
     def __init__(self, plan: Plan, x: Array, weights: Any) -> None:
         self.plan, self.dtype, self.weights = plan, x.dtype, weights
         self.flat = x.reshape(-1, x.shape[-1])
         self.width, self.hidden = weights[2].shape
         self.grid = (self.flat.shape[0] // plan.tokens, self.hidden // plan.channels)
-        # The share of steps that are the first, or the last, of a block of tokens.
+        # The share of steps that are the first (or the last) of a block of tokens.
         self.once = 1 / self.grid[1]
         self.like_x = jax.ShapeDtypeStruct(self.flat.shape, x.dtype)
         self.tokens = pl.BlockSpec((plan.tokens, self.width), lambda i, j: (i, 0))
         self.channels = pl.BlockSpec((plan.tokens, plan.channels), lambda i, j: (i, j))
         if plan.transposed:
-            a_row = x.shape[1] // plan.tokens
+            blocks = x.shape[1] // plan.tokens  # in a row
             self.channels = pl.BlockSpec(
                 (None, plan.channels, plan.tokens),
-                lambda i, j: (i // a_row, j, i % a_row),
+                lambda i, j: (i // blocks, j, i % blocks),
             )
             self.weights = self.weights._replace(
                 kernel=self.weights.kernel.T,
@@ -166,7 +185,7 @@ class Call:
             )
 
     def whole(self, shape: tuple[int, ...]) -> pl.BlockSpec:
-        """Stays in vector memory from the first step to the last."""
+        """A whole array, in vector memory from the first step to the last."""
         return pl.BlockSpec(
             shape, lambda i, j: (0, 0), pipeline_mode=pl.Buffered(buffer_count=1)
         )
@@ -181,9 +200,15 @@ class Call:
         products: int,
         name: str,
     ) -> Any:
-        """The gradient of x, and sums over all tokens of these shapes.
+        """Calls a kernel for the gradient of x and for sums over all tokens.
 
         The kernel begins with `begin` and ends with `end`.
+
+        Args:
+          args: inputs of the kernel besides x and the weights.
+          inputs: their blocks.
+          sums: the shapes of the sums.
+          products: matrix products of a token with a weight matrix.
         """
         return self(
             kernel,
@@ -192,7 +217,7 @@ class Call:
             outputs=(self.tokens, *map(self.whole, sums)),
             shapes=(
                 self.like_x,
-                *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums),
+                *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in sums],
             ),
             products=products,
             taken=(self.once, 1 / self.grid[0], self.once / self.grid[0], self.once),
@@ -220,7 +245,7 @@ class Call:
             grid=self.grid,
             in_specs=[
                 self.tokens,
-                *(self.whole(w.shape) for w in weights),
+                *[self.whole(w.shape) for w in weights],
                 *inputs,
             ],
             out_specs=list(outputs),
@@ -241,18 +266,18 @@ class Call:
                 bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
             ),
             interpret=self.plan.interpret,
-            # For `navit compile`: the share of steps that runs each `pl.when`.
+            # For `navit compile`: the share of steps that run each `pl.when`.
             metadata={"taken": " ".join(map(str, taken))},
             name=name,
         )(self.flat, *weights, *args)
 
     def chunk(self) -> Any:
-        """The channels of this step."""
+        """The slice of channels that this step computes."""
         start = pl.program_id(1) * self.plan.channels
         return pl.ds(pl.multiple_of(start, LANES), self.plan.channels)
 
     def parts(self, size: int = 256) -> list[slice]:
-        """The tokens of a block, so many at a time: all where that does not divide."""
+        """Splits a block's tokens into slices of `size`, if that divides them."""
         tokens = self.plan.tokens
         size = tokens if tokens % size else size
         return [slice(i, i + size) for i in range(0, tokens, size)]
@@ -260,6 +285,7 @@ class Call:
     def norm(
         self, x: Any, scale: Any, bias: Any, normed: Any, part: slice = slice(None)
     ) -> None:
+        """Writes the norm of a block's tokens to `normed`."""
         standard, _ = _standardize(x[part])
         normed[part] = (standard * scale[...] + bias[...]).astype(self.dtype)
 
@@ -274,12 +300,12 @@ class Call:
         chunks: tuple[Any, ...],
         vectors: Any,
     ) -> None:
-        """Of a backward kernel's step: makes the norm again, and clears sums.
+        """Starts a step of a backward kernel: recomputes the norm and clears sums.
 
         Args:
           total: the gradient of the norm's output.
-          chunks: this step's parts of the sums over all tokens.
-          vectors: the sums whole: of the gradients of scale and bias, and others.
+          chunks: this step's channels of the sums over all tokens.
+          vectors: sums over all tokens for the gradients of vectors: scale, bias, ...
         """
         block, step = pl.program_id(0), pl.program_id(1)
 
@@ -300,11 +326,11 @@ class Call:
     def end(
         self, x: Any, scale: Any, total: Any, above: Any, dx: Any, vectors: Any
     ) -> None:
-        """Of a backward kernel's step: the norm's own, once `total` is whole.
+        """Ends a step of a backward kernel: once `total` is complete, adds the norm.
 
         Args:
-          above: the gradient that passes by the norm, along the residual. Its sum goes
-            to a third of the vectors if there is one.
+          above: the gradient along the residual, which bypasses the norm. Its sum goes
+            to the third vector, if there is one.
         """
 
         @pl.when(pl.program_id(1) == self.grid[1] - 1)
@@ -322,7 +348,11 @@ class Call:
 
 
 def _standardize(x: Array) -> tuple[Array, Array]:
-    """Without scale and bias; and one over the standard deviation."""
+    """The norm without scale and bias, and one over the standard deviation.
+
+    Args:
+      x: `[n, d]`.
+    """
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)

@@ -1,4 +1,4 @@
-"""A block's MLP, with its norm and its residual, as TPU kernels (see `fused.py`)."""
+"""A block's MLP with its norm and residual, as TPU kernels (see `fused.py`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _GELU, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 
 class MlpWeights(NamedTuple):
-    """Matrices in the compute dtype, whole on each device; vectors in float32."""
+    """Replicated matrices in the compute dtype, and vectors in float32."""
 
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
@@ -45,11 +45,14 @@ def fused_mlp(
 ) -> Float[Array, "b n d"]:
     """`x + down(gelu(up(norm(x))))`, with LayerNorm and the tanh-approximated GELU.
 
-    Sums, the norm and the GELU are float32.
+    Sums, the norm and the GELU are computed in float32.
 
     Args:
       axes: the mesh axes that b is split over.
-      interpret: `pltpu.InterpretParams()` runs the kernels on a CPU, for tests.
+      interpret: `pltpu.InterpretParams()` simulates the kernels on a CPU, for tests.
+
+    Raises:
+      ValueError: if the kernels do not support these shapes (see `fits`).
     """
     hidden = weights.up.shape[1]
     tokens = block_tokens(x, hidden, axes)
@@ -60,12 +63,14 @@ def fused_mlp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mlp(plan: Plan, x: Array, weights: MlpWeights) -> Array:
+def _mlp(
+    plan: Plan, x: Float[Array, "b n d"], weights: MlpWeights
+) -> Float[Array, "b n d"]:
     return _mlp_forward(plan, x, weights)[0]
 
 
 def _mlp_forward(
-    plan: Plan, x: Array, weights: MlpWeights
+    plan: Plan, x: Float[Array, "b n d"], weights: MlpWeights
 ) -> tuple[Array, tuple[Array, MlpWeights]]:
     def local(x: Array, weights: MlpWeights) -> Array:
         call = Call(plan, x, _padded(plan, weights))
@@ -85,7 +90,7 @@ def _mlp_forward(
 
 
 def _mlp_backward(
-    plan: Plan, saved: tuple[Array, MlpWeights], gradient: Array
+    plan: Plan, saved: tuple[Array, MlpWeights], gradient: Float[Array, "b n d"]
 ) -> tuple[Array, MlpWeights]:
     def local(
         x: Array, weights: MlpWeights, gradient: Array
@@ -102,9 +107,12 @@ def _mlp_backward(
         )
         cut = weights.up.shape[1]
         return dx, MlpWeights(
-            *(vectors[0], vectors[1]),
-            *(up[:, :cut], up_bias[0, :cut]),
-            *(down[:, :cut].T, vectors[2]),
+            scale=vectors[0],
+            bias=vectors[1],
+            up=up[:, :cut],
+            up_bias=up_bias[0, :cut],
+            down=down[:, :cut].T,
+            down_bias=vectors[2],
         )
 
     return gradients(plan, local, *saved, gradient)
@@ -114,6 +122,7 @@ _mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def _padded(plan: Plan, weights: MlpWeights) -> MlpWeights:
+    """Pads the hidden channels to a multiple of a step's."""
     more = -weights.up.shape[1] % plan.channels
     if not more:
         return weights
@@ -124,8 +133,8 @@ def _padded(plan: Plan, weights: MlpWeights) -> MlpWeights:
     )
 
 
-def _gelu(x: Array) -> tuple[Array, Array]:
-    """Its value and its slope."""
+def _gelu(x: Float[Array, "n f"]) -> tuple[Array, Array]:
+    """The value and the slope of GELU."""
     square = x * x
     tanh = jnp.tanh(x * (_GELU + _GELU * _CUBIC * square))
     half = 0.5 + 0.5 * tanh
@@ -157,7 +166,7 @@ def _mlp_forward_kernel(
     def hidden(part: Any) -> Array:
         return dot(normed[part], matrix, (1, 0)) + vector
 
-    # The next product before this GELU: the units that do them work at once.
+    # Issues the next product before this GELU, so that their units work in parallel.
     parts = call.parts(512)
     ahead = hidden(parts[0])
     for i, part in enumerate(parts):
@@ -199,6 +208,6 @@ def _mlp_backward_kernel(
     made, d_made = made.astype(call.dtype), d_made.astype(call.dtype)
     total[...] += dot(d_made, up[:, at], (1, 1))
     d_up[:, at] += dot(normed[...], d_made, (0, 0))
-    # Transposed, so that the wide one of the two stays in the matrix unit.
+    # Transposed, so that the wider operand stays in the matrix unit.
     d_down[:, at] += dot(gradient[...], made, (0, 0))
     call.end(x, scale, total, gradient, dx, d_vectors)

@@ -1,4 +1,4 @@
-"""The norm and the product before attention as TPU kernels (see `fused.py`)."""
+"""The norm and the product before attention, as TPU kernels (see `fused.py`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from navit.kernels.splash_blocks import dot
 
 
 class ProjectWeights(NamedTuple):
-    """A matrix in the compute dtype, whole on each device; vectors in float32."""
+    """A replicated matrix in the compute dtype, and vectors in float32."""
 
     scale: Float[Array, " d"]
     bias: Float[Array, " d"]
@@ -32,29 +32,37 @@ def norm_project(
     axes: tuple[str, ...] = (),
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
-    """`norm(x) @ kernel + bias`, and x for the residual: so that the sum of its two
-    gradients is made here too. c is a multiple of d.
+    """Returns `norm(x) @ kernel + bias`, and x for the residual.
+
+    Returning x lets the backward kernel sum its two gradients.
 
     Args:
-      transposed: the product lies in memory as `[b, c, n]`, for who reads it so. Rows
-        must be of a multiple of 128 tokens.
+      weights: c must be a multiple of d.
+      transposed: store the product as `[b, c, n]` in memory, for kernels that read this
+        layout. The row length must be a multiple of 128 tokens.
       axes, interpret: see `navit.kernels.fused_mlp.fused_mlp`.
+
+    Raises:
+      ValueError: if the kernels do not support these shapes (see
+        `navit.kernels.fused.fits`).
     """
     width, channels = weights.kernel.shape
     tokens = block_tokens(x, channels, axes, in_rows=transposed)
     if not tokens or channels % width:
         raise ValueError(f"no kernel for x {x.shape} and kernel {(width, channels)}")
-    # Queries, keys and values are three chunks.
+    # One step each for queries, keys and values.
     return _project(Plan(axes, tokens, width, transposed, interpret), x, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project(plan: Plan, x: Array, weights: ProjectWeights) -> tuple[Array, Array]:
+def _project(
+    plan: Plan, x: Float[Array, "b n d"], weights: ProjectWeights
+) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
     return _project_forward(plan, x, weights)[0]
 
 
 def _project_forward(
-    plan: Plan, x: Array, weights: ProjectWeights
+    plan: Plan, x: Float[Array, "b n d"], weights: ProjectWeights
 ) -> tuple[tuple[Array, Array], tuple[Array, ProjectWeights]]:
     def local(x: Array, weights: ProjectWeights) -> Array:
         call = Call(plan, x, weights)
@@ -78,7 +86,7 @@ def _project_forward(
 def _project_backward(
     plan: Plan,
     saved: tuple[Array, ProjectWeights],
-    above: tuple[Array, Array],
+    above: tuple[Float[Array, "b n c"], Float[Array, "b n d"]],
 ) -> tuple[Array, ProjectWeights]:
     def local(
         x: Array, weights: ProjectWeights, gradient: Array, residual: Array
@@ -132,7 +140,7 @@ def _project_forward_kernel(
 
     @pl.when(pl.program_id(1) == 0)
     def _first() -> None:
-        # The norm of the next tokens while the matrix units have these.
+        # The norm of the next tokens overlaps with the product of these.
         for part in call.parts():
             call.norm(x, scale, bias, normed, part)
             project(part)
@@ -165,7 +173,7 @@ def _project_backward_kernel(
     call.begin(x, scale, bias, normed, total, chunks=parts, vectors=d_vectors)
 
     if call.plan.transposed:
-        # A product turns the sums over lanes as they are kept.
+        # Sums over lanes as a product, which also transposes them to a row.
         ones = jnp.ones((16, call.plan.tokens), call.dtype)
         d_kernel_bias[:, at] += dot(ones, gradient[...], (1, 1))[:1]
         total[...] += dot(gradient[...], kernel[at], (0, 0))

@@ -1,4 +1,4 @@
-"""How the attention kernels cut up their work, and how they are called."""
+"""How the attention kernels divide their work, and how they are called."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-# The longest row that `splash` takes: its program grows with the square.
+# The longest row that `splash` takes: its program grows with the square of the length.
 WHOLE_ROW = 1152
 LANES, SUBLANES = 128, 8
-# Of what is masked: a block with nothing visible adds exactly 0, whatever it holds.
+# The logit of masked pairs. A block without visible pairs then adds exactly 0.
 HIDDEN = -3e38
 
 
 class Segments(NamedTuple):
-    """Segment ids, and as the kernels read them: along rows, and down columns."""
+    """Segment ids, and the two forms that the kernels read.
+
+    Attributes:
+      ids: 0 = padding.
+      across: repeated over 8 sublanes, for queries.
+      down: repeated over 128 lanes, for keys.
+    """
 
     ids: Int[Array, "b n"]
     across: Int[Array, "b r n"]
@@ -28,7 +34,7 @@ class Segments(NamedTuple):
 
 
 def spread(segment_ids: Int[Array, "b n"]) -> Segments:
-    """Once for all layers."""
+    """Prepares segment ids for the kernels, once for all layers."""
     b, n = segment_ids.shape
     ids = segment_ids.astype(jnp.int32)
     return Segments(
@@ -40,18 +46,18 @@ def spread(segment_ids: Int[Array, "b n"]) -> Segments:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a kernel cuts up its work.
+    """How a kernel divides its work.
 
     Attributes:
       width: channels of a head.
-      heads: computed together; their channels stand side by side in one block.
-      queries: in one step of the grid. A multiple of 128 that divides the row.
-      keys: in one turn of the loop within a step. The same.
+      heads: heads computed together; their channels are adjacent in one block.
+      queries: queries in one step of the grid. A multiple of 128 that divides the row.
+      keys: keys in one iteration of the loop within a step. Also such a multiple.
       chunk, chunk_backward: queries whose logits are computed at once.
-      lanes: heads are read side by side, in the layout `[b, n, h * k]`; else below one
-        another, `[b, h * k, n]`, which wastes nothing where few heads do not fill 128
-        lanes (72 channels a head).
-      interpret: run on any device, slowly: for tests.
+      lanes: heads are read side by side, in the layout `[b, n, h * k]`. Otherwise they
+        are stacked, `[b, h * k, n]`, which wastes nothing when a few heads do not fill
+        128 lanes (72 channels a head).
+      interpret: simulate the kernel on any device, slowly, for tests.
     """
 
     width: int
@@ -65,21 +71,21 @@ class Blocks:
 
 
 def heads_fill_lanes(heads: int, width: int) -> bool:
-    """Whether the kernels read `[b, n, h * k]`; else `[b, h * k, n]`."""
+    """Whether the kernels read `[b, n, h * k]` rather than `[b, h * k, n]`."""
     return bool(lane_groups(heads, width))
 
 
 def lane_groups(heads: int, width: int) -> list[int]:
-    """Numbers of heads, not too many for one block, that fill 128 lanes."""
+    """Numbers of heads, up to four, whose channels are a multiple of 128 lanes."""
     return [g for g in range(1, 5) if heads % g == 0 and g * width % LANES == 0]
 
 
 def visited(
     segment_ids: Int[Array, "b n"], *, queries: int, keys: int
 ) -> Int[Array, "b i 2"]:
-    """For each block of queries the blocks of keys to visit: from, and up to.
+    """The key blocks that each block of queries visits: the first, and the end.
 
-    Two blocks may share a segment where the ranges of their ids meet.
+    Two blocks may share a segment if the ranges of their ids overlap.
     """
     b, n = segment_ids.shape
     absent = jnp.iinfo(jnp.int32).max
@@ -98,7 +104,10 @@ def visited(
 
 
 def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
-    """A product in a kernel, over an axis of each; exact for float32."""
+    """A matrix product in a kernel, contracting axis `over[i]` of each operand.
+
+    Exact for float32. Shapes: `[m, n]` each, or transposed.
+    """
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
         a,
@@ -110,18 +119,21 @@ def dot(a: Array, b: Array, over: tuple[int, int]) -> Array:
 
 
 def vmem_bytes(row_tokens: int, channels: int, dtype: Any) -> int:
-    """A row of keys and values twice, its gradients, and the sums of two.
+    """Vector memory of a kernel, in bytes.
 
-    Blocks of logits and what does not fit in registers have 32 MiB.
+    A row of keys and values twice, three gradients and two float32 sums, plus 32 MiB
+    for blocks of logits and register spills.
     """
-    of_token = channels * ((2 * 2 + 3) * jnp.dtype(dtype).itemsize + 2 * 4)
-    return row_tokens * (of_token + 2 * LANES * 4) + 32 * 2**20
+    per_token = channels * ((2 * 2 + 3) * jnp.dtype(dtype).itemsize + 2 * 4)
+    return row_tokens * (per_token + 2 * LANES * 4) + 32 * 2**20
 
 
 class Call:
-    """One call's shapes, and what both kernels share."""
+    """The shapes of one call, and the code that both kernels share."""
 
-    def __init__(self, qkv: Array, segments: Segments, blocks: Blocks) -> None:
+    def __init__(
+        self, qkv: Float[Array, "b n c"], segments: Segments, blocks: Blocks
+    ) -> None:
         self.b, self.n, channels = qkv.shape
         self.width = blocks.width
         self.h = channels // (3 * self.width)
@@ -138,11 +150,11 @@ class Call:
         )
 
     def queries(self, part: int) -> pl.BlockSpec:
-        """A block of tokens and one group of heads; parts 0, 1, 2 are q, k, v."""
+        """A block of tokens of one group of heads; parts 0, 1, 2 are q, k, v."""
         return self._spec(part, self.blocks.queries, lambda i: i)
 
     def row(self, part: int) -> pl.BlockSpec:
-        """All tokens of a row, and one group of heads."""
+        """All tokens of a row, of one group of heads."""
         return self._spec(part, self.n, lambda i: 0)
 
     def _spec(self, part: int, tokens: int, block: Any) -> pl.BlockSpec:
@@ -161,11 +173,11 @@ class Call:
         return jax.ShapeDtypeStruct((self.b, *row), self.dtype)
 
     def flat(self, x: Array) -> Array:
-        """To the layout of the blocks, and back."""
+        """Converts `[b, n, c]` to the layout of the blocks, or back."""
         return x if self.blocks.lanes else x.swapaxes(1, 2)
 
     def three(self, qkv: Array) -> tuple[Array, Array, Array]:
-        """One array thrice: blocks say what is read of it."""
+        """The same array three times; the block specs select q, k and v from it."""
         flat = self.flat(qkv)
         return flat, flat, flat
 
@@ -183,7 +195,7 @@ class Call:
     ) -> Sequence[Array]:
         b, n, h, blocks = self.b, self.n, self.h, self.blocks
         ids, across, down = self.segments
-        bounds = jnp.zeros(1, jnp.int32)  # all, if the block is the row
+        bounds = jnp.zeros(1, jnp.int32)  # unused if one block is the whole row
         if not self.whole_row:
             bounds = visited(ids, queries=blocks.queries, keys=blocks.keys).reshape(-1)
         pairs = b * h * n * min(n, WHOLE_ROW)
@@ -220,27 +232,27 @@ class Call:
         return result
 
     def cut(self, chunk: int) -> list[slice]:
-        """The queries of a block, in chunks; the last may be shorter."""
+        """Slices of a block's queries; the last one may be shorter."""
         end = self.blocks.queries
         return [slice(i, min(i + chunk, end)) for i in range(0, end, chunk)]
 
     def head(self, x: Array, i: int) -> Array:
-        """`[n, k]` of one head of a block."""
+        """`[n, k]` of head i of a block in its own layout."""
         channels = slice(i * self.width, (i + 1) * self.width)
         return x[:, channels] if self.blocks.lanes else x[channels].T
 
     def head_below(self, x: Array, i: int) -> Array:
-        """`[k, n]` of one head of a block."""
+        """`[k, n]` of head i of a block in its own layout."""
         channels = slice(i * self.width, (i + 1) * self.width)
         return x[:, channels].T if self.blocks.lanes else x[channels]
 
     def store(self, ref: Any, heads: list[Array]) -> None:
-        """Writes `[k, n]` of each head to a block."""
+        """Writes heads, `[k, n]` each, to a block."""
         x = jnp.concatenate(heads)
         ref[...] = (x.T if self.blocks.lanes else x).astype(ref.dtype)
 
     def load(self, ref: Any, keys: Any) -> Array:
-        """A block's tokens from a row."""
+        """Reads the given tokens of a row."""
         return ref[keys] if self.blocks.lanes else ref[:, keys]
 
     def over_keys(self, bounds: Any, visit: Any, carry: Any) -> Any:
@@ -255,7 +267,14 @@ class Call:
 
         return jax.lax.fori_loop(bounds[at], bounds[at + 1], step, carry)
 
-    def logits(self, k: Array, qt: Array, seen_by: Array, seen: Array) -> Array:
-        """Of `[keys, queries]`, to base 2; what is hidden is very low."""
-        same = jnp.tile(seen, (1, qt.shape[1] // LANES)) == seen_by
+    def logits(self, k: Array, qt: Array, query_ids: Array, key_ids: Array) -> Array:
+        """Logits to base 2, `[keys, queries]`; `HIDDEN` where segments differ.
+
+        Args:
+          k: `[keys, k]`.
+          qt: `[k, queries]`.
+          query_ids: segment ids, `[1, queries]`.
+          key_ids: segment ids, `[keys, 128]`.
+        """
+        same = jnp.tile(key_ids, (1, qt.shape[1] // LANES)) == query_ids
         return jnp.where(same, dot(k, qt, (1, 0)), HIDDEN)

@@ -1,10 +1,10 @@
 """The two attention kernels: forward and backward (Pallas, for TPUs).
 
-Logits are transposed, `[keys, queries]`: softmax's maximum and the running statistics
-are then rows of a few registers, and in every product with a narrow result (values,
-and the gradients of queries, keys and values) the large matrix is the stationary one,
-which keeps a TPU's matrix units twice as busy at 64 channels a head as the usual
-layout.
+Logits are transposed, `[keys, queries]`. The maximum of the softmax and the running
+statistics are then rows that fit in a few registers. In every product with a narrow
+result (values, and the gradients of queries, keys and values) the large matrix is the
+stationary one. At 64 channels a head, this keeps a TPU's matrix units twice as busy as
+the usual layout.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jaxtyping import Array
 from navit.kernels.splash_blocks import LANES, SUBLANES, Call, dot
 
 LOG2E = math.log2(math.e)
-# Less than any maximum can be, and more than what is hidden.
+# Less than any possible maximum, and more than `HIDDEN`.
 _LOWEST = -1e30
 
 
 def _scaled(call: Call, q: Any) -> Array:
-    """The queries of logits to base 2, rounded once, for both kernels alike.
+    """Queries scaled for logits to base 2, rounded once, the same in both kernels.
 
-    The factor itself, rounded to bfloat16, would be up to 0.4 % off in every logit.
+    Rounding the factor itself to bfloat16 would change every logit by up to 0.4 %.
     """
     return (q[...].astype(jnp.float32) * (call.scale * LOG2E)).astype(call.dtype)
 
@@ -35,6 +35,7 @@ def _scaled(call: Call, q: Any) -> Array:
 def forward_kernel(
     call: Call, bounds: Any, across: Any, down: Any, q: Any, k: Any, v: Any, *out: Any
 ) -> None:
+    """Writes a block's outputs, and the logarithms to base 2 of its softmax sums."""
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk
     chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
@@ -42,30 +43,31 @@ def forward_kernel(
     qt = [call.head_below(scaled, h) for h in range(g)]
 
     def visit(keys: Any, carry: Any) -> Any:
-        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
-        # A row of ones sums the weights in the same product.
-        ones = jnp.ones((2 * SUBLANES, seen.shape[0]), call.dtype)
+        kb, vb, key_ids = call.load(k, keys), call.load(v, keys), down[keys]
+        # Rows of ones sum the weights in the same product.
+        ones = jnp.ones((2 * SUBLANES, key_ids.shape[0]), call.dtype)
         vt = [jnp.concatenate([call.head_below(vb, h), ones]) for h in range(g)]
 
         def logits(h: int, c: slice) -> Array:
-            return call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+            return call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], key_ids)
 
-        # The next logits before this softmax: the units that do them work at once.
-        found, ahead = [], logits(*work[0])
+        # Issues the next logits before this softmax, so that their units work in
+        # parallel.
+        totals, ahead = [], logits(*work[0])
         for i, (h, _) in enumerate(work):
             s = ahead
             ahead = logits(*work[i + 1]) if i + 1 < len(work) else s
             top = s.max(0, keepdims=True)
             if carry is None:
                 p = jnp.exp2(s - top).astype(call.dtype)
-                found.append((top, dot(vt[h], p, (1, 0))))
+                totals.append((top, dot(vt[h], p, (1, 0))))
             else:
                 before, total = carry[i]
                 top = jnp.maximum(top, before)
                 p = jnp.exp2(s - top).astype(call.dtype)
                 total = total * jnp.exp2(before - top) + dot(vt[h], p, (1, 0))
-                found.append((top, total))
-        return found
+                totals.append((top, total))
+        return totals
 
     start = None
     if not call.whole_row:
@@ -76,11 +78,11 @@ def forward_kernel(
             )
             for _, c in work
         ]
-    found = call.over_keys(bounds, visit, start)
+    totals = call.over_keys(bounds, visit, start)
     values, statistics = [], []
-    for top, total in found:
+    for top, total in totals:
         weight = total[width : width + 1]
-        # Nothing visited: 0, not 0 / 0.
+        # If no block was visited, the output is 0, not 0 / 0.
         weight = jnp.where(weight == 0, 1, weight)
         values.append(total[:width] / weight)
         statistics.append(top + jnp.log2(weight))
@@ -109,6 +111,7 @@ def backward_kernel(
     dk_total: Any,
     dv_total: Any,
 ) -> None:
+    """Writes the gradient of qkv by asynchronous copies from `ready`."""
     g, width, chunk = call.blocks.heads, call.width, call.blocks.chunk_backward
     chunks = call.cut(chunk)
     work = [(h, c) for h in range(g) for c in chunks]
@@ -128,38 +131,38 @@ def backward_kernel(
             dv_total[...] = jnp.zeros_like(dv_total)
 
     def visit(keys: Any, carry: Any) -> Any:
-        kb, vb, seen = call.load(k, keys), call.load(v, keys), down[keys]
+        kb, vb, key_ids = call.load(k, keys), call.load(v, keys), down[keys]
         kt = [call.head_below(kb, h) for h in range(g)]
         dks: list[Any] = [0] * g
         dvs: list[Any] = [0] * g
-        found = []
+        dqs = []
         for i, (h, c) in enumerate(work):
-            s = call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], seen)
+            s = call.logits(call.head(kb, h), qt[h][:, c], across[:1, c], key_ids)
             p = jnp.exp2(s - lse[h : h + 1, c])
             dp = dot(call.head(vb, h), dt[h][:, c], (1, 0))
             ds = (p * (dp - delta[h][:, c])).astype(call.dtype)
             dvs[h] += dot(dt[h][:, c], p.astype(call.dtype), (1, 1))
             dks[h] += dot(qt[h][:, c], ds, (1, 1))
             x = dot(kt[h], ds, (1, 0))
-            found.append(x if carry is None else carry[i] + x)
+            dqs.append(x if carry is None else carry[i] + x)
         if call.whole_row:
-            return found, dks, dvs
+            return dqs, dks, dvs
         dk_total[:, keys] += jnp.concatenate(dks)
         dv_total[:, keys] += jnp.concatenate(dvs)
-        return found
+        return dqs
 
-    # Gradients go out from `ready`, while the next group of heads is worked on.
+    # Gradients are copied out of `ready` while the next group of heads is computed.
     row, group, step = (pl.program_id(i) for i in range(3))
 
     def copies() -> list[Any]:
         channels = g * width
-        found = []
+        made = []
         for part in range(3):
             start = part * call.h * width + group * channels
             at = pl.ds(pl.multiple_of(start, math.gcd(channels, LANES)), channels)
             to = dqkv.at[row, :, at] if call.blocks.lanes else dqkv.at[row, at]
-            found.append(pltpu.make_async_copy(ready.at[part], to, sent.at[part]))
-        return found
+            made.append(pltpu.make_async_copy(ready.at[part], to, sent.at[part]))
+        return made
 
     def wait() -> None:
         for copy in copies():
@@ -173,12 +176,12 @@ def backward_kernel(
 
     start, n = None, len(chunks)
     if call.whole_row:
-        found, dks, dvs = call.over_keys(bounds, visit, None)
+        dqs, dks, dvs = call.over_keys(bounds, visit, None)
     else:
         start = [jnp.zeros((width, c.stop - c.start), jnp.float32) for _, c in work]
-        found = call.over_keys(bounds, visit, start)
+        dqs = call.over_keys(bounds, visit, start)
     pl.when((group > 0) & (step == 0))(wait)
-    heads = [jnp.concatenate(found[h * n : (h + 1) * n], 1) for h in range(g)]
+    heads = [jnp.concatenate(dqs[h * n : (h + 1) * n], 1) for h in range(g)]
     queries = pl.ds(step * call.blocks.queries, call.blocks.queries)
     dq = ready.at[0, queries] if call.blocks.lanes else ready.at[0, :, queries]
     call.store(dq, [x * call.scale for x in heads])

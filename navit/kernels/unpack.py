@@ -1,7 +1,7 @@
-"""Attention within segments by gathering each to a row of its own: for CPUs.
+"""Attention within segments that gathers each segment into its own row, for CPUs.
 
-A dense mask works at all pairs of a row's tokens, of which those within segments are a
-few. A gathered segment's logits also stay in a CPU's cache.
+A dense mask computes all pairs of a row's tokens, of which only a few are within a
+segment. The logits of a gathered segment also stay in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -25,26 +25,28 @@ def unpack(
     """`attention` (navit.model.attention), segment by segment.
 
     Args:
-      qkv: all heads' queries, then all keys, then all values: `c = 3 * h * width`.
-      segment_ids: 0 = padding; segments may stand in any order, in pieces too.
+      qkv: the queries of all heads, then all keys, then all values:
+        `c = 3 * h * width`.
+      segment_ids: 0 = padding; segments may be in any order and need not be contiguous.
       width: channels of a head.
-      max_segments: no row has a segment id above this.
-      max_segment_tokens: no segment has more tokens; a longer one would be cut.
+      max_segments: the largest segment id that any row may have.
+      max_segment_tokens: the longest segment that any row may have; longer ones would
+        be cut.
     """
     if max_segments == 1:
         out = _row_by_row(*split_heads(qkv, width), segment_ids > 0)
         return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
     b, n = segment_ids.shape
     s, m = max_segments, min(max_segment_tokens, n)
-    # Tokens in the order of their segments, padding last: holds for segments in any
-    # order, contiguous or not.
+    # Sorts tokens by segment, padding last, so that segments may be in any order,
+    # contiguous or not.
     order = jnp.argsort(jnp.where(segment_ids == 0, s + 1, segment_ids), axis=-1)
     place = jnp.argsort(order, axis=-1)
     member = segment_ids[:, None, :] == jnp.arange(1, s + 1)[:, None]
     counts = member.sum(-1)  # [b, s]
     starts = jnp.cumsum(counts, -1) - counts
 
-    # For each unpacked place its token, and for each token its unpacked place.
+    # Maps each unpacked place to its token, and each token to its unpacked place.
     filled = jnp.arange(m) < counts[:, :, None]  # [b, s, m]
     token = jnp.minimum(starts[:, :, None] + jnp.arange(m), n - 1)
     token = jnp.take_along_axis(order, token.reshape(b, s * m), 1)
@@ -74,17 +76,17 @@ def _row_by_row(
 ) -> Float[Array, "b n h k"]:
     """Every token sees the visible ones of its row; one row and one head at a time.
 
-    The outputs of a row with nothing visible are finite and mean nothing.
+    The outputs of a row with no visible token are finite but meaningless.
     """
     b, n, h, width = q.shape
-    # All hidden would be a softmax over nothing.
+    # With every token hidden, the softmax would be over nothing.
     visible |= ~visible.any(-1, keepdims=True)
-    if n < 128:  # such small products are faster all at once
+    if n < 128:  # such small products are faster in one batch
         return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None])
 
     def head(q: Array, k: Array, v: Array, visible: Array) -> Array:
         logits = jnp.einsum("qk,mk->qm", q, k, preferred_element_type=jnp.float32)
-        # Not a sum: what is hidden may have overflowed, and inf - inf is NaN.
+        # Not an added mask: hidden logits may overflow, and inf - inf is NaN.
         logits = jnp.where(visible, logits * width**-0.5, -jnp.inf)
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         weights = jnp.exp(logits - top)
@@ -95,8 +97,8 @@ def _row_by_row(
 
     def row(_: None, row: tuple[Array, ...]) -> tuple[None, Array]:
         q, k, v, visible = row
-        of_head = [slice(i, i + width) for i in range(0, h * width, width)]
-        heads = [head(q[:, i], k[:, i], v[:, i], visible) for i in of_head]
+        slices = [slice(i, i + width) for i in range(0, h * width, width)]
+        heads = [head(q[:, i], k[:, i], v[:, i], visible) for i in slices]
         return None, jnp.concatenate(heads, -1)
 
     flat = (x.reshape(b, n, h * width) for x in (q, k, v))
@@ -111,10 +113,10 @@ def _move(
     back: Int[Array, "b i"],
     keep_back: Bool[Array, "b i"],
 ) -> Float[Array, "b j d"]:
-    """`out[j] = x[source[j]]` where kept, else 0.
+    """`out[j] = x[source[j]]` where `keep[j]`, else 0.
 
-    `back` undoes it (`source[back[i]] == i` where kept), so the gradient is a gather
-    too, where autodiff would make a scatter.
+    `back` is the inverse (`source[back[i]] == i` where `keep_back[i]`), which makes the
+    gradient a gather too; autodiff would make it a scatter.
     """
     del back, keep_back
     return jnp.where(

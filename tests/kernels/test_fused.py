@@ -1,4 +1,4 @@
-"""The TPU kernels around attention, in Pallas' simulation of a TPU on the CPU."""
+"""The TPU kernels around attention, in Pallas' simulation of a TPU on a CPU."""
 
 import functools
 import math
@@ -39,9 +39,12 @@ def example(rng, width, hidden, dtype=jnp.float32, tokens=128):
         return jnp.asarray(rng.normal(scale=std, size=shape), jnp.float32)
 
     weights = MlpWeights(
-        *(1 + normal(width, std=0.2), normal(width, std=0.2)),
-        *(normal(width, hidden, std=width**-0.5).astype(dtype), normal(hidden)),
-        *(normal(hidden, width, std=hidden**-0.5).astype(dtype), normal(width)),
+        scale=1 + normal(width, std=0.2),
+        bias=normal(width, std=0.2),
+        up=normal(width, hidden, std=width**-0.5).astype(dtype),
+        up_bias=normal(hidden),
+        down=normal(hidden, width, std=hidden**-0.5).astype(dtype),
+        down_bias=normal(width),
     )
     x, above = normal(2, 2, tokens, width).astype(dtype)
     return x, weights, above
@@ -119,7 +122,7 @@ def test_many_devices_equal_one(rng):
         weights = jax.reshard(weights, jax.P())
 
         def total(x, weights):
-            # As the layers do.
+            # Like the layers.
             up, down = (rules.gather(w, w.dtype) for w in (weights.up, weights.down))
             weights = weights._replace(up=up, down=down)
             return (simulated(x, weights, axes=rules.batch_axes) * above).sum()
@@ -135,11 +138,11 @@ def test_many_devices_equal_one(rng):
     "hidden, padded, channels",
     [(3072, 3072, 512), (4304, 4352, 256), (4096, 4096, 512), (192, 256, 256)],
 )
-def test_hidden_channels_are_cut_with_little_padding(hidden, padded, channels):
+def test_hidden_channels_are_split_with_little_padding(hidden, padded, channels):
     assert chunks(hidden) == (padded, channels)
 
 
-def test_they_run_on_tpus_alone():
+def test_kernels_run_only_on_tpus():
     assert not fits(jnp.zeros((2, 128, 128)), 512, ())
 
 
@@ -166,7 +169,7 @@ def test_the_projection_on_many_devices_equals_one(rng):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
-def test_what_has_no_kernel_is_an_error(rng):
+def test_unsupported_shapes_are_an_error(rng):
     x, mlp, _ = example(rng, 128, 320)
     with pytest.raises(ValueError, match=r"no kernel for .* kernel \(128, 320\)"):
         norm_project(x, ProjectWeights(*mlp[:4]), **SIMULATED)
@@ -175,7 +178,9 @@ def test_what_has_no_kernel_is_an_error(rng):
 
 
 @pytest.mark.parametrize("num_heads, use_bias", [(2, True), (4, True), (2, False)])
-def test_a_block_is_the_same_with_kernels(num_heads, use_bias, rng, monkeypatch):
+def test_a_block_gives_the_same_results_with_kernels(
+    num_heads, use_bias, rng, monkeypatch
+):
     """With `[b, n, c]` between the product and attention, and with `[b, c, n]`."""
     shared = dict(dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0), fused=True)
     block = encoder.Block(
@@ -196,11 +201,11 @@ def test_a_block_is_the_same_with_kernels(num_heads, use_bias, rng, monkeypatch)
     monkeypatch.setattr(encoder, "heads_fill_lanes", lambda *args: num_heads == 2)
     for kernel in (fused_mlp, norm_project):
 
-        def seen(*args, kernel=kernel, **options):
+        def recorded(*args, kernel=kernel, **options):
             called.append(kernel)
             return kernel(*args, **options, **SIMULATED)
 
-        monkeypatch.setattr(encoder, kernel.__name__, seen)
+        monkeypatch.setattr(encoder, kernel.__name__, recorded)
     found = run()
     assert called == [norm_project, fused_mlp]
     for (path, b), a in zip(

@@ -1,4 +1,4 @@
-"""The TPU kernels, in Pallas' simulation of a TPU on the CPU."""
+"""The TPU attention kernels, in Pallas' simulation of a TPU on a CPU."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ KERNELS = {
 
 
 def row_of(*lengths, tokens=256):
-    """Segments 1, 2, ... of these lengths, one after another, and padding."""
+    """Segments 1, 2, ... of these lengths, one after another, then padding."""
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return np.pad(ids, (0, tokens - len(ids)))
 
@@ -57,7 +57,7 @@ def with_gradients(attend, q, k, v, segments, weight):
 
 
 def assert_equals_the_dense_mask(attend, args):
-    """In value and all three gradients; and finite where there is padding."""
+    """In value and all three gradients; outputs at padding are finite."""
     out, gradients = with_gradients(attend, *args)
     dense = functools.partial(attention, implementation="xla")
     expected, of_dense = with_gradients(dense, *args)
@@ -68,8 +68,8 @@ def assert_equals_the_dense_mask(attend, args):
         np.testing.assert_allclose(found, dense, atol=4e-6)
 
 
-# Padding at the end, nowhere, everywhere, and between segments; heads of which two,
-# four and one fill the lanes, and those that do so only all sixteen.
+# Padding at the end, nowhere, everywhere, and between segments; two, four or one head
+# to fill the lanes, and heads of 72, of which it takes sixteen.
 CASES = {
     "heads of 64": (2, 64, [row_of(100, 120), row_of(256), row_of()]),
     "heads of 96": (4, 96, [row_of(1, 254)]),
@@ -100,8 +100,8 @@ def test_block_sizes_do_not_matter(tokens, blocks, rng):
 
 
 @pytest.mark.parametrize("tokens", [640, 768])
-def test_a_row_may_be_cut_into_equal_or_unequal_parts(tokens, rng):
-    """512 and 128 queries at a time, or twice 384."""
+def test_a_row_may_be_split_into_equal_or_unequal_chunks(tokens, rng):
+    """Chunks of 512 and 128 queries, or two of 384."""
     args = arrays(rng, [row_of(100, 333, 150, tokens=tokens)], 4, 64)
     assert_equals_the_dense_mask(KERNELS["splash"], args)
 
@@ -111,7 +111,7 @@ def test_a_row_may_be_cut_into_equal_or_unequal_parts(tokens, rng):
 )
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_no_leak_between_segments_in_value_or_gradient(kernel, poisoned, rng):
-    """Any values in segment A and in padding leave segment B as it is, to the bit."""
+    """No values in segment A or in padding change a bit of segment B."""
     q, k, v, segments, _ = arrays(rng, [row_of(100, 90)], 2, 64)
     attend = jax.jit(functools.partial(KERNELS[kernel], segment_ids=segments))
     outside = np.ones((1, 256, 1, 1), bool)
@@ -130,7 +130,7 @@ def test_no_leak_between_segments_in_value_or_gradient(kernel, poisoned, rng):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_removing_an_image_leaves_the_others_as_they_are(kernel, rng):
+def test_removing_an_image_does_not_change_the_others(kernel, rng):
     q, k, v, segments, _ = arrays(rng, [row_of(100, 90)], 2, 64)
     removed = jnp.where(segments == 1, 0, segments)
     before, after = (KERNELS[kernel](q, k, v, x) for x in (segments, removed))
@@ -154,7 +154,7 @@ def test_bfloat16_stays_close(rng):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bfloat16_gradients_are_not_biased(kernel, rng):
-    """Rounding errors of many elements cancel; that of a common factor does not."""
+    """Rounding errors of many elements cancel, but not that of a common factor."""
     args = arrays(rng, [row_of(100, 156)], 4, 64, jnp.bfloat16)
     _, gradients = with_gradients(KERNELS[kernel], *args)
     dense = functools.partial(attention, implementation="xla")
@@ -165,7 +165,7 @@ def test_bfloat16_gradients_are_not_biased(kernel, rng):
 
 
 def test_bfloat16_logits_are_not_biased(rng):
-    """Of a segment of one token, the logarithm of the sum is its only logit."""
+    """In a segment of one token, the logarithm of the softmax sum is the only logit."""
     q, k, v, segments, _ = arrays(rng, [np.arange(1, 257)], 4, 64, jnp.bfloat16)
     qkv = jnp.concatenate([x.reshape(1, 256, -1) for x in (q, k, v)], -1)
     blocks = _blocks(qkv, 64, **SIMULATED, queries=256, keys=256)
@@ -177,7 +177,7 @@ def test_bfloat16_logits_are_not_biased(rng):
 
 
 def slope(found, expected):
-    """Of the line through 0 that fits best."""
+    """The slope of the best fitting line through 0."""
     found, expected = (np.asarray(x, np.float64) for x in (found, expected))
     return (found * expected).sum() / (expected**2).sum()
 
@@ -258,7 +258,7 @@ def test_the_platform_and_the_row_choose(platform, tokens, less, expected):
 
 @pytest.mark.parametrize("devices, kernel", [(8, True), (16, False)])
 def test_the_heads_of_one_device_choose(devices, kernel):
-    """16 heads of 72: two of them fill the blocks of a kernel, and one does not."""
+    """16 heads of 72: two on each device fill a kernel's blocks, one does not."""
     mesh = jax.sharding.AbstractMesh(
         (1, devices),
         ("data", "tensor"),
