@@ -1,5 +1,4 @@
-"""Cross-entropy over the real images; empty slots and images without a label count for
-nothing."""
+"""Cross-entropy over real images; ignores empty slots and images without a label."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 def classification_loss(
     logits: Float[Array, "m c"], labels: Int[Array, " m"], real: Bool[Array, " m"]
 ) -> Float[Array, ""]:
-    """Mean cross-entropy over the real images that have a label (one >= 0)."""
+    """Mean cross-entropy over the real images that have a label (>= 0)."""
     real = real & (labels >= 0)
     right = labels[:, None] == jnp.arange(logits.shape[-1])
     terms = -jnp.where(right, jax.nn.log_softmax(logits), 0.0).sum(-1)

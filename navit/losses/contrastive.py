@@ -1,7 +1,7 @@
-"""Losses over real images: empty slots count in no row, no column and no mean.
+"""Contrastive losses over real images; empty slots count in no row, column or mean.
 
-All take global arrays. Under a mesh the image rows stay on their devices and the texts
-come to them: gathered, once, or around a ring.
+All losses take global arrays. Under a mesh, images stay on their devices and texts are
+brought to them, gathered all at once or passed around a ring.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float
 
 from navit.sharding import Axes, Rules
 
-# Up to so many bytes of texts are gathered on every device, twice that with their
-# gradient; the least of TPUs has 16 GiB. A ring has as many hops as there are devices,
-# one after the other, each of little work.
+# The most bytes of texts to gather on every device; their gradient takes as much again.
+# The smallest TPU has 16 GiB. A ring takes one hop per device, in sequence, each with
+# little work.
 _GATHERED = 256 * 2**20
 
-# Pairs of which logits and gradients are held at a time: 16 MiB each.
+# Pairs whose logits and gradients are in memory at a time: 16 MiB each.
 _PAIRS = 2**22
 
 
@@ -35,19 +35,22 @@ def sigmoid_loss(
     rules: Rules = Rules(),
     implementation: Literal["auto", "dense", "gather", "ring"] = "auto",
 ) -> Float[Array, ""]:
-    """Every image against every text, each pair on its own (SigLIP, arXiv 2303.15343).
+    """Every image against every text, each pair independently.
+
+    From SigLIP, arXiv 2303.15343.
 
     Args:
-      images, texts: unit vectors, matching pair by pair.
+      images, texts: unit vectors; text i belongs to image i.
       real: False where there is no pair.
       scale, bias: t' and b; a logit is exp(t') * similarity + b.
-      implementation: "gather" brings all texts to every device, "ring" passes them on
-        from device to device; both hold a few million pairs at a time, and make value
-        and gradients in one pass. "auto" gathers up to 256 MiB of texts. "dense" holds
-        all pairs of a device's images, and is what the others are held against.
+      implementation: "gather" brings all texts to every device, and "ring" passes them
+        from device to device. Both keep a few million pairs in memory at a time and
+        compute value and gradients in one pass. "auto" gathers up to 256 MiB of texts
+        and uses a ring for more. "dense" keeps all pairs of a device's images and is
+        the reference for the others.
 
     Returns:
-      The sum over real pairs divided by the number of real images; 0 with none.
+      The sum over real pairs divided by the number of real images; 0 if there are none.
     """
     if implementation == "dense":
         both = real[:, None] & rules.replicate(real)[None, :]
@@ -70,16 +73,16 @@ def softmax_loss(
     scale: Float[Array, ""],
     rules: Rules = Rules(),
 ) -> Float[Array, ""]:
-    """CLIP's loss: the right text for an image and the right image for a text.
+    """CLIP's loss: the right text for each image and the right image for each text.
 
-    The mean of both directions, each over the real images; arguments as in
-    `sigmoid_loss`. A bias would cancel, so there is none.
+    The mean of both directions, each over the real images. Arguments are those of
+    `sigmoid_loss`, except for a bias, which would cancel out.
     """
     logits = _similarities(images, rules.replicate(texts)) * jnp.exp(scale)
     everywhere = rules.replicate(real)
-    # Empty rows keep one finite entry, so that no logsumexp is over nothing.
-    kept = (real[:, None] & everywhere[None, :]) | _diagonal(logits.shape, rules)
-    logits = jnp.where(kept, logits, -jnp.inf)
+    # The diagonal stays visible, so that logsumexp of an empty row is finite.
+    visible = (real[:, None] & everywhere[None, :]) | _diagonal(logits.shape, rules)
+    logits = jnp.where(visible, logits, -jnp.inf)
     right = (images * texts).sum(-1) * jnp.exp(scale)
     to_text = jnp.where(real, jax.nn.logsumexp(logits, 1) - right, 0.0)
     to_image = jnp.where(everywhere, jax.nn.logsumexp(logits, 0), 0.0)
@@ -110,7 +113,12 @@ def _terms(
     both: Bool[Array, "m c"],
     match: Bool[Array, "m c"],
 ) -> Float[Array, ""]:
-    """-log sigmoid(+-logit), summed over the pairs of which both are real."""
+    """-log sigmoid(+-logit), summed over pairs of a real image and a real text.
+
+    Args:
+      both: whether image and text are real.
+      match: whether the text belongs to the image.
+    """
     logits = _similarities(images, texts) * jnp.exp(scale) + bias
     signed = jnp.where(match, logits, -logits)
     return -jnp.where(both, jax.nn.log_sigmoid(signed), 0.0).sum()
@@ -118,47 +126,46 @@ def _terms(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _total(
-    images: Array,
-    texts: Array,
-    scale: Array,
-    bias: Array,
-    real: Array,
+    images: Float[Array, "m e"],
+    texts: Float[Array, "m e"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    real: Bool[Array, " m"],
     rules: Rules,
     ring: bool,
-) -> Array:
+) -> Float[Array, ""]:
     """`_terms` of all images and all texts.
 
-    The gradients come with the value, as each of its parts is at hand only once: with
-    reverse mode a ring would keep all texts that passed, and the logits would be made
-    twice.
+    Gradients are computed together with the value. In reverse mode, a ring would keep
+    all texts that passed by, and the logits would be computed twice.
     """
     return _with_gradients(images, texts, scale, bias, real, rules, ring)[0]
 
 
 def _backward(rules, ring, gradients, above):  # type: ignore[no-untyped-def]
     del rules, ring
-    return (*(above * gradient for gradient in gradients), None)
+    return (*[above * gradient for gradient in gradients], None)
 
 
 def _with_gradients(
-    images: Array,
-    texts: Array,
-    scale: Array,
-    bias: Array,
-    real: Array,
+    images: Float[Array, "m e"],
+    texts: Float[Array, "m e"],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    real: Bool[Array, " m"],
     rules: Rules,
     ring: bool,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Float[Array, ""], tuple[Array, ...]]:
     """The sum, and its gradients by images, texts, scale and bias."""
-    rows, one = rules("batch"), rules()
+    rows, replicated = rules("batch"), rules()
     if rows is None:
         return _columns(images, texts, scale, bias, real, real, 0, None)
     axes = rules.batch
     local = functools.partial(_in_a_ring if ring else _gathered, axes=axes)
     return jax.shard_map(
         local,
-        in_specs=(rows, rows, one, one, rows),
-        out_specs=(one, (rows, rows, one, one)),
+        in_specs=(rows, rows, replicated, replicated, rows),
+        out_specs=(replicated, (rows, rows, replicated, replicated)),
     )(images, texts, scale, bias, real)
 
 
@@ -166,14 +173,18 @@ _total.defvjp(_with_gradients, _backward)
 
 
 def _gathered(images, texts, scale, bias, real, *, axes):  # type: ignore[no-untyped-def]
-    """On one device: its images and the texts of all."""
-    everything = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+    """On one device: its own images with the texts of all devices."""
+    gather = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+    scale, bias = _varying((scale, bias), axes)
     value, (d_images, d_texts, *rest) = _columns(
         images,
-        everything(texts),
-        *_varying((scale, bias), axes),
-        *(real, everything(real)),
-        *(jax.lax.axis_index(axes) * len(images), axes),
+        gather(texts),
+        scale,
+        bias,
+        real,
+        gather(real),
+        jax.lax.axis_index(axes) * len(images),
+        axes,
     )
     d_texts = jax.lax.psum_scatter(d_texts, axes, tiled=True)
     value, d_scale, d_bias = jax.lax.psum((value, *rest), axes)
@@ -181,9 +192,9 @@ def _gathered(images, texts, scale, bias, real, *, axes):  # type: ignore[no-unt
 
 
 def _in_a_ring(images, texts, scale, bias, real, *, axes):  # type: ignore[no-untyped-def]
-    """On one device: its images, and the texts of one device after another.
+    """On one device: its own images with the texts of one device after another.
 
-    The texts travel with what is known of their gradient, and are home in the end.
+    The texts travel together with their gradient so far, and end where they started.
     """
     count, me = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
     scale, bias = _varying((scale, bias), axes)
@@ -191,14 +202,20 @@ def _in_a_ring(images, texts, scale, bias, real, *, axes):  # type: ignore[no-un
 
     def hop(carry, hops):  # type: ignore[no-untyped-def]
         here, sums = carry
-        texts, others_real, d_texts = here
+        texts, texts_real, d_texts = here
         owner = (me - hops) % count
         value, (d_images, d_more, *rest) = _columns(
-            *(images, texts, scale, bias, real, others_real),
-            *((me - owner) * len(images), axes),
+            images,
+            texts,
+            scale,
+            bias,
+            real,
+            texts_real,
+            (me - owner) * len(images),
+            axes,
         )
         sums = jax.tree.map(jnp.add, sums, (value, d_images, *rest))
-        here = jax.lax.ppermute((texts, others_real, d_texts + d_more), axes, ahead)
+        here = jax.lax.ppermute((texts, texts_real, d_texts + d_more), axes, ahead)
         return (here, sums), None
 
     (zero,) = _varying((jnp.zeros(()),), axes)
@@ -220,11 +237,11 @@ def _columns(
     shift: int | Array,
     axes: Axes,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The sum over these images and texts and its gradients, some texts at a time.
+    """The sum over these images and texts with its gradients, some texts at a time.
 
     Args:
       shift: text i + shift belongs to image i.
-      axes: the mesh axes that what is given varies over.
+      axes: the mesh axes over which the arguments vary.
     """
     value_and_gradients = jax.value_and_grad(_terms, argnums=(0, 1, 2, 3))
     rows = jnp.arange(len(images))[:, None] + shift
@@ -261,7 +278,7 @@ def _columns(
 
 
 def _varying(values: tuple[Array, ...], axes: Axes) -> tuple[Array, ...]:
-    """Marks what is alike on all devices as each device's own."""
+    """Marks replicated values as varying over devices."""
     if axes is None:
         return values
 

@@ -27,7 +27,7 @@ def log_sigmoid(x):
 
 
 def numpy_sigmoid(images, texts, real, scale, bias):
-    """Loops over the real pairs alone."""
+    """Loops over only the real pairs."""
     ids = np.flatnonzero(real)
     total = 0.0
     for i in ids:
@@ -92,7 +92,7 @@ def test_contrastive_losses_equal_numpy_in_value_and_gradient(name, real, rng):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softmax"])
-def test_what_stands_in_empty_slots_does_not_matter(name, rng):
+def test_contents_of_empty_slots_do_not_matter(name, rng):
     real = jnp.array(REALS["some empty"])
     images, texts = (jnp.asarray(unit(rng), jnp.float32) for _ in range(2))
     junk = jnp.where(real[:, None], 0, 1e3)
@@ -121,11 +121,11 @@ def test_empty_batch_is_zero_with_zero_gradients():
     assert value == 0 and (np.asarray(gradient) == 0).all()
 
 
-WAYS = ["dense", "gather", "ring"]
+IMPLEMENTATIONS = ["dense", "gather", "ring"]
 
 
-def value_and_gradients(way, rng, real, mesh=None):
-    """Of random pairs, as numpy, on one device or all."""
+def value_and_gradients(implementation, rng, real, mesh=None):
+    """The loss of random pairs, on one device or all, as numpy."""
     rules = Rules()
     if mesh:
         mesh, rules = make_mesh(mesh)
@@ -136,11 +136,13 @@ def value_and_gradients(way, rng, real, mesh=None):
     @jax.jit
     def loss(images, texts, scale, bias, real):
         return 3 * losses.sigmoid_loss(
-            *(images, texts, real),
+            images,
+            texts,
+            real,
             scale=scale,
             bias=bias,
             rules=rules,
-            implementation=way,
+            implementation=implementation,
         )
 
     with use_mesh(mesh):
@@ -150,37 +152,40 @@ def value_and_gradients(way, rng, real, mesh=None):
 
 
 @pytest.mark.parametrize("pairs", [2**22, 7], ids=["whole", "in chunks"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "mesh",
     [None, MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2)],
     ids=["one", "data and fsdp", "tensor"],
 )
-def test_every_way_to_the_sigmoid_loss_is_the_same(mesh, way, pairs, monkeypatch):
-    # Of 3 or 6 images a device some are real, and of some devices none.
+def test_sigmoid_implementations_agree(mesh, implementation, pairs, monkeypatch):
+    # Of the 3 or 6 images of a device, some or none are real.
     some = np.random.default_rng(1).random(24) < 0.6
     some[6:12] = some[21:] = False
     monkeypatch.setattr(losses, "_PAIRS", pairs)
     for real in (some, np.zeros(24, bool), np.ones(24, bool)):
         expected = value_and_gradients("dense", np.random.default_rng(0), real)
-        found = value_and_gradients(way, np.random.default_rng(0), real, mesh)
+        rng = np.random.default_rng(0)
+        found = value_and_gradients(implementation, rng, real, mesh)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.shape == b.shape and a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def compiled(way, count, monkeypatch, limit=losses._GATHERED):
-    """What XLA makes of value and gradients on 8 devices: its text, and peak bytes."""
+def compiled(implementation, count, monkeypatch, limit=losses._GATHERED):
+    """The HLO text of value and gradients on 8 devices, and its temporary bytes."""
     monkeypatch.setattr(losses, "_GATHERED", limit)
     mesh, rules = make_mesh(MeshConfig(data=8))
 
     def loss(images, texts, real):
         return losses.sigmoid_loss(
-            *(images, texts, real),
+            images,
+            texts,
+            real,
             scale=jnp.float32(1.0),
             bias=jnp.float32(0.0),
             rules=rules,
-            implementation=way,
+            implementation=implementation,
         )
 
     with use_mesh(mesh):
@@ -192,7 +197,7 @@ def compiled(way, count, monkeypatch, limit=losses._GATHERED):
     return found.as_text(), found.memory_analysis().temp_size_in_bytes
 
 
-def test_many_texts_go_round_and_no_matrix_of_all_pairs_is_made(monkeypatch):
+def test_many_texts_use_a_ring_and_no_matrix_of_all_pairs(monkeypatch):
     count = 8192
     texts = count * 64 * 4
     gathered, _ = compiled("auto", count, monkeypatch, texts)
