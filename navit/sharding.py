@@ -1,4 +1,4 @@
-"""The device mesh, and the rules from names of array axes to mesh axes."""
+"""The device mesh, and the rules that map names of array axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Axes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which mesh axes an array axis is split over; all None means no mesh at all.
+    """The mesh axes that array axes are split over; all None without a mesh.
 
     Attributes:
       batch: rows of a batch, and images.
-      embed: the width axis of every large parameter (FSDP). It is gathered, in the
-        compute dtype, where the parameter is used; activations never move for it.
+      embed: the width axis of every large parameter (FSDP). The parameter is gathered
+        in the compute dtype where it is used; activations never move for it.
       tensor: heads, and the hidden axis of an MLP (tensor parallelism). Activations
         are summed over it after every attention and every MLP.
-      gradients: the dtype in which devices sum their gradients of the parameters.
+      gradients: the dtype in which gradients of parameters are summed over devices.
     """
 
     batch: Axes = None
@@ -42,35 +42,35 @@ class Rules:
         return (self.batch,) if isinstance(self.batch, str) else tuple(self.batch or ())
 
     def __call__(self, *names: str | None) -> jax.P | None:
-        """`rules("batch", None)` -> a PartitionSpec, or None where there is no mesh."""
+        """`rules("batch", None)` -> a PartitionSpec, or None without a mesh."""
         if self.batch is None:
             return None
         return jax.P(*(name and getattr(self, name) for name in names))
 
     def size(self, name: str) -> int:
-        """Over how many devices an axis is split."""
+        """The number of devices that an axis is split over."""
         axes = getattr(self, name) or ()
         mesh = jax.sharding.get_abstract_mesh()
         axes = (axes,) if isinstance(axes, str) else axes
         return math.prod(mesh.shape[axis] for axis in axes)
 
     def rows(self, ndim: int) -> jax.P | None:
-        """Split by rows alone, whatever the other axes were."""
-        return self("batch", *(None,) * (ndim - 1))
+        """The PartitionSpec of an array that is split only by rows."""
+        return self("batch", *[None] * (ndim - 1))
 
     def gather(self, p: jax.Array, dtype: Any) -> jax.Array:
-        """Undoes `embed` on a parameter; what `tensor` splits stays split.
+        """Gathers a parameter of any shape over `embed`; it stays split over `tensor`.
 
-        It is cast to the compute dtype first, so that half the bytes travel. Its
-        gradient is summed over the devices once, in the dtype `gradients`, and only to
-        where the parameter's shards are.
+        The parameter is cast to the compute dtype first, which halves the bytes sent.
+        Its gradient is summed over the devices once, in the dtype `gradients`, and
+        scattered to the devices that own the parameter's shards.
         """
         if self.batch is None:
             return p.astype(dtype)
         return _whole(self, jax.typeof(p).sharding.spec, dtype, p)
 
     def replicate(self, x: jax.Array) -> jax.Array:
-        """Gathers an activation from all devices: communication, said out loud."""
+        """Replicates an activation of any shape: communication, made explicit."""
         return x if self.batch is None else jax.reshard(x, jax.P())
 
 
@@ -78,10 +78,10 @@ class Rules:
 def _whole(rules: Rules, spec: jax.P, dtype: Any, p: jax.Array) -> jax.Array:
     del spec
     p = p.astype(dtype)
-    kept = (None if x == rules.embed else x for x in jax.typeof(p).sharding.spec)
-    # Every device has its own gradient of what is `reduced`: not summed yet, so that
-    # it is summed once, below.
-    return jax.reshard(p, jax.P(*kept, reduced=set(rules.batch_axes)))
+    axes = [None if x == rules.embed else x for x in jax.typeof(p).sharding.spec]
+    # Of a `reduced` array, each device has its own gradient, not yet summed. The sum is
+    # made once, below.
+    return jax.reshard(p, jax.P(*axes, reduced=set(rules.batch_axes)))
 
 
 def _whole_forward(
@@ -97,7 +97,7 @@ def _whole_backward(
     mesh = jax.sharding.get_abstract_mesh()
     axes = [axis for axis in rules.batch_axes if mesh.shape[axis] > 1]
 
-    # Written out: of a reshard, XLA sums the whole over all devices, then cuts it up.
+    # Explicit, because for a reshard XLA sums whole gradients and then slices them.
     def summed(g: jax.Array) -> jax.Array:
         g, left = g.astype(rules.gradients), list(axes)
         for dim, axis in enumerate(spec):
@@ -106,14 +106,14 @@ def _whole_backward(
                 left.remove(axis)
         return jax.lax.psum(g, left) if left else g
 
-    # check_vma: of what is `unreduced`, JAX does not let each device have its own.
-    of_each: Any = jax.shard_map(
+    # check_vma=False: otherwise JAX rejects `unreduced` inputs that differ by device.
+    mapped: Any = jax.shard_map(
         summed,
         in_specs=jax.typeof(gradient).sharding.spec,
         out_specs=spec,
         check_vma=False,
     )
-    return (of_each(gradient).astype(like.dtype),)
+    return (mapped(gradient).astype(like.dtype),)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
@@ -122,13 +122,12 @@ _whole.defvjp(_whole_forward, _whole_backward)
 def make_mesh(
     config: MeshConfig, devices: Sequence[Any] | None = None
 ) -> tuple[jax.sharding.Mesh | None, Rules]:
-    """The mesh and its rules; (None, no rules) for a single device of this machine.
+    """The mesh and its rules; (None, Rules()) for a single device of this machine.
 
-    Several slices lie along `data`, so that what crosses the data-centre network is the
-    gradients alone.
+    Slices are laid along `data`, so that only gradients cross the data-centre network.
 
     Args:
-      devices: those to use; None takes all that there are.
+      devices: the devices to use; None means all.
 
     Raises:
       ValueError: if the axes do not fit the devices.
@@ -146,8 +145,8 @@ def make_mesh(
     if min(sizes.values()) < 1 or not all_used or sizes["data"] % slices:
         given = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in sizes)
         raise ValueError(
-            f"{given} do not fit {count} devices: they must multiply to that, one of "
-            "them may be -1 for what is left, and data must be divisible by "
+            f"{given} do not fit {count} devices: their product must be {count} (one "
+            "of them may be -1, for the rest), and data must be divisible by "
             f"mesh.slices={slices}"
         )
     if used == 1 and single:
@@ -155,10 +154,10 @@ def make_mesh(
     if sizes["tensor"] == 1:
         del sizes["tensor"]
     shape = tuple(sizes.values())
-    # Split: fsdp=8 and tensor=2 share a side of a 4x4 slice.
+    # `allow_split_physical_axes`: fsdp=8 and tensor=2 share a side of a 4x4 slice.
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
-        outer = (slices, *(1 for _ in shape[1:]))
+        outer = (slices, *[1] * (len(shape) - 1))
         grid = mesh_utils.create_hybrid_device_mesh(
             inner, outer, devices[:used], allow_split_physical_axes=True
         )
@@ -179,15 +178,15 @@ def make_mesh(
 
 
 def use_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
-    """`jax.set_mesh`, or nothing where there is none."""
+    """`jax.set_mesh`, or a context that does nothing without a mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def platform() -> str:
-    """Where what is traced now will run: "cpu", "gpu" or "tpu".
+    """Where the program being traced will run: "cpu", "gpu" or "tpu".
 
-    A mesh in use decides, since it may be of devices that this machine does not have:
-    so a program for a TPU is compiled on a CPU.
+    The mesh in use decides. Its devices need not be on this machine: this is how a
+    program for a TPU is compiled on a CPU.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
@@ -195,7 +194,7 @@ def platform() -> str:
 
 
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-    """Where on the mesh in use an array from `jax.eval_shape` belongs."""
+    """The sharding, on the mesh in use, of an array from `jax.eval_shape`."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -204,9 +203,9 @@ def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 
 
 def split_rows(batch: Any, rules: Rules) -> Any:
-    """This host's rows of each array -> global arrays, split over the devices by rows.
+    """Builds global arrays, split over devices by rows, from this host's rows.
 
-    To the default device where there is no mesh.
+    Without a mesh, moves them to the default device.
     """
     spec = rules("batch")
     if spec is None:

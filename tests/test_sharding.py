@@ -40,8 +40,8 @@ PRESETS = {
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_device_equals_eight(preset):
     """Loss and parameters, with parameters replicated and sharded."""
-    # A width that 8 devices can share, and fewer images than rows: some slots and some
-    # whole devices stay empty.
+    # A width that 8 devices can share, and so few images that some slots and some whole
+    # devices stay empty.
     options = ["data.rows=8", "model.vision.width=32", "model.text.width=32"]
     loss = "softmax" if preset == "replicate" else "sigmoid"
     config = override(tiny_config(loss=loss), [*options, "data.train.size=14"])
@@ -54,8 +54,8 @@ def test_one_device_equals_eight(preset):
         jax.tree.leaves(expected.model),
         strict=True,
     ):
-        # A key's bias shifts all logits of a query alike, so its gradient is rounding
-        # noise around an exact 0, and Adam makes steps of full size of that.
+        # A key's bias shifts all logits of a query equally, so its gradient is rounding
+        # noise around an exact 0, which Adam turns into full steps.
         if ".key.bias" not in jax.tree_util.keystr(path):
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
     kernel = state.model.vision.encoder.blocks.mlp.up.kernel[...]
