@@ -1,1 +1,1 @@
-"""The measurements that the README and the notes quote; each is a command."""
+"""The measurements that the README and docs quote; each one is a command."""

@@ -1,17 +1,16 @@
-"""Packed attention: every implementation, forward and with gradients.
+"""Times packed attention: every implementation, forward and with gradients.
 
   python -m navit.bench.attention_speed
   python -m navit.bench.attention_speed --mixes 2x4096x16 --heads 16 --width 72
   python -m navit.bench.attention_speed --topology v6e:1x1
 
-On this machine each line is one mix: rows x tokens in a row, and so many images of so
-many tokens at most in each row (all as long as fit). Times are medians of interleaved
-rounds.
+On this machine, each line is one mix: rows x tokens in a row x images in a row, all
+images being as long as fits. Times are medians of interleaved rounds.
 
-With a TPU topology nothing runs, and no TPU is needed: the TPU compiler compiles
-forward and backward passes of 16,384 tokens, of images of 64 to 1024 tokens packed into
-rows, and the time is that of its schedule: the kernels' bundles, and the cycles that it
-expects of all other operations. No stall is in it, and no network.
+With a TPU topology, nothing runs and no TPU is needed. The TPU compiler compiles
+forward and backward passes of 16,384 tokens, in images of 64 to 1024 tokens packed into
+rows. Times are those of its schedule: the kernels' bundles, and the cycles that it
+estimates for all other operations, without stalls and without the network.
 """
 
 from __future__ import annotations
@@ -52,16 +51,17 @@ def main() -> None:
     parser.add_argument(
         "--mixes",
         default="8x256x1,2x1024x1,2x1024x2,2x1024x4,2x1024x8,1x4096x4,1x4096x16",
-        help="rows x row tokens x images a row, several by commas",
+        help="rows x row tokens x images in a row, comma-separated",
     )
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--width", type=int, default=64, help="channels of a head")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--topology", help="of one chip: v6e:1x1, v5e:1x1, v5p:1x1x1")
+    parser.add_argument("--topology", help="one chip: v6e:1x1, v5e:1x1, v5p:1x1x1")
     parser.add_argument(
-        "--only", help="of --topology: implementation:row tokens, several by commas"
+        "--only",
+        help="with --topology: implementation:row tokens, comma-separated",
     )
-    # The folder of the process that compiles for one line.
+    # The folder of the child process that compiles one line's case.
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.dump:
@@ -107,20 +107,20 @@ def _line(
     for what, sides in calls.items():
         times: list[list[float]] = [[] for _ in sides]
         for round in range(rounds + 1):  # the first compiles
-            for side, found in zip(sides, times, strict=True):
+            for side, milliseconds in zip(sides, times, strict=True):
                 start = time.perf_counter()
                 jax.block_until_ready(side())
                 if round:
-                    found.append(1000 * (time.perf_counter() - start))
+                    milliseconds.append(1000 * (time.perf_counter() - start))
         medians = [f"{statistics.median(x):10.1f}" for x in times]
         print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *medians, flush=True)
 
 
 def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:
-    """One process for each line: libtpu reads where to write its schedules but once."""
+    """Runs one process per line: libtpu reads its dump folder only once."""
     known = [kind for kind, chip in topology.CHIPS.items() if chip.clock]
     if name.partition(":")[0] not in known:
-        raise SystemExit(f"--topology {name}: the clock is known of {known} alone")
+        raise SystemExit(f"--topology {name}: the clock is known only for {known}")
     cases = only.split(",") if only else [f"{i}:{n}" for i in ROWS for n in ROWS[i]]
     print(
         f"{heads} heads of {width}, {TOKENS} tokens, {name}; milliseconds by schedule"
@@ -143,7 +143,7 @@ def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
     assert mesh is not None
     start = time.perf_counter()
     place = jax.NamedSharding(mesh, rules("batch") or jax.P())
-    # As a projection leaves them.
+    # In the layout that a projection writes.
     b, make = TOKENS // n, functools.partial(jax.ShapeDtypeStruct, sharding=place)
     qkv = make((b, n, 3 * heads * width), jnp.bfloat16)
     x, ids = make((b, n, heads * width), jnp.bfloat16), make((b, n), jnp.int32)
@@ -163,19 +163,19 @@ def _compiled(name: str, case: str, heads: int, width: int, dump: Path) -> None:
     seconds = time.perf_counter() - start
     operations = schedule.operations(compiled.as_text() or "")
     other = sum(x.cycles * x.runs for x in operations) / clock
-    turns = _turns(n) if implementation == "splash_skip" else None
+    visits = _mean_visits(n) if implementation == "splash_skip" else None
     times = {"forward": 0.0, "backward": 0.0}
     for kernel_name, kernel in kernel_times.kernel_cycles(dump).items():
         part = "backward" if "backward" in kernel_name else "forward"
         taken = None
-        if turns is not None:
-            taken = kernel_times.skipping(kernel, _blocks(n), turns)
+        if visits is not None:
+            taken = kernel_times.skipping(kernel, _blocks(n), visits)
         times[part] += kernel.cycles(taken=taken) / clock
     figures = [*times.values(), other, sum(times.values()) + other]
     analysis = compiled.memory_analysis()
     assert analysis is not None
     memory = analysis.temp_size_in_bytes / 2**20
-    blocks = "all" if turns is None else f"{turns / _blocks(n):.2f}"
+    blocks = "all" if visits is None else f"{visits / _blocks(n):.2f}"
     print(
         f"{implementation:12} {n:5}",
         *map("{:9.3f}".format, figures),
@@ -188,8 +188,8 @@ def _blocks(row_tokens: int) -> int:
     return row_tokens // splash.block_size(row_tokens)
 
 
-def _turns(row_tokens: int) -> float:
-    """Mean blocks of keys that a block of queries visits."""
+def _mean_visits(row_tokens: int) -> float:
+    """The mean number of key blocks that a block of queries visits."""
     lengths = np.random.default_rng(0).integers(64, 1025, 100 * row_tokens // 544)
     grids = np.stack([np.ones_like(lengths), lengths], -1)
     rows = pack_rows(grids, row_tokens, None)

@@ -1,9 +1,9 @@
-"""Time and peak memory of converting and loading a model of a named size.
+"""Measures time and peak memory of converting and loading a model of a named size.
 
   python -m navit.bench.convert g        # SigLIP 2's largest: 1.9 B parameters, 7.5 GB
 
-Random weights are written as a Hugging Face directory, converted to an npz and
-back, and loaded; each step in a process of its own, so its peak memory is its own.
+Random weights are written as a Hugging Face directory, converted to an npz and back,
+and loaded. Each step runs in its own process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _step(step: str, size: str, folder: Path) -> None:
 
 
 def _random(size: str) -> Weights:
-    """Weights of a size with the public text vocabulary; g's text tower is So400m's."""
+    """Random weights with the public text vocabulary; g's text tower is So400m's."""
     text = "So400m" if size == "g" else size
     model = ModelConfig(
         vision=variants.vision(f"{size}/16"),

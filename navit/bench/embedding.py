@@ -1,12 +1,12 @@
-"""Images a second from JPEG bytes to embeddings, against transformers where installed.
+"""Images a second from JPEG bytes to embeddings; compared to transformers if installed.
 
-  python -m navit.bench.embedding                     # navit alone
+  python -m navit.bench.embedding                     # only navit
   pip install torch transformers && python -m navit.bench.embedding --rounds 5
 
-The same weights (B/16, random) and the photographs of data/sample, mixed shapes, on the
-same cores; both sides take turns, and the median of the rounds counts. "whole" starts
-at JPEG bytes, "model" at prepared patches. transformers runs its own processor (Pillow)
-and model in float32 with batches of --batch images.
+Both sides use the same weights (B/16, random), the photographs of data/sample in mixed
+shapes, and the same cores. They take turns, and the median of the rounds counts.
+"whole" starts at JPEG bytes, "model" at prepared patches. transformers runs its own
+processor (Pillow) and model in float32, with batches of --batch images.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ def main() -> None:
     parser.add_argument("--size", default="B", help="Ti, S, B, L or So400m")
     parser.add_argument("--budgets", default="256,1024")
     parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=8, help="of transformers")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="batch size of transformers"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--side",
         type=int,
-        help="enlarge the photographs to this longer side, as 4000 of a camera",
+        help="enlarge the photographs to this longer side, such as 4000 for a camera",
     )
     args = parser.parse_args()
     files = sorted(SAMPLE.glob("*.jpg"))
@@ -75,7 +77,7 @@ def _enlarged(data: bytes, side: int) -> bytes:
     return buffer.getvalue()
 
 
-# What runs: "whole" and "model", each a call without arguments.
+# The calls to time, by name: "whole" and "model". They take no arguments.
 Side = dict[str, Callable[[], np.ndarray]]
 
 
@@ -87,11 +89,11 @@ def _navit(model: Any, images: list[bytes], budget: int) -> Side:
         for i in range(0, len(packed.grids), rows)
     ]
 
-    def alone() -> np.ndarray:
-        found = [embed_packed(model.vision, part, budget, True) for part in parts]
-        return np.concatenate([np.asarray(x)[:, 0] for x in found])
+    def embed() -> np.ndarray:
+        vectors = [embed_packed(model.vision, part, budget, True) for part in parts]
+        return np.concatenate([np.asarray(x)[:, 0] for x in vectors])
 
-    return {"whole": lambda: model.embed_images(images, budget), "model": alone}
+    return {"whole": lambda: model.embed_images(images, budget), "model": embed}
 
 
 def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
@@ -100,7 +102,7 @@ def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
         from PIL import ImageOps
         from transformers import Siglip2ImageProcessorPil, Siglip2Model
     except ImportError:
-        print("torch and transformers are not installed: navit alone")
+        print("torch and transformers are not installed: measuring only navit")
         return None
     model = Siglip2Model.from_pretrained(path).eval()
     processor = Siglip2ImageProcessorPil.from_pretrained(path)
@@ -137,7 +139,7 @@ def _report(sides: dict[str, Side], budget: int, count: int, rounds: int) -> Non
     vectors = {}
     for name, side in sides.items():
         for what, call in side.items():
-            vectors[name, what] = call()  # compiles, and warms up
+            vectors[name, what] = call()  # compiles and warms up
     if len(sides) > 1:
         a, b = (vectors[name, "whole"] for name in sides)
         print(f"{budget:5} tokens  smallest cosine {(a * b).sum(-1).min():.4f}")

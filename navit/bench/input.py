@@ -1,12 +1,12 @@
-"""The input pipeline alone, stage by stage: `navit bench input CONFIG`.
+"""Measures the input pipeline, stage by stage: `navit bench input CONFIG`.
 
-CPU seconds of this process count, so that other work on the machine does not. "pixels"
-is the part that has to be: decode, resize and patchify of the same images at the same
-grids, from bytes in memory. The whole pipeline should be nearly as fast.
+Times are CPU seconds of this process, so that other work on the machine does not count.
+"pixels" is the necessary work: to decode, resize and patchify the same images at the
+same grids, from bytes in memory. The whole pipeline should be nearly as fast.
 
   navit bench input configs/photos.py data.train.path=~/photos
-  python -m navit.bench.input                 # against transformers, where installed
-  python -m navit.bench.input --memory 2000   # a worker's memory over so many batches
+  python -m navit.bench.input                 # against transformers, if installed
+  python -m navit.bench.input --memory 2000   # a worker's memory over 2000 batches
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SAMPLE = Path(__file__).parents[2] / "data/sample"
 
 
 def run(config: Config, batches: int, rounds: int = 3) -> None:
-    """Prints what each stage costs and what the whole pipeline gives.
+    """Prints the cost of each stage and the rate of the whole pipeline.
 
     Raises:
-      ValueError: if there are no batches to measure.
+      ValueError: if `batches` is less than 1.
     """
     if batches < 1:
         raise ValueError(f"--batches {batches} measures nothing: give 1 or more")
@@ -79,7 +79,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
             tuple(b) for x in rows if x.boxes is not None for b in x.boxes.tolist()
         ]
     times: dict[str, list[float]] = {"pixels": [], "pipeline": []}
-    for _ in range(rounds):  # taking turns
+    for _ in range(rounds):  # interleaved
         with _timed() as seconds:
             _pixels(images, index, grids, boxes, patch_size, data.dct)
         times["pixels"].append(seconds[0])
@@ -88,8 +88,8 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
                 del batch
         times["pipeline"].append(seconds[0])
     medians = {name: statistics.median(x) for name, x in times.items()}
-    for name, found in medians.items():
-        _line(name, len(index), found)
+    for name, median in medians.items():
+        _line(name, len(index), median)
     print(f"pipeline / pixels: {medians['pixels'] / medians['pipeline']:.1%}")
     _wall(config, source, batches)
 
@@ -107,17 +107,17 @@ def _pixels(
         height, width = (grid * patch_size).tolist()
         try:
             array = pixels.load(images[i], height, width, dct=dct, box=box)
-        except ValueError:  # the pipeline leaves it empty
+        except ValueError:  # unreadable: the pipeline leaves its slot empty
             continue
         pixels.to_patches(array, patch_size, out[: int(grid.prod())])
 
 
 def _wall(config: Config, source: Source, batches: int) -> None:
-    """Images a second as training gets them, with the config's workers."""
+    """Prints images per second of wall time, with the config's workers."""
     train = dataclasses.replace(config.train, steps=batches + 3)
     config = dataclasses.replace(config, train=train)
     with contextlib.closing(pipeline.train_batches(config, source)) as iterator:
-        for _ in range(3):  # workers start
+        for _ in range(3):  # until the workers have started
             next(iterator)
         start = time.perf_counter()
         count = sum(int((next(iterator).id >= 0).sum()) for _ in range(batches))
@@ -129,10 +129,10 @@ def _wall(config: Config, source: Source, batches: int) -> None:
 
 @contextlib.contextmanager
 def _timed():  # type: ignore[no-untyped-def]
-    """CPU seconds of this process, all threads, in a list of one."""
-    found = [time.process_time()]
-    yield found
-    found[0] = time.process_time() - found[0]
+    """Measures CPU seconds of all threads of this process, in a list of one."""
+    seconds = [time.process_time()]
+    yield seconds
+    seconds[0] = time.process_time() - seconds[0]
 
 
 def _line(name: str, count: int, seconds: float) -> None:
@@ -144,7 +144,10 @@ def _line(name: str, count: int, seconds: float) -> None:
 
 
 def peers(rounds: int) -> None:
-    """Decode, resize and patchify against transformers' processor, one core each."""
+    """Compares decode, resize and patchify with transformers' processor, on one core.
+
+    Prints milliseconds per image.
+    """
     try:
         import torch
         from transformers import Siglip2ImageProcessorPil
@@ -182,15 +185,15 @@ def _in_turns(
 ) -> tuple[float, float]:
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):
-        for call, found in zip((a, b), times, strict=True):
+        for call, call_times in zip((a, b), times, strict=True):
             with _timed() as seconds:
                 call()
-            found.append(seconds[0])
+            call_times.append(seconds[0])
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
 def _photographs(width: int, height: int) -> list[bytes]:
-    """The sample's photographs at one size, with the noise of a sensor."""
+    """The sample's photographs at one size, with sensor noise."""
     rng = np.random.default_rng(0)
     files = []
     for name in ("astronaut", "cat", "coffee_rotated", "rocket", "galaxies", "stairs"):
@@ -205,7 +208,7 @@ def _photographs(width: int, height: int) -> list[bytes]:
 
 
 def memory(batches: int) -> None:
-    """Resident memory of a worker process over many batches, and its slope."""
+    """Prints a worker process's resident memory over many batches, and its slope."""
     config = Config(
         data=DataConfig(
             train=Folder(path=str(SAMPLE)), budgets=(64, 256), rows=2, workers=1
@@ -213,17 +216,17 @@ def memory(batches: int) -> None:
         train=TrainConfig(steps=batches),
     )
     source = pipeline.open_source(config.data.train)
-    found = []
+    samples = []
     with contextlib.closing(pipeline.train_batches(config, source)) as iterator:
         for step in itertools.count(1):
             if next(iterator, None) is None:
                 break
             if step % 50 == 0:
-                found.append((step, _worker_kib()))
-                print(f"batch {step:6}: {found[-1][1] / 1024:8.1f} MiB", flush=True)
-    later = np.array(found[len(found) // 4 :])  # once everything is loaded
+                samples.append((step, _worker_kib()))
+                print(f"batch {step:6}: {samples[-1][1] / 1024:8.1f} MiB", flush=True)
+    later = np.array(samples[len(samples) // 4 :])  # once everything is loaded
     slope = np.polyfit(later[:, 0], later[:, 1], 1)[0]
-    print(f"slope after a quarter of them: {slope:+.3f} KiB a batch")
+    print(f"slope after the first quarter: {slope:+.3f} KiB a batch")
 
 
 def _worker_kib() -> int:
@@ -235,13 +238,14 @@ def _worker_kib() -> int:
                 status = Path(f"/proc/{child}/status").read_text()
                 sizes.append(int(status.split("VmRSS:")[1].split()[0]))
     if not sizes:
-        raise OSError(f"process {os.getpid()} has no worker to look at")
+        raise OSError(f"process {os.getpid()} has no worker process")
     return max(sizes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Pixels against transformers' processor, or a worker's memory."
+        description="Compare pixels with transformers' processor, or measure a "
+        "worker's memory."
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, metavar="BATCHES")

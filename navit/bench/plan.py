@@ -1,14 +1,16 @@
-"""How full planned rows are, and how fast they are planned, on simulated photographs.
+"""Measures how full planned rows are and how fast the planner is.
 
   python -m navit.bench.plan
   python -m navit.bench.plan --images 200000 --open-rows 8,16,64 --elastic 0.1
 
-Sizes: ten aspects from 9:16 to 16:9 as photographs have them, long sides log-normal
-around 480 pixels. Padding counts every row of the epoch, those that were open at its
-end too. Below it: the share of the text tower's work that is captions, when each list
-of them is for so many rows, and the share of images left out for it. "NaFlex" draws one
-of {128, 256, 576, 784, 1024} tokens for each image, "NaViT" a side from N(-0.5, 1) on
-[64, 384], "native" keeps images under 729 tokens as they are.
+Images are simulated photographs: ten common aspect ratios from 9:16 to 16:9, with long
+sides log-normal around 480 pixels. Padding counts every row of the epoch, including
+those still open at its end. The lines below it show the share of the text tower's work
+that is real captions, with one list of captions for every --caption-rows rows, and the
+share of images left out to make the captions fit.
+
+Mixes: "NaFlex" draws one of {128, 256, 576, 784, 1024} tokens for each image, "NaViT" a
+side from N(-0.5, 1) on [64, 384]; "native" keeps images under 729 tokens as they are.
 """
 
 from __future__ import annotations
@@ -41,9 +43,8 @@ def main() -> None:
     sizes = photographs(args.images)
     lengths = [int(x) for x in args.rows.split(",")]
     print(f"{args.images} images, patch 16, elastic {args.elastic:g}; padding in %")
-    print(
-        f"{'mix':15} {'open':>5}", *(f"{x:>7}" for x in lengths), "  images/s planned"
-    )
+    titles = [f"{x:>7}" for x in lengths]
+    print(f"{'mix':15} {'open':>5}", *titles, "  images/s planned")
     for name, mix in MIXES.items():
         for open_rows in map(int, args.open_rows.split(",")):
             padding, filled, left_out, seconds = [], [], [], 0.0
@@ -61,7 +62,8 @@ def main() -> None:
                 plans = BatchPlans(sizes[:20_000], data, patch_size=16, steps=1)
                 start = time.process_time()
                 rows = plan_block(
-                    *(sizes, data),
+                    sizes,
+                    data,
                     patch_size=16,
                     epoch=0,
                     slots=plans.slots,
