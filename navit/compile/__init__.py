@@ -1,1 +1,1 @@
-"""The training step compiled for a TPU that is not there, and what that tells."""
+"""Compiles a training step for a TPU that is not there, and reports its cost."""

@@ -1,14 +1,14 @@
 """How long a Pallas TPU kernel takes, from the schedule that the compiler dumps.
 
-The TPU compiler's own cost figures leave custom kernels out (a backward pass counts 0).
-But told so by `LIBTPU_INIT_ARGS`, which libtpu reads once as it loads, it writes the
-final schedule of everything it compiles: one file for each instruction of the program,
-one line for each bundle of a kernel, and one bundle issues each cycle.
+The TPU compiler's own cost figures leave out custom kernels (a backward pass counts 0).
+With these options, which libtpu reads once when it loads, it writes the final schedule
+of everything it compiles: one file per instruction of the program, one line per bundle
+of a kernel. One bundle is issued per cycle.
 
     LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"
 
-A compile writes 75 to 400 MB there: use a temporary folder, and delete it. What such a
-schedule leaves out is every stall: memory that is late, and other cores.
+A compile writes 75 to 400 MB there: use a temporary folder, and delete it. The schedule
+does not include stalls: waiting for memory, or for other cores.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ _STAGE = re.compile(r"iteration index, stage = (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The schedule of one kernel: bundles, each of them a cycle.
+    """The schedule of one kernel, in bundles; each one is a cycle.
 
     Attributes:
-      turn: one turn of the grid loop with all its branches taken.
-      steps: how many steps the grid has; None where only the run knows (a dynamic
-        grid).
-      fill: turns beyond those, in which the pipeline of copies fills and drains.
-      body: the part of a turn that those turns jump over.
+      turn: bundles of one turn of the grid loop with all its branches taken.
+      steps: steps of the grid; None if it is dynamic, known only at run time.
+      fill: additional turns, in which the pipeline of copies fills and drains.
+      body: the part of a turn that those additional turns jump over.
       branches: the parts of `body` that a step may jump over, in order: `pl.when`.
-      around: outside the loop, once.
+      around: bundles outside the loop, which run once.
     """
 
     turn: int
@@ -57,18 +56,18 @@ class Kernel:
         """Cycles of one call.
 
         Args:
-          steps: of the grid; needed where the grid is dynamic.
-          taken: for each of `branches` the share of steps that run it; None for all.
-            A loop with a length that only the run knows is a branch too, and its share
-            is the mean number of its turns.
+          steps: steps of the grid; required if the grid is dynamic.
+          taken: the share of steps that run each of `branches`; None if all do. A loop
+            whose length is known only at run time is a branch too, and its share is the
+            mean number of its turns.
 
         Raises:
-          ValueError: if the grid is dynamic and `steps` is not given, or for a `taken`
-            of another length than `branches`.
+          ValueError: if the grid is dynamic and `steps` is not given, or if `taken` and
+            `branches` differ in length.
         """
         steps = self.steps if steps is None else steps
         if steps is None:
-            raise ValueError("the grid is dynamic: say how many steps it runs")
+            raise ValueError("the grid is dynamic: pass how many steps it runs")
         shares = [1.0] * len(self.branches) if taken is None else list(taken)
         if len(shares) != len(self.branches):
             raise ValueError(
@@ -83,40 +82,40 @@ class Kernel:
 
 
 def skipping(kernel: Kernel, steps: int, visited: float) -> tuple[float, ...] | None:
-    """`taken` of `splash_skip`'s kernels, which loop over blocks of keys.
+    """`taken` for the kernels of `splash_skip`, which loop over blocks of keys.
 
-    None where the compiler made other branches of them than libtpu 0.0.41 does.
+    None if the compiler made other branches than libtpu 0.0.41 does.
 
     Args:
       steps: blocks of queries in a row.
-      visited: blocks of keys that one visits on average.
+      visited: blocks of keys that each of them visits on average.
     """
     once = 1 / steps
-    # The backward pass clears its sums in the first step, and writes them in the last.
-    # Forward there is the loop, and for some rows a few bundles beside it.
-    found = {1: (visited,), 2: (visited, 1.0), 3: (once, visited, once)}
-    return found.get(len(kernel.branches))
+    # The backward pass clears its sums in the first step and writes them in the last.
+    # The forward pass has the loop and, for some rows, a few bundles beside it.
+    shares = {1: (visited,), 2: (visited, 1.0), 3: (once, visited, once)}
+    return shares.get(len(kernel.branches))
 
 
 def kernel_cycles(dump_dir: Path) -> dict[str, Kernel]:
     """The kernels in a dump of the compiler, by their instruction's name in the HLO.
 
-    XLA's own fusions are in the dump too and are left out here: their
-    `estimated_cycles` stand in the HLO text.
+    XLA's own fusions in the dump are left out: the HLO text has their
+    `estimated_cycles`.
     """
-    found: dict[str, Kernel] = {}
+    kernels: dict[str, Kernel] = {}
     for path in sorted(dump_dir.iterdir()):
         if not _FILE.match(path.name):
             continue
         with path.open() as lines:
             name = next((m[1] for line in lines if (m := _ENTRY.search(line))), None)
         if name is not None:
-            found[name] = _kernel(path)
-    return found
+            kernels[name] = _kernel(path)
+    return kernels
 
 
 def _bundles(path: Path) -> Iterator[tuple[int, str]]:
-    """(address, text) of every line; a bundle's text may run over several lines."""
+    """(address, text) of every line; a bundle's text may span several lines."""
     address = None
     with path.open() as lines:
         for line in lines:
@@ -137,7 +136,8 @@ def _kernel(path: Path) -> Kernel:
         jumps += [(last, int(region)) for region in _JUMP.findall(text)]
         exits += [(last, int(count)) for count in _EXIT.findall(text)]
         stages = max([stages, *map(int, _STAGE.findall(text))])
-    # Where it jumps back to, and from where; then what is jumped over, ends excluded.
+    # Loops as (start, address of the jump back); skipped ranges as (start, end), without
+    # the end.
     loops = [(starts[r], at) for at, r in jumps if starts.get(r, at) < at]
     skips = [(at + 1, starts[r]) for at, r in jumps if starts.get(r, at) > at]
     if not loops:
@@ -145,7 +145,7 @@ def _kernel(path: Path) -> Kernel:
 
     low, high = max(loops, key=lambda loop: loop[1] - loop[0])
     turns = _turns(low, high, exits)
-    # A loop within a step counts as often as it runs; once where that is not known.
+    # A loop within a step counts as often as it runs, or once if that is unknown.
     inner = [x for x in loops if x != (low, high) and low <= x[0] and x[1] <= high]
     more = {x: ((_turns(*x, exits) or 1) - 1) * (x[1] - x[0] + 1) for x in inner}
 
@@ -174,7 +174,7 @@ def _kernel(path: Path) -> Kernel:
 
 
 def _turns(low: int, high: int, exits: list[tuple[int, int]]) -> int | None:
-    """The constant in a loop's exit test, which stands near its end."""
+    """The constant in a loop's exit test, which is near the loop's end."""
     within = [count for at, count in exits if low <= at <= high]
     at = max((at for at, _ in exits if low <= at <= high), default=0)
     return within[-1] if within and high - at <= 16 else None

@@ -22,27 +22,35 @@ _MIB = 2**20
 _LEAST_EFFORT = 9
 
 PARTS = (
-    *("attention", "mlp", "embedding", "head", "vision, other"),
-    *("text tower", "text embedding", "loss", "optimizer", "other"),
+    "attention",
+    "mlp",
+    "embedding",
+    "head",
+    "vision, other",
+    "text tower",
+    "text embedding",
+    "loss",
+    "optimizer",
+    "other",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of a program, per device.
+    """What the compiler reports for a program, per device.
 
     Times are its schedule: no stalls, no waiting for memory or for other devices.
 
     Attributes:
-      fits: whether it fits; where not, `error` is what the compiler said.
-      memory: of the device, all in MiB: what is needed at the peak, and of what. Of
-        batches there are two: the next one is on its way while a step runs.
-      milliseconds: of a step, by part; None where the clock is not known, and of a
-        quick compile.
-      unpriced: operations that the compiler put no price on. Their products are
-        counted at the device's peak, else they count for nothing.
-      model_tflops: of the model on real tokens, of one device's share.
-      mfu_bound: those over time and peak.
+      fits: whether the program fits; if not, `error` is the compiler's message.
+      memory: the device's memory in MiB: the limit, the peak, and what it is used for.
+        There are two batches: the next one is transferred while a step runs.
+      milliseconds: time of a step, by part; None for a quick compile, or if the clock
+        is unknown.
+      unpriced: operations for which the compiler gives no cost. Their products are
+        counted at the device's peak; without products they count as nothing.
+      model_tflops: the model's operations on real tokens, for one device's share.
+      mfu_bound: `model_tflops` divided by time and peak.
     """
 
     topology: str
@@ -68,12 +76,15 @@ class Report:
 
 
 def compile_program(program: Program, topology: str, *, dump: Path | None) -> Report:
-    """Compiles, and reads what the compiler says.
+    """Compiles a program and reads the compiler's figures.
 
     Args:
-      dump: where it writes the kernels' schedules (`topology.prepare`); emptied here.
-        None compiles at the least effort, which is fast, makes slow programs, and gets
-        no times.
+      dump: the folder to which the compiler writes the kernels' schedules
+        (`topology.prepare`); emptied here. None compiles at the least effort, which is
+        fast but makes slow programs and gives no times.
+
+    Raises:
+      ValueError: if the compiler fails for another reason than memory.
     """
     options = {"optimization_level": _LEAST_EFFORT} if dump is None else None
     start, error, compiled = time.perf_counter(), "", None
@@ -95,20 +106,20 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
     }
     parts, unpriced, collectives = None, 0, []
     if compiled is not None:
-        found = compiled.memory_analysis()
+        analysis = compiled.memory_analysis()
         needed = (
-            found.argument_size_in_bytes
-            + found.output_size_in_bytes
-            - found.alias_size_in_bytes
-            + found.temp_size_in_bytes
+            analysis.argument_size_in_bytes
+            + analysis.output_size_in_bytes
+            - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes
         )
-        memory["activations"] = found.temp_size_in_bytes / _MIB
+        memory["activations"] = analysis.temp_size_in_bytes / _MIB
         memory["peak"] = (needed + program.batch) / _MIB
         operations = schedule.operations(compiled.as_text())
         collectives = _collectives(operations)
         if dump is not None and clock is not None:
             kernels = kernel_cycles(dump)
-            # Of kernels that are the same the compiler writes one schedule.
+            # The compiler writes one schedule for several equal kernels.
             alike = {
                 _work(op): kernels[op.name] for op in operations if op.name in kernels
             }
@@ -149,7 +160,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
 
 
 def part_of(scope: str) -> str:
-    """Which of `PARTS` an operation is of, by the scopes that it was written in."""
+    """Which of `PARTS` an operation belongs to, by the scopes around it."""
     words = set(re.split(r"[/():]", scope))
     if "optimizer" in words:
         return "optimizer"
@@ -162,7 +173,7 @@ def part_of(scope: str) -> str:
 
 
 def table(report: Report) -> str:
-    """For a terminal."""
+    """Formats a report for a terminal."""
     lines = [
         f"{report.topology}: {report.devices} devices ({report.device_kind}), "
         f"{report.images:,} images and {report.tokens:,} tokens in {report.rows:,} "
@@ -172,7 +183,7 @@ def table(report: Report) -> str:
     if not report.fits:
         lines += [f"does NOT fit in {memory['limit'] / 1024:.2f} GiB", report.error]
         lines.append(
-            "less memory: train.microbatches=2 and on (the same step in parts), "
+            "to save memory: train.microbatches=2 or more (the same step in parts), "
             "model.remat=attention or full, mesh.fsdp over more devices, fewer "
             "data.rows"
         )
@@ -195,21 +206,21 @@ def table(report: Report) -> str:
         lines.append(f"  {'total':16}{step:>12.2f}")
         if report.unpriced:
             lines.append(
-                f"  ({report.unpriced} operations without a price: products count at "
-                "the peak, kernels without a schedule as nothing, and those with "
-                "unknown branches as if each step took all)"
+                f"  ({report.unpriced} operations without a cost: products count at "
+                "the peak, kernels without a schedule as nothing, and kernels with "
+                "unknown branches as if each step took all of them)"
             )
         lines.append(
-            f"model {report.model_tflops:.3f} TFLOP a device, on real tokens alone: "
+            f"model {report.model_tflops:.3f} TFLOP a device, only on real tokens: "
             f"MFU at most {report.mfu_bound:.1%}; {report.images_per_second:,.0f} "
             f"images/s and {report.tokens_per_second:,.0f} tokens/s a device"
         )
-        lines.append("a schedule: no stalls, no network; it ranks, it does not time")
+        lines.append("a schedule without stalls or network: for ranking, not timing")
     return "\n".join([*lines, *_communication(report.collectives)]) + "\n"
 
 
 def _communication(collectives: list[dict[str, Any]]) -> list[str]:
-    """What is sent, largest first; the small ones of a kind together."""
+    """Lines for all communication, largest first; small ones are grouped by kind."""
     if not collectives:
         return ["no communication"]
     lines = ["communication, per device: MiB of the arrays, times runs"]
@@ -238,13 +249,13 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def _work(op: schedule.Operation) -> tuple[Any, ...]:
-    """The same for one kernel at two places: its first run, and what makes it anew."""
+    """A key that is equal for a kernel and its recomputation."""
     name = re.sub(r"(\.(\d+|remat\d*|clone))+$", "", op.kernel)
     return name, op.products, op.taken, part_of(op.scope)
 
 
 def _skips(op: schedule.Operation, visited: tuple[int, float] | None) -> bool:
-    """Whether it is a kernel that loops over blocks of keys."""
+    """Whether an operation is a kernel that loops over blocks of keys."""
     of_images = op.kernel.startswith("splash") and part_of(op.scope) == "attention"
     return of_images and visited is not None
 
@@ -252,7 +263,7 @@ def _skips(op: schedule.Operation, visited: tuple[int, float] | None) -> bool:
 def _taken(
     op: schedule.Operation, kernel: Kernel, visited: tuple[int, float] | None
 ) -> tuple[float, ...] | None:
-    """Which share of its steps runs each of a kernel's branches; None: not known."""
+    """The share of steps that run each of a kernel's branches; None if unknown."""
     if _skips(op, visited) and visited is not None:
         return skipping(kernel, *visited)
     return op.taken if len(op.taken) == len(kernel.branches) else None
@@ -267,8 +278,8 @@ def _is_priced(
         return bool(op.cycles) or not op.products
     if op.name not in kernels:
         return False
-    said = bool(op.taken) or _skips(op, visited)
-    return not said or _taken(op, kernels[op.name], visited) is not None
+    has_shares = bool(op.taken) or _skips(op, visited)
+    return not has_shares or _taken(op, kernels[op.name], visited) is not None
 
 
 def _parts(
@@ -286,7 +297,7 @@ def _parts(
             kernel = kernels[op.name]
             taken = _taken(op, kernel, visited)
             seconds = kernel.cycles(kernel.steps or 0, taken=taken) / clock
-            if peak:  # bundles do not wait for the matrix units; the chip would
+            if peak:  # unlike the schedule, the chip waits for its matrix units
                 seconds = max(seconds, op.products / peak)
         elif not op.cycles and peak:
             seconds = op.products / peak
@@ -295,13 +306,13 @@ def _parts(
 
 
 def _collectives(operations: list[schedule.Operation]) -> list[dict[str, Any]]:
-    """The same ones together, those that send most first."""
+    """Groups equal collectives; those that send the most come first."""
     counts: collections.Counter[tuple] = collections.Counter()
     for op in operations:
         for x in op.collectives:
             counts[(x.kind, x.dtype, x.shape, x.bytes, part_of(x.scope))] += x.runs
-    found = [
+    grouped = [
         dict(kind=kind, dtype=dtype, shape=list(shape), bytes=size, part=part, count=n)
         for (kind, dtype, shape, size, part), n in counts.items()
     ]
-    return sorted(found, key=lambda x: -x["bytes"] * x["count"])
+    return sorted(grouped, key=lambda x: -x["bytes"] * x["count"])

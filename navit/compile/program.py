@@ -1,4 +1,4 @@
-"""A config's training step, or its image tower, for devices that are not here."""
+"""A config's training step or image tower, lowered for devices that are not here."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from navit.train.optim import make_optimizer
 from navit.train.state import TrainState, init_state
 from navit.train.step import make_train_step
 
-# Rows enough to tell how much attention skips.
+# Enough rows to estimate how much attention skips.
 _SOME_ROWS = 500
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is compiled, and what goes through it.
+    """A program to compile, and what it processes.
 
     Attributes:
-      counts: of real images, tokens and captions in one global batch, planned from
+      counts: real images, tokens and captions in one global batch, planned from
         simulated photographs.
-      flops: of the model on those alone, by part.
-      rows, row_tokens: of the global batch.
+      flops: the model's operations on these, by part.
+      rows, row_tokens: size of the global batch.
       visited: blocks of queries in a row, and blocks of keys that each visits on
-        average, where attention skips (`navit.kernels.splash`); None elsewhere.
+        average, if attention skips blocks (`navit.kernels.splash`); None otherwise.
       parameters, optimizer, batch: bytes on one device.
     """
 
@@ -106,9 +106,9 @@ def train_program(config: Config, devices: list[Any]) -> Program:
 
 
 def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
-    """The image tower at one token budget: one image in each row, as evaluation has it.
+    """The image tower at one token budget, with one image per row, as in evaluation.
 
-    Every device takes `eval.batch_tokens` tokens, or 16,384.
+    Every device takes `eval.batch_tokens` tokens, by default 16,384.
     """
     mesh, rules = _mesh(config, devices)
     on_each = max(1, (config.eval.batch_tokens or 16_384) // budget)
@@ -154,16 +154,17 @@ def _mesh(config: Config, devices: list[Any]) -> tuple[Any, Rules]:
     assert mesh is not None
     if mesh.size != len(devices):
         raise ValueError(
-            f"the config's mesh has {mesh.size} devices, and the slice {len(devices)}: "
-            "set one of mesh.data and mesh.fsdp to -1, or name a smaller slice"
+            f"the config's mesh has {mesh.size} devices, but the slice {len(devices)}: "
+            "set mesh.data or mesh.fsdp to -1, or name a smaller slice"
         )
     return mesh, rules
 
 
 def _planned(config: Config) -> tuple[Rows, int, int]:
-    """A global batch of simulated photographs, the slots of a row, places for captions.
+    """A global batch of simulated photographs, slots per row, and captions per group.
 
-    A plan of so few rows as one batch has would close some before they are full.
+    Planned from more images than one batch needs; otherwise, some rows would be closed
+    before they are full.
     """
     patch_size, data = config.model.vision.patch_size, config.data
     sample = photographs(20_000)
@@ -180,7 +181,7 @@ def _planned(config: Config) -> tuple[Rows, int, int]:
 
 
 def visited_blocks(rows: Rows, row_tokens: int) -> float:
-    """Blocks of keys that a block of queries of `splash_skip` visits on average."""
+    """The mean number of key blocks that a block of queries visits (`splash_skip`)."""
     some = rows.slice(0, min(len(rows), _SOME_ROWS))
     ids = np.zeros((len(some), row_tokens), np.int32)
     for r, (start, stop) in enumerate(itertools.pairwise(some.offsets.tolist())):
@@ -225,7 +226,7 @@ def _images(config: Config, mesh: Any, rules: Rules, b: int, s: int) -> PackedIm
 
 
 def _place(mesh: Any, tree: Any) -> Any:
-    """Shapes from `jax.eval_shape` under the abstract mesh -> on the mesh itself."""
+    """Moves shapes from `jax.eval_shape` from the abstract mesh to the real one."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = jax.P() if x.sharding is None else x.sharding.spec
@@ -236,7 +237,7 @@ def _place(mesh: Any, tree: Any) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of a placed tree on one device."""
+    """The bytes of a sharded tree on one device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""`navit compile`: from a config and a slice's name to the printed report."""
+"""`navit compile`: from a config and the name of a slice to a printed report."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run(
     quick: bool = False,
     out: Path | None = None,
 ) -> int:
-    """Compiles, prints, and returns the exit code: 1 where something does not fit.
+    """Compiles, prints, and returns the exit code: 1 if something does not fit.
 
     Raises:
-      ValueError: for a slice that does not exist, or that the config does not fit, and
-        without the TPU compiler.
+      ValueError: if the slice does not exist, the config does not fit it, or the TPU
+        compiler is not installed.
     """
-    # What a quick compile makes is too slow to be timed.
+    # A quick compile makes programs too slow to be worth timing.
     dump = None if quick else Path(tempfile.mkdtemp(prefix="navit-compile-"))
     try:
         topologies.prepare(
@@ -56,7 +56,7 @@ def run(
                 if budget is None
                 else program.eval_program(config, devices, budget)
             )
-            long = "minutes" if quick else "ten minutes and more (--quick: fewer)"
+            long = "minutes" if quick else "ten minutes or more (--quick: fewer)"
             log.info("compiling for %s; this takes %s", topology, long)
             with _ticking():
                 found = printout.compile_program(lowered, topology, dump=dump)
@@ -72,7 +72,7 @@ def run(
 
 @contextlib.contextmanager
 def _ticking() -> Iterator[None]:
-    """Says now and then that what runs inside still does."""
+    """Logs now and then that the compilation is still running."""
     start, done = time.monotonic(), threading.Event()
 
     def tick() -> None:

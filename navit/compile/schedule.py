@@ -1,10 +1,9 @@
-"""What the TPU compiler's optimized program says of itself: time and communication.
+"""Reads time and communication from the TPU compiler's optimized program.
 
-The compiler writes the cycles that it expects of every operation into the text of the
-program. An operation in a loop runs once for each trip. The sum leaves out stalls,
-overlap and the time on the wire, so it ranks programs; it does not time them.
-`cost_analysis()` is of no use here: it counts a loop's body once, and prices at -1 s
-what it does not know.
+The compiler writes the cycles that it estimates for every operation into the program's
+text. An operation in a loop runs once per trip. The sum leaves out stalls, overlap and
+the time on the wire, so use it to rank programs, not to time them. `cost_analysis()` is
+of no use here: it counts a loop's body once, and -1 s for operations it does not know.
 """
 
 from __future__ import annotations
@@ -15,8 +14,13 @@ import re
 from collections.abc import Iterator
 
 COLLECTIVES = (
-    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "ragged-all-to-all", "collective-broadcast"),
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
 )
 
 _BYTES = {
@@ -29,7 +33,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?([%\w.\-, ]+)\}?")
-# The compiler's "I do not know".
+# Estimates from here on mean that the compiler does not know.
 _UNPRICED = 2**60
 
 
@@ -38,16 +42,15 @@ class Operation:
     """One operation of the program.
 
     Attributes:
-      scope: where it was written: the names of the functions and scopes around it.
-      cycles: expected of one run; 0 where the compiler says nothing.
-      products: floating point operations of its matrix products, where it has no
-        cycles: those that the compiler fused with communication, and of kernels that
-        count theirs.
+      scope: the names of the functions and scopes around it in the source.
+      cycles: the estimate for one run; 0 if the compiler gives none.
+      products: floating point operations of its matrix products, if it has no cycles:
+        operations fused with communication, and kernels that declare their FLOPs.
       runs: how many times it runs in a step.
       kernel: the name of a Pallas kernel, which has no cycles either
         (`navit.compile.kernel_times`).
-      taken: of a kernel that says so, the share of its steps that runs each branch.
-      collectives: what it sends, an operation of its own or fused into this one.
+      taken: the share of steps that run each branch of a kernel, if it declares them.
+      collectives: communication, either this operation or fused into it.
     """
 
     name: str
@@ -74,13 +77,13 @@ class Collective:
 
 
 def operations(hlo: str) -> list[Operation]:
-    """Every operation that runs, those of loops and branches with them.
+    """Every operation that runs, including those in loops and branches.
 
     Args:
       hlo: `compiled.as_text()`.
 
     Raises:
-      ValueError: if the text has no entry, or a loop says nothing of its trips.
+      ValueError: if the text has no entry, or a loop has no trip count.
     """
     computations: dict[str, list[str]] = {}
     entry, current = "", ""
@@ -94,7 +97,7 @@ def operations(hlo: str) -> list[Operation]:
         elif current and line[:1].isspace():
             computations[current].append(line)
         elif current and line and (found := computations[current]):
-            found[-1] += line  # a kernel's metadata has lines of its own
+            found[-1] += line  # a kernel's metadata spans several lines
     if not entry:
         raise ValueError("this is no optimized HLO text: it has no ENTRY")
     return list(_walk(computations, entry, 1))
@@ -133,7 +136,7 @@ def _walk(
             for each in called:
                 lines = computations.get(each, [])
                 inside = [x for y in lines for x in _sent(y, runs, scope, lines)]
-                # The sum that each device keeps its part of is written as the whole.
+                # A sum of which each device keeps a part is written as an all-reduce.
                 scattered = each.startswith("all-reduce-scatter")
                 for x in inside:
                     if scattered and x.kind == "all-reduce":
@@ -155,7 +158,7 @@ def _walk(
 
 
 def _sent(line: str, runs: int, scope: str, lines: list[str]) -> Iterator[Collective]:
-    """What one of the lines of a computation sends."""
+    """The communication in one line of a computation."""
     match = _OPERATION.match(line)
     if not match:
         return
@@ -163,7 +166,7 @@ def _sent(line: str, runs: int, scope: str, lines: list[str]) -> Iterator[Collec
     if kind not in COLLECTIVES:
         return
     types = match[2]
-    if match[3] == "reduce-scatter":  # the whole stands where its operand is made
+    if match[3] == "reduce-scatter":  # its operand has the whole shape
         operands = re.findall(r"%([\w.\-]+)", line[match.end() :].partition(")")[0])
         made = {m[1]: m[2] for x in lines if (m := _OPERATION.match(x))}
         types = " ".join(made.get(name, "") for name in operands) or types
@@ -186,11 +189,11 @@ def _sent(line: str, runs: int, scope: str, lines: list[str]) -> Iterator[Collec
 
 
 def _products(computations: dict[str, list[str]], called: list[str]) -> float:
-    """Of the matrix products in computations: twice the output times what is summed.
+    """Operations of the matrix products in computations: 2 * output size * k.
 
     With lhs [m, k], rhs [k, n] and out [m, n], k is the root of lhs * rhs / out. A
-    batch would make it too large, but what is fused with communication (weights, and
-    their gradients) has none.
+    batch dimension would make it too large, but products fused with communication
+    (weights and their gradients) have none.
     """
     sizes: dict[str, int] = {}
     total = 0.0

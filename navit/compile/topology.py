@@ -1,4 +1,4 @@
-"""TPU slices by name: devices to compile for, on a machine that has none."""
+"""TPU slices by name: devices to compile for on a machine that has none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-# Read when libtpu loads: no metadata server, no lock file, no log files, no warnings.
+# What libtpu reads when it loads: no metadata server, lock file, log files or warnings.
 _QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -21,8 +21,11 @@ _QUIET = {
 
 
 class Chip(NamedTuple):
-    """Of one jax device: GiB of memory that the compiler leaves to a program, and what
-    its cycles are to a second (from the peaks of Google's data sheets).
+    """One jax device of a chip.
+
+    Attributes:
+      memory: GiB that the compiler leaves to a program.
+      clock: cycles per second, from the peaks in Google's data sheets; None if unknown.
     """
 
     memory: float
@@ -45,10 +48,10 @@ def chip(name: str) -> Chip:
 
 
 def prepare(dump: str | None = None) -> None:
-    """Sets what libtpu reads when it loads; call it before anything uses a device.
+    """Sets what libtpu reads when it loads; call this before anything uses a device.
 
     Args:
-      dump: a directory for the schedules of the kernels (`navit.compile.kernel_times`).
+      dump: a directory for the kernels' schedules (`navit.compile.kernel_times`).
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name, value in _QUIET.items():
@@ -64,11 +67,11 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     """The devices of a slice such as "v5e:16x16", "v5p:4x4x4" or "tpu7x:2x2x1".
 
     Args:
-      slices: how many such slices (pods), joined by the data-centre network.
+      slices: the number of such slices (pods), joined by the data-centre network.
 
     Raises:
-      ValueError: for a name that is none, a slice that the compiler refuses, or where
-        there is no compiler.
+      ValueError: if the name is invalid, or the compiler refuses the slice or is not
+        installed.
     """
     match = _NAME.fullmatch(name)
     if not match:
@@ -79,7 +82,9 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     flat, given = match[1] in ("v5e", "v6e"), match[4] is None
     if flat != given:
         example = "4x4" if flat else "4x4x4"
-        raise ValueError(f"a slice of {match[1]} is named like {match[1]}:{example}")
+        raise ValueError(
+            f"{name!r} is not a slice of {match[1]}: name one like {match[1]}:{example}"
+        )
     try:
         import libtpu  # noqa: F401
     except ModuleNotFoundError as error:
@@ -101,7 +106,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     except Exception as error:  # jaxlib raises its own kinds
         known = "1x1, 2x2, 2x4, 4x4, 8x8, 16x16" if flat else "2x2x1, 2x2x2, 4x4x4"
         raise ValueError(
-            f"the compiler knows no slice {name!r}; {match[1]} has {known} and others "
+            f"the compiler has no slice {name!r}; {match[1]} has {known} and others "
             f"({str(error).splitlines()[0]})"
         ) from error
     return list(topology.devices)

@@ -1,4 +1,4 @@
-"""navit compile: what the TPU compiler says of a step, read and summed."""
+"""navit compile: reading and summing what the TPU compiler reports for a step."""
 
 import dataclasses
 import json
@@ -61,13 +61,13 @@ def test_operations_run_as_often_as_their_loop():
     found = {op.name: op for op in schedule.operations(PROGRAM)}
     assert found["fusion.1"].cycles == 100 and found["fusion.1"].runs == 12
     assert found["kernel.1"].kernel and found["kernel.1"].runs == 12
-    # Without a price: what its matrix product takes, and nothing for what is unknown.
+    # Without cycles, the FLOPs of its matrix product; nothing if the cost is unknown.
     assert found["unpriced.1"].products == 2 * 8 * 16 * 4
     assert found["fusion.1"].products == 0
     assert found["unknown.1"].cycles == 0
 
 
-def test_communication_is_counted_where_it_is_fused_too():
+def test_fused_communication_is_counted_too():
     sent = [x for op in schedule.operations(PROGRAM) for x in op.collectives]
     assert {(x.kind, x.dtype, x.shape, x.bytes, x.runs) for x in sent} == {
         ("all-gather", "bf16", (16, 4), 128, 12),
@@ -76,7 +76,7 @@ def test_communication_is_counted_where_it_is_fused_too():
     }
 
 
-def test_a_sum_that_is_scattered_is_no_all_reduce():
+def test_a_scattered_sum_is_a_reduce_scatter():
     text = PROGRAM.replace("%inner", "%all-reduce-scatter.3")
     kinds = [x.kind for op in schedule.operations(text) for x in op.collectives]
     assert sorted(kinds) == ["all-gather", "reduce-scatter", "reduce-scatter"]
@@ -87,7 +87,7 @@ def test_a_sum_that_is_scattered_is_no_all_reduce():
 
 
 def test_times_are_cycles_of_every_run_and_kernels():
-    """At 1 GHz: 12 runs of 100 cycles, of a kernel of 10 steps of 50, and products."""
+    """At 1 GHz: 12 runs of 100 cycles, a kernel of 10 steps of 50, and products."""
     operations = schedule.operations(PROGRAM)
     kernel = Kernel(turn=50, steps=10, fill=0, body=50, branches=(), around=0)
     found = _parts(operations, {"kernel.1": kernel}, clock=1e9, peak=1e12)
@@ -97,14 +97,14 @@ def test_times_are_cycles_of_every_run_and_kernels():
     assert sum(found.values()) == pytest.approx(12 * 600e-6 + 1024e-9)
 
 
-def test_a_kernel_says_which_steps_run_its_branches():
-    """Its metadata has lines of its own in the program."""
-    said = PROGRAM.replace(
+def test_a_kernel_declares_which_steps_run_its_branches():
+    """Its metadata is on separate lines of the program."""
+    text = PROGRAM.replace(
         'custom_call_target="tpu_custom_call", ',
         'custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={'
         '\n"taken":"0.5 0.1"\n}}, cost={"flops":"4000000"} ',
     )
-    (op,) = (x for x in schedule.operations(said) if x.kernel)
+    (op,) = (x for x in schedule.operations(text) if x.kernel)
     assert op.taken == (0.5, 0.1) and op.runs == 12
     assert op.scope == "jit(f)/vision/attention/k"
     kernel = Kernel(turn=50, steps=10, fill=0, body=50, branches=(20, 10), around=0)
@@ -114,7 +114,7 @@ def test_a_kernel_says_which_steps_run_its_branches():
         return found["attention"] / 12 * 1e6
 
     assert attention(kernel, 1e14) == pytest.approx(10 * (50 - 10 - 9))
-    # Never less than the matrix units need; all branches where they are not the same.
+    # Never less than the matrix units need; all branches if their number differs.
     assert attention(kernel, 4e12) == pytest.approx(1000)
     other = dataclasses.replace(kernel, branches=(20,))
     assert attention(other, 1e14) == pytest.approx(500)
@@ -128,21 +128,21 @@ def test_attention_that_skips_counts_what_it_visits():
     found = _parts([op], {"kernel.1": kernel}, 1e9, 1e12, visited=(4, 2.5))
     expected = 8 * (20 + 4 / 4 + 2.5 * 20 + 6 / 4)
     assert found["attention"] / 12 * 1e6 == pytest.approx(expected)
-    # Other branches than known: all are counted, and it is said.
+    # Unknown branches: all are counted, and the kernel is reported as unpriced.
     other = {"kernel.1": dataclasses.replace(kernel, branches=(1, 2, 3, 4))}
     assert skipping(other["kernel.1"], 4, 2.5) is None
     assert not _is_priced(op, other, (4, 2.5))
     assert _is_priced(op, {"kernel.1": kernel}, (4, 2.5))
 
 
-def test_a_kernel_made_anew_is_known_by_its_work():
+def test_a_recomputed_kernel_has_the_same_key():
     (op,) = (x for x in schedule.operations(PROGRAM) if x.kernel)
     forward = dataclasses.replace(op, kernel="splash_forward.3")
-    anew = dataclasses.replace(op, kernel="splash_forward.1.remat")
-    assert _work(forward) == _work(anew)
+    again = dataclasses.replace(op, kernel="splash_forward.1.remat")
+    assert _work(forward) == _work(again)
     backward = dataclasses.replace(op, kernel="splash_backward")
     assert _work(dataclasses.replace(op, kernel="splash_forward")) != _work(backward)
-    other = dataclasses.replace(anew, scope="jit(f)/text/attention/k")
+    other = dataclasses.replace(again, scope="jit(f)/text/attention/k")
     assert _work(other) != _work(forward)
 
 
@@ -150,11 +150,11 @@ def test_blocks_visited_are_those_of_the_plan():
     """Rows of 1536 in blocks of 512: an image of 512 tokens sees its own block."""
     grids = np.array([[16, 32]] * 6 + [[32, 32]], np.int32)
     rows = Rows(np.array([0, 3, 6, 7]), np.arange(7), grids)
-    # Two rows of three such; then an image over two blocks, and one of padding.
+    # Two rows of three such images; then one image over two blocks, and a padding block.
     assert visited_blocks(rows, 1536) == pytest.approx((6 * 1 + 2 * 2 + 0) / 9)
 
 
-def test_communication_is_listed_with_its_sums():
+def test_communication_is_listed_with_totals():
     def sent(mib, count):
         of = dict(kind="all-gather", dtype="f32", shape=[8], part="mlp")
         return of | dict(bytes=mib * 2**20, count=count)
@@ -166,7 +166,7 @@ def test_communication_is_listed_with_its_sums():
     assert _communication([]) == ["no communication"]
 
 
-def test_text_that_is_no_program_is_an_error():
+def test_text_without_a_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         schedule.operations("HloModule nothing\n")
     with pytest.raises(ValueError, match="no trip count"):
@@ -191,12 +191,12 @@ def test_parts(scope, part):
 
 
 @pytest.mark.parametrize("name", ["v6e", "v4:2x2x1", "v5e:4x4x4", "v5p:4x4", "v6e:ax4"])
-def test_a_slice_that_is_none_is_an_error(name):
+def test_an_unknown_slice_is_an_error(name):
     with pytest.raises(ValueError, match=r"v5e|v5p|v6e"):
         topology.devices(name)
 
 
-def test_axes_may_share_a_side_of_a_slice():
+def test_mesh_axes_may_share_a_side_of_a_slice():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     code = (
         "from navit.compile import topology; topology.prepare();"
@@ -247,7 +247,7 @@ def test_a_step_compiles_for_a_slice(tmp_path, gradients):
             expected = {gradients, "float32"} if reduced else {"bfloat16"}
             names = {"bf16": "bfloat16", "f32": "float32"}
             assert names[each["dtype"]] in expected, each
-    # Gradients of projections of 128 to 128 are summed to where the shards are.
+    # Gradients of 128 x 128 projections are summed on the devices that own the shards.
     dtype = {"float32": "f32", "bfloat16": "bf16"}[gradients]
     sums = [x for x in found["collectives"] if x["kind"] != "all-gather"]
     scattered = [x for x in sums if x["shape"] == [128, 128]]
@@ -259,7 +259,7 @@ class _TooLarge:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17.2G of 15.75G hbm")
 
 
-def test_what_does_not_fit_says_so():
+def test_a_program_that_does_not_fit_is_reported():
     program = Program(
         lowered=_TooLarge(),
         counts=flops.Counts(),

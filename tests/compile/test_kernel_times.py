@@ -2,8 +2,8 @@ import pytest
 
 from navit.compile.kernel_times import Kernel, kernel_cycles
 
-# What the compiler writes, cut to what matters: 10 steps in 12 turns of 12 bundles, of
-# which the first and the last jump over the body (0x4 to 0xa), and a branch of three.
+# The compiler's output, abridged: 10 steps in 12 turns of 12 bundles, of which the
+# first and the last jump over the body (0x4 to 0xa), and a branch of three bundles.
 STATIC = """\
 LB: loop body
 = control target key end
