@@ -4,8 +4,8 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all of the suite's time is compilation, and this halves it. Processes that
-# tests start have it too.
+# Nearly all of the suite's time is compilation, and this halves it. Child processes
+# inherit it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
@@ -14,7 +14,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Within a run of the suite, what was compiled once is not compiled again.
+# Within a run of the suite, nothing is compiled twice.
 _cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

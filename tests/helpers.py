@@ -32,7 +32,7 @@ def vision_config(**overrides) -> VisionConfig:
 
 
 def make_vision(model: ModelConfig | None = None, seed: int = 0, **overrides) -> Vision:
-    """A small image tower whose every parameter is nonzero, norms and biases too."""
+    """A small image tower with no zero parameters, including norms and biases."""
     config = model or ModelConfig(vision=vision_config(**overrides), text=None)
     shapes = jax.eval_shape(lambda: Vision(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(seed)
@@ -47,9 +47,10 @@ def make_vision(model: ModelConfig | None = None, seed: int = 0, **overrides) ->
 
 
 def pack_grids(rows, row_tokens, slots, patches) -> PackedImages:
-    """Lays images out by hand: `rows` holds, per row, {slot: (image, grid)}.
+    """Lays out images by hand.
 
-    `patches` maps an image to its `[tokens, p*p*3]` pixels.
+    `rows` has one {slot: (image, grid)} per row; `patches` maps an image to its
+    `[tokens, p*p*3]` pixels.
     """
     width = PATCH**2 * 3
     out = PackedImages(
@@ -101,20 +102,21 @@ def tiny_config(**train) -> Config:
     )
 
 
+_FACTORIZED = [
+    PositionConfig(
+        kind="factorized",
+        size=16,
+        coordinates=coordinates,
+        encoding=encoding,
+        combine=combine,
+    )
+    for coordinates in ("absolute", "fractional", "fractional_aspect")
+    for encoding in ("learned", "sinusoidal", "fourier")
+    for combine in ("sum", "product", "stack")
+]
 POSITIONS = [
     PositionConfig(),
     PositionConfig(kind="learned_1d", size=64),
     PositionConfig(kind="learned_2d", size=16),
-    *(
-        PositionConfig(
-            kind="factorized",
-            size=16,
-            coordinates=coordinates,
-            encoding=encoding,
-            combine=combine,
-        )
-        for coordinates in ("absolute", "fractional", "fractional_aspect")
-        for encoding in ("learned", "sinusoidal", "fourier")
-        for combine in ("sum", "product", "stack")
-    ),
+    *_FACTORIZED,
 ]
