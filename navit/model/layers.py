@@ -62,11 +62,15 @@ def _plus(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
 add_bias = jax.custom_vjp(_plus)
 
 
-def _add_bias_forward(y: Array, bias: Array) -> tuple[Array, Array]:
+def _add_bias_forward(
+    y: Float[Array, "... o"], bias: Float[Array, " o"]
+) -> tuple[Array, Array]:
     return _plus(y, bias), bias
 
 
-def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
+def _add_bias_backward(
+    bias: Float[Array, " o"], gradient: Float[Array, "... o"]
+) -> tuple[Array, Array]:
     # A sum over rows as a matrix product, which is 20 times as fast on a TPU. The eight
     # equal results keep the compiler from turning it back into a sum.
     over = tuple(range(gradient.ndim - 1))
