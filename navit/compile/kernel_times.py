@@ -136,8 +136,8 @@ def _kernel(path: Path) -> Kernel:
         jumps += [(last, int(region)) for region in _JUMP.findall(text)]
         exits += [(last, int(count)) for count in _EXIT.findall(text)]
         stages = max([stages, *map(int, _STAGE.findall(text))])
-    # Loops as (start, address of the jump back); skipped ranges as (start, end), without
-    # the end.
+    # Loops as (start, address of the jump back), and skipped ranges as (start, end)
+    # without the end.
     loops = [(starts[r], at) for at, r in jumps if starts.get(r, at) < at]
     skips = [(at + 1, starts[r]) for at, r in jumps if starts.get(r, at) > at]
     if not loops:
