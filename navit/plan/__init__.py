@@ -1,1 +1,1 @@
-"""Which image goes where, at which grid: integers only."""
+"""Plans which image goes where, at which grid: integers only."""

@@ -22,13 +22,13 @@ from navit.plan.epoch import (
     records_at,
 )
 
-# How many captions a group of rows needs is told by so many images, and, as dropped
-# tokens follow a schedule, by an epoch after any schedule's end.
+# The captions that a group of rows needs are counted on this many images and, if token
+# dropping follows a schedule, also in an epoch after its end.
 _SAMPLE, _LATE = 10_000, 2**40
 
-# Rates of dropped tokens at which the rows of such a sample are counted, and moments of
-# a block at which the rate is looked up between them. A batch left out is better than
-# an empty one, so the steps are this much fewer.
+# The rows of such a sample are counted at this many rates of dropped tokens, and each
+# block interpolates between them at this many moments. Leaving out a batch is better
+# than an empty one, so the number of steps is scaled down.
 _RATES, _MOMENTS = 33, 16
 _FEWER = 0.99
 
@@ -36,23 +36,23 @@ _FEWER = 0.99
 class BatchPlans(Sequence):
     """Step -> this host's rows of that step's global batch; random access.
 
-    Every epoch has the same number of steps, on every host: as many as epoch 0 fills,
-    at least one. What another epoch has beyond that is left out of it; what it lacks
-    comes out as empty rows. Each epoch leaves out other images. Where the rate of
-    dropped tokens changes, so does the number of steps, as a sample foretells.
+    Every epoch has the same number of steps on every host: as many as epoch 0 fills,
+    at least one. If another epoch has more rows, the rest is left out; if it has fewer,
+    they are padded with empty rows. Each epoch leaves out other images. If the rate of
+    dropped tokens changes, so does the number of steps, as estimated from a sample.
 
     Args:
       sizes: `[m, 2]` (height, width) of every image.
-      steps: how many steps there are in all.
-      parts: of a mixture.
-      process_index, process_count: which host of how many.
+      steps: the total number of steps.
+      parts: the parts of a mixture.
+      process_index, process_count: this host's index, and the number of hosts.
 
     Attributes:
-      steps_per_epoch: in global batches, of epoch 0.
-      never_drawn: images of a mixture that an epoch does not take, by the weights.
-      slots: images that a row may hold.
-      caption_rows, captions: rows in a group, and images that it may hold; without
-        `data.caption_rows` every row is one, with all its slots.
+      steps_per_epoch: the global batches of epoch 0.
+      never_drawn: images of a mixture that the weights leave out of an epoch.
+      slots: the most images in a row.
+      caption_rows, captions: rows in a group, and the most images in it; without
+        `data.caption_rows` every row is a group, with a place for each slot.
 
     Raises:
       ValueError: if the hosts cannot share the rows, or their groups, evenly.
@@ -83,7 +83,7 @@ class BatchPlans(Sequence):
         starts = np.arange(blocks) * self._block_images
         self._counts = np.minimum(images - starts, self._block_images)
         self._start()
-        # The first step of each block, of one epoch after the other.
+        # The first step of each block, epoch after epoch.
         self._first_steps = self._all_first_steps()
         self.steps_per_epoch = int(self._first_steps[blocks])
 
@@ -98,20 +98,22 @@ class BatchPlans(Sequence):
         rows = self._plan(epoch, block).slice(start, start + self._host_rows)
         soon = step + (count + 1) // 2
         if soon < self._steps:
-            self._planned(*self._place(soon)[:2])  # on its way, so that nobody waits
+            self._planned(*self._place(soon)[:2])  # in the background, ahead of need
         return rows
 
     def first_block(self) -> tuple[Rows, float]:
-        """The rows of epoch 0's first block that are used, and the share of its images
-        that are left out; what the other blocks are like."""
+        """The used rows of epoch 0's first block, and the share of its images left out.
+
+        Other blocks are similar.
+        """
         used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._data.rows)
         return used, 1 - len(used.index) / max(1, int(self._counts[0]))
 
     def summary(self) -> str:
-        """What an epoch is like."""
+        """Describes an epoch in one line."""
         used, left_out = self.first_block()
         fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
-        group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "in a row"
+        group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "per row"
         never = ""
         if self.never_drawn:
             never = (
@@ -119,19 +121,20 @@ class BatchPlans(Sequence):
                 f"{len(self._sizes)}"
             )
         return (
-            f"{self.steps_per_epoch} steps an epoch: {len(used.index) / len(used):.1f} "
-            f"images a row of {self._data.row_tokens} tokens and {self.slots} slots, "
+            f"{self.steps_per_epoch} steps per epoch: "
+            f"{len(used.index) / len(used):.1f} images per row of "
+            f"{self._data.row_tokens} tokens and {self.slots} slots, "
             f"fill {fill:.1%}, {left_out:.1%} of the images left out{never}; captions "
             f"fill {self.captions_filled(used):.0%} of {self.captions} places {group}"
         )
 
     def captions_filled(self, rows: Rows) -> float:
-        """The share of what the text tower computes for these rows that is captions."""
+        """The share of the text tower's work on these rows that is real captions."""
         return len(rows.index) * self.caption_rows / (len(rows) * self.captions)
 
     def __getstate__(self) -> dict:
-        left = ("_planned", "_planner")
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        unpicklable = ("_planned", "_planner")
+        return {k: v for k, v in self.__dict__.items() if k not in unpicklable}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -142,10 +145,10 @@ class BatchPlans(Sequence):
         self._planned = functools.lru_cache(maxsize=3)(self._plan_later)
 
     def _place(self, step: int) -> tuple[int, int, int, int]:
-        """(epoch, block, step in the block, steps that the block has)."""
-        which = int(np.searchsorted(self._first_steps, step, "right")) - 1
-        first, end = self._first_steps[which : which + 2].tolist()
-        return *divmod(which, len(self._counts)), step - first, end - first
+        """(epoch, block, step within the block, steps in the block)."""
+        block = int(np.searchsorted(self._first_steps, step, "right")) - 1
+        first, end = self._first_steps[block : block + 2].tolist()
+        return *divmod(block, len(self._counts)), step - first, end - first
 
     def _all_first_steps(self) -> np.ndarray:
         blocks = len(self._counts)
@@ -168,7 +171,11 @@ class BatchPlans(Sequence):
     def _by_schedule(
         self, epochs: int, rates: np.ndarray, needed: np.ndarray
     ) -> np.ndarray:
-        """Rows that an image takes on average, `[epochs, blocks]`."""
+        """Rows that the sample takes at each block's rates, `[epochs, blocks]`.
+
+        Args:
+          rates, needed: `[r]` each, from `_rows_by_rate`.
+        """
         counts, drop = self._counts, self._data.drop
         if drop is None or len(rates) == 1:
             return np.ones((epochs, len(counts)))
@@ -179,7 +186,7 @@ class BatchPlans(Sequence):
         return np.interp(rate, rates, needed).mean(-1)
 
     def _rows_by_rate(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rates of dropped tokens, and the rows that a sample of the images takes."""
+        """Rates of dropped tokens, and the rows that a sample takes at each; `[r]`."""
         drop = self._data.drop
         if drop is None or drop.rate == drop.last_rate:
             return np.zeros(1), np.ones(1)
@@ -191,28 +198,28 @@ class BatchPlans(Sequence):
         needed = np.zeros(_RATES)
         for i, rate in enumerate(rates.tolist()):
             same = dataclasses.replace(drop, rate=rate, final_rate=rate)
-            rows = self._sampled(dataclasses.replace(self._data, drop=same))
-            needed[i] = np.dot(weights, [len(found) for found in rows])
+            plans = self._sampled(dataclasses.replace(self._data, drop=same))
+            needed[i] = np.dot(weights, [len(rows) for rows in plans])
         return rates, needed
 
     def _sampled(self, data: DataConfig, epoch: int = 0) -> list[Rows]:
-        """Rows of some images of epoch 0; with one budget a batch, of each budget."""
+        """Rows of a sample of epoch 0; one plan per budget if batches draw budgets."""
         shares = part_shares(self._parts, len(self._sizes))
-        some = np.arange(min(_SAMPLE, sum(shares)))
-        some = records_at(some, self._parts, shares, [data.seed, 0, ORDER])
-        kinds = [data]
+        positions = np.arange(min(_SAMPLE, sum(shares)))
+        sample = records_at(positions, self._parts, shares, [data.seed, 0, ORDER])
+        configs = [data]
         if data.budget_per == "batch":
-            alone = dataclasses.replace(data, budget_weights=(), budget_per="image")
-            kinds = [dataclasses.replace(alone, budgets=(x,)) for x in data.budgets]
+            single = dataclasses.replace(data, budget_weights=(), budget_per="image")
+            configs = [dataclasses.replace(single, budgets=(x,)) for x in data.budgets]
         return [
             plan_block(
-                self._sizes[some],
-                kind,
+                self._sizes[sample],
+                config,
                 patch_size=self._patch_size,
                 epoch=epoch,
                 slots=self.slots,
             )
-            for kind in kinds
+            for config in configs
         ]
 
     def _plan(self, epoch: int, block: int) -> Rows:
@@ -233,20 +240,20 @@ class BatchPlans(Sequence):
         )
 
     def _captions(self) -> int:
-        """The images that a group of rows may hold: as many as nearly all groups do."""
+        """The most images in a group of rows: enough for nearly all groups."""
         data, group = self._data, self.caption_rows
         if data.captions or not data.caption_rows:
             return min(data.captions or self.slots, group * self.slots)
-        # With one budget a batch, some budget's batches need most.
-        found = [
+        # If each batch has one budget, the budget that needs most decides.
+        needed = [
             groups.captions_for(np.diff(rows.offsets), group)
             for epoch in ((0, _LATE) if data.drop else (0,))
             for rows in self._sampled(data, epoch)
         ]
-        return min(max(found), group * self.slots)
+        return min(max(needed), group * self.slots)
 
     def _slots(self) -> int:
-        """Twice the images that a row holds on average, to the nearest power of two."""
+        """Twice the mean number of images in a row, to the nearest power of two."""
         images = self._data.row_tokens / mean_tokens(
             self._sizes, self._data, self._patch_size
         )

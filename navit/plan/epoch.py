@@ -16,14 +16,14 @@ import numpy as np
 from navit.config import DataConfig
 from navit.plan import geometry, groups, packing, sampling
 
-# Raised when the same config would give other rows; a run does not resume across it.
+# Increased when the same config would give other rows; no run resumes across versions.
 VERSION = 4
 
-# What a random key is for, so that no two draws share one; the pipeline's are others.
-# From 1, as numpy ignores zeros at a key's end.
+# Each kind of draw has its own number in the random key; the pipeline has others. They
+# start at 1, as numpy ignores trailing zeros of a key.
 ORDER, _DRAWS = 1, 2
 
-# A block holds this many images, and this many global batches at least.
+# A block has at least this many images and this many global batches.
 _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
 
 
@@ -32,15 +32,15 @@ class Rows:
     """Planned rows: row r holds images `index[offsets[r]:offsets[r+1]]`, slot by slot.
 
     Attributes:
-      offsets: `[rows + 1]` int64.
+      offsets: `[b + 1]` int64.
       index: `[m]` int64 record in the source.
       grids: `[m, 2]` int32 (rows, columns) of patches.
       kept: `[m]` int64 tokens kept of each image; None keeps all.
-      boxes: `[m, 4]` int32 (top, left, height, width) of the part of each image that
-        is seen, in upright pixels; None sees all.
-      flips: `[m]` bool, mirrored left to right; None mirrors none.
-      epoch: which epoch they belong to; draws that leave the plan as it is (the choice
-        among several captions) depend on it.
+      boxes: `[m, 4]` int32 (top, left, height, width) of each image's crop, in upright
+        pixels; None takes the whole image.
+      flips: `[m]` bool, whether to mirror left to right; None mirrors none.
+      epoch: the rows' epoch; draws outside the plan (which of several captions) depend
+        on it.
     """
 
     offsets: np.ndarray
@@ -60,23 +60,23 @@ class Rows:
         return self.grids.prod(-1) if self.kept is None else self.kept
 
     def slice(self, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop`; those past the end come out empty."""
+        """Rows `start` to `stop`; rows past the end are empty."""
         offsets = self.offsets[np.minimum(np.arange(start, stop + 1), len(self))]
         return self._with(offsets - offsets[0], slice(offsets[0], offsets[-1]))
 
     def _with(self, offsets: np.ndarray, images: Any) -> Rows:
-        """Other rows of these images (a slice or indices)."""
+        """Rows of some of these images (a slice or indices), with new offsets."""
 
-        def of(values: np.ndarray | None) -> np.ndarray | None:
+        def chosen(values: np.ndarray | None) -> np.ndarray | None:
             return None if values is None else values[images]
 
         return Rows(
             offsets,
             self.index[images],
             self.grids[images],
-            of(self.kept),
-            of(self.boxes),
-            of(self.flips),
+            chosen(self.kept),
+            chosen(self.boxes),
+            chosen(self.flips),
             self.epoch,
         )
 
@@ -110,17 +110,17 @@ def plan_block(
 ) -> Rows:
     """Plans one block of an epoch: a pure function of its arguments.
 
-    Takes the block's stretch of a random order of all images, draws a token budget
-    (and a crop, a flip, the tokens to keep) for each, finds its grid, packs, and
-    shuffles the rows; with `budget_per="batch"`, the batches. Rows lie in groups of
-    `data.caption_rows` that hold about as many images each.
+    Takes the block's part of a random order of all images. For each image, draws a
+    token budget (and a crop, a flip, the tokens to keep) and computes the grid. Then
+    packs the images and shuffles the rows, or the batches with `budget_per="batch"`.
+    Every `data.caption_rows` rows form a group; groups have about as many images each.
 
     Args:
       sizes: `[m, 2]` (height, width) of every image in pixels.
-      parts: of a mixture, which is drawn by weight; empty takes every image once.
-      slots: images that a row may hold; None for no cap.
-      captions: images that a group of rows may hold; what it has beyond is left out.
-      block_images: how many a block takes; None finds it from the sizes.
+      parts: the parts of a mixture, drawn by weight; empty takes every image once.
+      slots: the most images in a row; None for no cap.
+      captions: the most images in a group of rows; the others are left out.
+      block_images: images in a block; None computes it from the sizes.
     """
     shares = part_shares(parts, len(sizes))
     total, size = sum(shares), block_images or images_per_block(sizes, data, patch_size)
@@ -139,11 +139,11 @@ def plan_block(
         seen=epoch * total + positions,
     )
     grids, kept, lengths = drawn.grids, drawn.kept, drawn.lengths
-    seen = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
+    cropped = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
 
     def smaller(image: int, most: int) -> tuple[int, int]:
         return geometry.grid_for(
-            *seen[image].tolist(), patch_size=patch_size, max_tokens=most
+            *cropped[image].tolist(), patch_size=patch_size, max_tokens=most
         )
 
     def shrink(image: int, most: int, least: int) -> int:
@@ -154,7 +154,7 @@ def plan_block(
 
     def pack(which: np.ndarray) -> list[list[int]]:
         numbers = which.tolist()
-        found, shrunk = packing.pack(
+        packed, shrunk = packing.pack(
             lengths[which].tolist(),
             data.row_tokens,
             open_rows=data.open_rows,
@@ -167,7 +167,7 @@ def plan_block(
                 kept[numbers[i]] = most
             else:
                 grids[numbers[i]] = smaller(numbers[i], most)
-        return [[numbers[i] for i in row] for row in found]
+        return [[numbers[i] for i in row] for row in packed]
 
     if data.budget_per == "image":
         rows = pack(np.arange(len(index)))
@@ -196,11 +196,12 @@ def draw(
     patch_size: int,
     seen: np.ndarray,
 ) -> Rows:
-    """Crop, flip, grid and tokens to keep of images that are in no row yet.
+    """Draws crop, flip, grid and tokens to keep, for images not yet in rows.
 
     Args:
-      sizes, budgets: `[m, 2]` and `[m]`, of each image.
-      seen: how many images were trained on before each.
+      sizes: `[m, 2]` (height, width) of each image.
+      budgets: `[m]` token budget of each image.
+      seen: `[m]` images trained on before each.
     """
     boxes = flips = kept = None
     if data.crop is not None:
@@ -223,7 +224,12 @@ def draw(
 def grids_of(
     sizes: np.ndarray, budgets: np.ndarray | int, data: DataConfig, patch_size: int
 ) -> np.ndarray:
-    """The grid of every image at its budget, as the config says; int32 `[m, 2]`."""
+    """Each image's grid at its budget, within the config's limits; int32 `[m, 2]`.
+
+    Args:
+      sizes: `[m, 2]` (height, width) of each image.
+      budgets: `[m]` token budget of each image, or one for all.
+    """
     grids = geometry.grids_for(
         sizes, budgets, patch_size=patch_size, max_upscale=data.max_upscale
     )
@@ -245,25 +251,27 @@ def typical_tokens(
     count: int,
     seen: float = 1.0,
 ) -> float:
-    """What an image takes on average, by so many of them, evenly spaced.
+    """Mean tokens per image, over about `count` evenly spaced images.
 
     Args:
+      sizes: `[m, 2]` (height, width) of every image.
       seen: the share of each side that a crop leaves.
     """
-    some = np.maximum(1, sizes[:: max(1, len(sizes) // count)] * seen)
+    sample = np.maximum(1, sizes[:: max(1, len(sizes) // count)] * seen)
     rng = np.random.default_rng(0)
-    budgets = sampling.token_budgets(rng, len(some), data, patch_size)
-    return float(grids_of(some, budgets, data, patch_size).prod(-1).mean())
+    budgets = sampling.token_budgets(rng, len(sample), data, patch_size)
+    return float(grids_of(sample, budgets, data, patch_size).prod(-1).mean())
 
 
 def mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
-    """What an image takes on average, at the end of the schedule of dropped tokens."""
+    """Mean tokens per image of `sizes` `[m, 2]`, at the end of the drop schedule."""
     seen = float(np.mean(data.crop.area)) ** 0.5 if data.crop else 1.0
     mean = typical_tokens(sizes, data, patch_size, count=10_000, seen=seen)
     return max(1.0, mean * (1 - data.drop.last_rate if data.drop else 1))
 
 
 def images_per_block(sizes: np.ndarray, data: DataConfig, patch_size: int) -> int:
+    """The number of images in a block of an epoch of `sizes` `[m, 2]`."""
     if len(sizes) <= _BLOCK_IMAGES:
         return _BLOCK_IMAGES
     mean = mean_tokens(sizes, data, patch_size)
@@ -272,7 +280,7 @@ def images_per_block(sizes: np.ndarray, data: DataConfig, patch_size: int) -> in
 
 
 def part_shares(parts: Sequence[Part], count: int) -> list[int]:
-    """How many images an epoch takes of each part: as many as the scarcest allows."""
+    """The images an epoch takes from each part: as many as the scarcest allows."""
     if not parts:
         return [count]
     total = sum(part.weight for part in parts)
@@ -284,7 +292,7 @@ def part_shares(parts: Sequence[Part], count: int) -> list[int]:
         i = shares.index(0)
         raise ValueError(
             f"source {i} of the mixture has weight {parts[i].weight:g} of {total:g}, "
-            f"which is no image of an epoch of {sum(shares)}: raise its weight"
+            f"which gives it no image in an epoch of {sum(shares)}: raise its weight"
         )
     return shares
 
@@ -292,15 +300,15 @@ def part_shares(parts: Sequence[Part], count: int) -> list[int]:
 def records_at(
     positions: np.ndarray, parts: Sequence[Part], shares: list[int], key: list[int]
 ) -> np.ndarray:
-    """Which record stands at each position of an epoch's order."""
-    found = sampling.shuffled(positions, sum(shares), [*key, 1])
-    records = found.copy()
+    """The records at `positions` `[m]` of an epoch's order; int64 `[m]`."""
+    drawn = sampling.shuffled(positions, sum(shares), [*key, 1])
+    records = drawn.copy()
     ends = np.cumsum(shares)
     for i, part in enumerate(parts):
-        mine = (found >= ends[i] - shares[i]) & (found < ends[i])
-        within = found[mine] - (ends[i] - shares[i])
-        # Another choice of records each epoch, none of them twice.
-        records[mine] = part.offset + sampling.shuffled(
+        in_part = (drawn >= ends[i] - shares[i]) & (drawn < ends[i])
+        within = drawn[in_part] - (ends[i] - shares[i])
+        # Each epoch chooses other records, and none twice.
+        records[in_part] = part.offset + sampling.shuffled(
             within, part.count, [*key, i + 2]
         )
     return records
@@ -309,9 +317,9 @@ def records_at(
 def _batches(
     rng: np.random.Generator, rows: list[list[int]], data: DataConfig, *, fill: bool
 ) -> list[list[list[int]]]:
-    """Shuffled rows of one budget -> whole batches; what is left over is left out.
+    """Shuffles the rows of one budget and cuts them into batches; drops the rest.
 
-    With `fill`, rows that do not make one batch are one with empty rows.
+    With `fill`, rows too few for one batch are padded with empty rows.
     """
     rows = _shuffled(rng, rows, data)
     if fill and 0 < len(rows) < data.rows:

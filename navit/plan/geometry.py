@@ -62,7 +62,11 @@ def grids_for(
     patch_size: int = 16,
     max_upscale: float | None = None,
 ) -> np.ndarray:
-    """`grid_for` of many images at once: (height, width) `[m, 2]` -> int32 `[m, 2]`."""
+    """`grid_for` of many images at once: (height, width) `[m, 2]` -> int32 `[m, 2]`.
+
+    Args:
+      max_tokens: `[m]` token budget of each image, or one for all.
+    """
     sizes = np.asarray(sizes, np.float64).reshape(-1, 2)
     budget = np.broadcast_to(np.asarray(max_tokens), len(sizes))
     if len(sizes):
@@ -72,14 +76,14 @@ def grids_for(
     sides = np.ascontiguousarray(sizes.T)
 
     def patches(scale: np.ndarray) -> np.ndarray:
-        found = sides * scale
-        found /= patch_size
-        return np.maximum(1.0, np.ceil(found, out=found), out=found)
+        counts = sides * scale
+        counts /= patch_size
+        return np.maximum(1.0, np.ceil(counts, out=counts), out=counts)
 
     low = np.full(len(sizes), _MIN_SCALE)
     high = np.full(len(sizes), _MAX_SCALE)
-    # All intervals have one width and halve together, so this is each image's own
-    # search, step for step.
+    # All intervals have the same width and halve together, so each image is searched
+    # step for step as in `grid_for`.
     while len(sizes) and high[0] - low[0] >= _TOLERANCE:
         middle = (low + high) / 2
         rows, columns = patches(middle)

@@ -1,8 +1,8 @@
 """Rows -> groups of rows that hold about as many images each, and their captions.
 
-Rows of 1024 tokens hold one image or four, and the text tower needs a fixed number of
-captions. So it takes one list for each `data.caption_rows` rows, of `data.captions`
-places. numpy and integers only, as the plan.
+Rows of 1024 tokens hold one image or four, while the text tower needs a fixed number of
+captions. So every `data.caption_rows` rows share one list of `data.captions` places.
+Like the whole plan, numpy and integers only.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from navit.config import DataConfig
 
 Image = TypeVar("Image")
 
-# Of the images so many may not find a place in the lists of an epoch's sample.
+# The share of a sample's images that may get no place in a list.
 _LEFT_OUT = 2e-4
 
-# Epochs differ, and a sample from the whole: places beyond the mean.
+# At least this many places per mean image, as epochs differ, and samples from epochs.
 _HEADROOM = 1.02
 
-# So many more places are worth it where they make a multiple of 8.
+# Places are rounded up to a multiple of 8 if that is at most this factor more.
 _ROUNDING = 1.04
 
 
 def host_rows(data: DataConfig, process_count: int) -> int:
-    """The rows of a global batch that one host has.
+    """The number of a global batch's rows on one host.
 
     Raises:
       ValueError: if the hosts cannot share the rows, or their groups, evenly.
@@ -39,8 +39,8 @@ def host_rows(data: DataConfig, process_count: int) -> int:
         )
     if rows % (data.caption_rows or 1):
         raise ValueError(
-            f"data.rows={data.rows} over {process_count} processes are {rows} rows "
-            "each, which is no whole number of groups of data.caption_rows="
+            f"data.rows={data.rows} over {process_count} processes is {rows} rows "
+            "each, which is not divisible by data.caption_rows="
             f"{data.caption_rows}: change one of them"
         )
     return rows
@@ -49,10 +49,13 @@ def host_rows(data: DataConfig, process_count: int) -> int:
 def row_order(
     rng: np.random.Generator, counts: np.ndarray, group: int | None
 ) -> np.ndarray:
-    """A random order of rows of so many images, balanced in every `group` of them.
+    """A random order of rows in which every `group` rows have about as many images.
 
-    The fullest rows go to a group each, then, round by round, the next fullest to the
-    groups that have least. The rows that make no whole group come last.
+    The fullest rows go to one group each. Then, round by round, the next fullest rows
+    go to the groups with the fewest images. Rows of an incomplete group come last.
+
+    Args:
+      counts: `[b]` images in each row.
     """
     order = rng.permutation(len(counts))
     groups = len(counts) // (group or 1)
@@ -61,34 +64,37 @@ def row_order(
     dealt, rest = order[: groups * group], order[groups * group :]
     dealt = dealt[np.argsort(-counts[dealt], kind="stable")].reshape(group, groups)
     sums = np.zeros(groups, np.int64)
-    found = np.empty((groups, group), np.int64)
+    members = np.empty((groups, group), np.int64)
     for i, rows in enumerate(dealt):
         to = np.argsort(sums, kind="stable")
-        found[to, i] = rows
+        members[to, i] = rows
         sums[to] += counts[rows]
-    found = rng.permuted(rng.permutation(found), axis=1)
-    return np.concatenate([found.ravel(), rest])
+    members = rng.permuted(rng.permutation(members), axis=1)
+    return np.concatenate([members.ravel(), rest])
 
 
 def cut(rows: list[list[Image]], group: int, captions: int) -> list[list[Image]]:
-    """Leaves out images of the fullest rows where a group has more than `captions`."""
+    """Leaves out images of a group's fullest rows until it has `captions` at most."""
     rows, counts = list(rows), np.array([len(row) for row in rows])
     starts = np.arange(0, len(rows), group)
     over = np.add.reduceat(counts, starts) - captions if rows else starts
     for start in starts[over > 0].tolist():
-        mine = counts[start : start + group]
-        while mine.sum() > captions:
-            fullest = int(mine.argmax())
-            mine[fullest] -= 1
+        in_group = counts[start : start + group]
+        while in_group.sum() > captions:
+            fullest = int(in_group.argmax())
+            in_group[fullest] -= 1
             rows[start + fullest] = rows[start + fullest][:-1]
     return rows
 
 
 def captions_for(counts: np.ndarray, group: int) -> int:
-    """Places that groups of rows of so many images need, by a sample of rows.
+    """The places that a group of rows needs, estimated from a sample of rows.
 
-    As few as leave out hardly any image, yet a little more than the mean; a multiple of
-    8 where that is near.
+    The fewest that leave out hardly any image, but a little more than the mean; rounded
+    up to a multiple of 8 if that is near.
+
+    Args:
+      counts: `[b]` images in each row of the sample.
     """
     rng = np.random.default_rng(0)
     order = row_order(rng, counts, group)

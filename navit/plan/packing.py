@@ -1,4 +1,4 @@
-"""Lengths -> rows, greedily, with few rows open. Knows nothing of images or pixels."""
+"""Lengths -> rows, greedily, with few rows open. Knows nothing about images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# Below this many lengths nothing is known of their distribution.
+# Fewer lengths than this say too little about their distribution.
 _ENOUGH = 1000
 
 
@@ -22,24 +22,24 @@ def pack(
 ) -> tuple[list[list[int]], dict[int, int]]:
     """Packs `lengths` in order into rows.
 
-    Each length goes to the open row where it adds least to the waste to expect of that
-    row's room, as the distribution of all lengths has it: not always the tightest, as
-    of best fit, since a little room may be worth less than none. When none holds it
-    and `open_rows` are open, only the fullest is closed, so the others keep waiting for
-    what fits them. Of few lengths it is best fit.
+    Each length goes to the open row whose expected waste grows least, given the
+    distribution of all lengths. Unlike in best fit, that is not always the tightest
+    row, since a little room may be worth less than none. When no open row has room and
+    `open_rows` are open, only the fullest is closed, so the others keep waiting for
+    lengths that fit. With few lengths, this is best fit.
 
-    A row is closed at once when it is full or has `max_images`. The rows still open at
+    A row is closed as soon as it is full or has `max_images`. The rows still open at
     the end come last.
 
     Args:
-      elastic: an image may give up this share of its length to go to a row where it
-        leaves less waste to expect than whole in any other.
-      shrink: (index, most, least) -> the length between the two that the image would
-        have, or 0 if it can have none.
+      elastic: the share of its length that an image may give up to enter a row where it
+        then leaves less expected waste than at full length in any other.
+      shrink: (index, most, least) -> the length that the image would have between
+        `least` and `most`, or 0 if it has none there.
 
     Returns:
-      The indices in each row; and of each image that gave up some, the `most` that
-      `shrink` was asked for.
+      The indices in each row; and for each image that was shortened, the `most` that
+      `shrink` was called with.
 
     Raises:
       ValueError: if a length is not between 1 and `row_tokens`.
@@ -54,7 +54,7 @@ def pack(
             f"image {index} has {length} tokens, and a row holds 1 to {row_tokens}"
         )
     waste = expected_waste(lengths, row_tokens).tolist()
-    of_new = waste[row_tokens]
+    new_waste = waste[row_tokens]
     rooms: list[int] = []
     rows: list[list[int]] = []
     closed: list[list[int]] = []
@@ -63,9 +63,9 @@ def pack(
         best, added = 0, math.inf
         for room in rooms:
             if room >= length:
-                more = waste[room - length] - waste[room]
-                if more < added:
-                    best, added = room, more
+                increase = waste[room - length] - waste[room]
+                if increase < added:
+                    best, added = room, increase
         may_open = len(rooms) < open_rows
         if elastic and shrink and best != length:
             least = max(1, math.ceil((1 - elastic) * length))
@@ -74,7 +74,7 @@ def pack(
             if shorter and waste[most - shorter] - waste[most] < added:
                 shrunk[index] = most
                 length, best, may_open = shorter, most, False
-        if not best or (may_open and added > waste[row_tokens - length] - of_new):
+        if not best or (may_open and added > waste[row_tokens - length] - new_waste):
             if not may_open:
                 fullest = rooms.index(min(rooms))
                 closed.append(rows.pop(fullest))
@@ -96,11 +96,14 @@ def pack(
 
 
 def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
-    """What will be left, to expect, of each room `0..row_tokens`; in any unit.
+    """The expected waste of each room `0..row_tokens`, in arbitrary units.
 
-    As if, time after time, the best of the next 12 images went to it (8 and 16 pack
-    about alike; `navit.bench.plan` shows what comes of it). Made by operations that
-    every machine rounds alike, and rounded, so that all hosts plan alike.
+    Assumes that, time after time, the best of the next 12 images goes there (8 and 16
+    pack about alike; `navit.bench.plan` shows the result). Every machine rounds these
+    operations alike, and the result is rounded, so that all hosts plan alike.
+
+    Returns:
+      `[row_tokens + 1]` float64.
     """
     if len(lengths) < _ENOUGH:  # rises ever more slowly: the tightest room is best
         return np.sqrt(np.arange(row_tokens + 1))
@@ -108,10 +111,11 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
     values = np.flatnonzero(counts)
     chances = counts[values] / len(lengths)
     shortest, longest = int(values[0]), int(values[-1])
-    # So far from its end a row's room tells nothing of how it will end.
+    # This far from a row's end, its room does not predict how the row will end.
     reach = min(row_tokens, 3 * longest)
     waste = np.arange(row_tokens + 1, dtype=np.float64)
-    # What is left after any image is known for as many rooms as the shortest is long.
+    # Any image leaves a room at least `shortest` smaller, so the waste of this many
+    # rooms at a time follows from smaller ones.
     for start in range(shortest, reach + 1, shortest):
         rooms = np.arange(start, min(start + shortest, reach + 1))[:, None]
         fits = values <= rooms
@@ -119,14 +123,14 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
         order = np.argsort(after, axis=1, kind="stable")
         after = np.take_along_axis(after, order, 1)
         fits = np.take_along_axis(fits, order, 1)
-        # The chance that none of the next 12 is among the best so many.
+        # The chance that none of the next 12 is among the best 1, 2, 3, ... images.
         none = 1.0 - np.minimum(np.cumsum(chances[order] * fits, axis=1), 1.0)
         none *= none * none  # 3
         none *= none  # 6
         none *= none  # 12
         best = -np.diff(none, axis=1, prepend=1.0)
-        found = np.cumsum(best * np.where(fits, after, 0.0), axis=1)[:, -1]
-        waste[rooms[:, 0]] = found + none[:, -1] * rooms[:, 0]
+        filled = np.cumsum(best * np.where(fits, after, 0.0), axis=1)[:, -1]
+        waste[rooms[:, 0]] = filled + none[:, -1] * rooms[:, 0]
     waste[reach:] = waste[reach]
-    # Of two that are alike the tighter.
+    # Ties go to the tighter room.
     return np.round(1000 * waste + np.arange(row_tokens + 1))

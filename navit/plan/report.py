@@ -1,4 +1,4 @@
-"""What a dataset's plan would be at several row lengths: a table and a plot."""
+"""Plans a dataset at several row lengths: a table and a plot."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from navit.files import write_atomic
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import Part, typical_tokens
 
-# Below this share of padding one image a row is as good, and simpler.
+# Below this share of padding, one image per row is as good, and simpler.
 _LITTLE = 0.02
 
 
 class Line(NamedTuple):
-    """An epoch in rows of one length; shares are of all places, not per cent."""
+    """An epoch at one row length; shares are between 0 and 1."""
 
     row_tokens: int
     padding: float
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 class Report(NamedTuple):
     """Attributes:
     lines: one for each row length.
-    alone: padding with one image in each row of the largest budget.
+    alone: padding with one image per row, and rows as long as the largest budget.
     lengths: `[m]` tokens of each image of an epoch's first block.
     """
 
@@ -55,12 +55,16 @@ def report(
 ) -> Report:
     """Plans the first block of an epoch in rows of every length.
 
-    A global batch keeps its tokens: half the rows of twice the length. `slots` are
-    chosen for each length (`data.slots=None`) but for the config's own, and so are
-    `captions`. Of these the column says what share of the text tower's work is real.
+    A global batch keeps its number of tokens: twice the row length means half the rows.
+    `slots` and `captions` are the config's at its own row length, and chosen for the
+    others as for None. The captions column is the share of the text tower's work that
+    is real.
+
+    Args:
+      sizes: `[m, 2]` (height, width) of every image.
 
     Raises:
-      ValueError: for a row that the longest image does not fit.
+      ValueError: if the longest image does not fit a row.
     """
     most = data.most_tokens(patch_size)
     lines = []
@@ -100,7 +104,7 @@ def report(
     return Report(lines, alone, lengths)
 
 
-def table(found: Report, row_tokens: int) -> str:
+def table(result: Report, row_tokens: int) -> str:
     """The report as text; the config's own row length is marked."""
     heads = (
         "padding",
@@ -111,7 +115,7 @@ def table(found: Report, row_tokens: int) -> str:
         "steps/epoch",
     )
     text = "row tokens  " + "  ".join(heads) + "  left out\n"
-    for line in found.lines:
+    for line in result.lines:
         mark = "*" if line.row_tokens == row_tokens else " "
         cells = (
             f"{line.row_tokens:9}{mark}",
@@ -125,9 +129,9 @@ def table(found: Report, row_tokens: int) -> str:
         )
         text += "  ".join(cells) + "\n"
     text += (
-        f"one image a row, padded to the largest budget: {found.alone:.2%} padding\n"
+        f"one image per row, padded to the largest budget: {result.alone:.2%} padding\n"
     )
-    if found.alone < _LITTLE:
+    if result.alone < _LITTLE:
         text += (
             "Packing will not help here: every image at its budget already pads under "
             "2 %. Set data.slots=1 and data.row_tokens to the budget.\n"
@@ -135,19 +139,19 @@ def table(found: Report, row_tokens: int) -> str:
     return text
 
 
-def plot(found: Report, path: Path) -> None:
-    """Padding by row length, and how long the images are."""
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+def plot(result: Report, path: Path) -> None:
+    """Plots padding by row length, and the lengths of the images."""
+    from matplotlib.figure import Figure  # slow to import, and only used here
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = ["1 image\na row", *(str(line.row_tokens) for line in found.lines)]
-    shares = [found.alone, *(line.padding for line in found.lines)]
+    names = ["1 image\nper row", *(str(line.row_tokens) for line in result.lines)]
+    shares = [result.alone, *(line.padding for line in result.lines)]
     bars = left.bar(names, [100 * x for x in shares], color="#4477aa")
     left.bar_label(bars, fmt="%.2g", fontsize=8)
     left.set(xlabel="row length (tokens)", ylabel="padding (%)")
-    right.hist(found.lengths, bins=60, color="#4477aa")
-    right.set(xlabel="tokens of an image", ylabel="images")
+    right.hist(result.lengths, bins=60, color="#4477aa")
+    right.set(xlabel="tokens per image", ylabel="images")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

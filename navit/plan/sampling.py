@@ -1,6 +1,6 @@
-"""What is drawn for every image of an epoch: order, token budget, crop, tokens kept.
+"""Random draws for every image of an epoch: order, token budget, crop, tokens kept.
 
-numpy over whole blocks of images; each function is pure in its generator or key.
+numpy over whole blocks of images; each function is pure given its generator or key.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from navit.config import Crop, DataConfig, Sides, TokenDrop
 
 
 def shuffled(positions: np.ndarray, count: int, key: list[int]) -> np.ndarray:
-    """Where a random permutation of `range(count)` takes these positions; int64.
+    """Where a random permutation of `range(count)` takes `positions`; both int64 `[m]`.
 
-    Nothing as long as `count` is ever made, so a block of 10^9 images costs what the
-    block costs: a Feistel network over the next power of two, walked until it falls
-    below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    No array of length `count` is made, so a block out of 10^9 images costs no more than
+    its own length. A Feistel network over the next power of two is applied until the
+    value is below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002).
     """
     bits = max(2, (count - 1).bit_length())
     low_bits = np.uint64(bits // 2)
@@ -50,14 +51,14 @@ def token_budgets(
 ) -> np.ndarray:
     """The most tokens that each of `count` images may take; int64 `[count]`.
 
-    Of several `data.budgets` each gets its exact share, so that epochs are alike.
+    Each of several `data.budgets` gets its exact share, so that epochs are alike.
     """
     if data.sides is not None:
         return _side_budgets(rng, count, data.sides, patch_size)
     weights = np.array(data.budget_weights or [1.0] * len(data.budgets))
     ends = np.round(np.cumsum(weights) / weights.sum() * count).astype(np.int64)
-    found = np.repeat(data.budgets, np.diff(ends, prepend=0))
-    return rng.permutation(found.astype(np.int64))
+    budgets = np.repeat(data.budgets, np.diff(ends, prepend=0))
+    return rng.permutation(budgets.astype(np.int64))
 
 
 def _side_budgets(
@@ -79,8 +80,11 @@ def _side_budgets(
 def crop_boxes(rng: np.random.Generator, sizes: np.ndarray, crop: Crop) -> np.ndarray:
     """A random box (top, left, height, width) in each image; int32 `[m, 4]`.
 
-    Its share of the area and its aspect are drawn; the aspect is relative to the
-    image's own, and what would reach beyond the image is cut.
+    Draws the box's share of the area and its aspect relative to the image's. A side
+    longer than the image's is cut to it.
+
+    Args:
+      sizes: `[m, 2]` (height, width) of each image.
     """
     sizes = np.asarray(sizes, np.float64)
     low, high = crop.area
@@ -94,7 +98,7 @@ def crop_boxes(rng: np.random.Generator, sizes: np.ndarray, crop: Crop) -> np.nd
 
 
 def drop_rate(drop: TokenDrop, seen: np.ndarray) -> np.ndarray:
-    """The share of tokens to drop when so many images have been trained on."""
+    """The share of tokens to drop after training on `seen` images; shaped like it."""
     return drop.rate + (drop.last_rate - drop.rate) / (
         1 + np.exp(-np.clip((seen - drop.midpoint) / drop.timescale, -50, 50))
     )
@@ -113,8 +117,8 @@ def kept_tokens(
     NaViT, appendix on token dropping.
 
     Args:
-      lengths: tokens of each image.
-      seen: how many images were trained on before each.
+      lengths: `[m]` tokens of each image.
+      seen: `[m]` images trained on before each.
       longest: the most tokens that any image may have.
     """
     mean = drop_rate(drop, seen)
@@ -124,7 +128,7 @@ def kept_tokens(
         spread = 1 / 0.3 - 1
         rate = drop.most * rng.beta(m * spread, (1 - m) * spread)
     elif drop.kind == "resolution":
-        # The mean rises with the length; drawn within two standard deviations of it.
+        # The mean rises with the length; draws stay within two standard deviations.
         mean = mean + drop.delta * (2 * lengths / longest - 1)
         rate = mean + 0.02 * _truncated_normal(rng, len(lengths), -2.0, 2.0)
     else:
@@ -135,7 +139,7 @@ def kept_tokens(
 def _truncated_normal(
     rng: np.random.Generator, count: int, low: float, high: float
 ) -> np.ndarray:
-    """Standard normals, drawn again until they lie in [low, high]."""
+    """Standard normals, redrawn until they lie in [low, high]; `[count]`."""
     out = rng.standard_normal(count)
     while (bad := np.flatnonzero((out < low) | (out > high))).size:
         out[bad] = rng.standard_normal(bad.size)

@@ -23,7 +23,7 @@ def random_sizes(seed: int, count: int) -> np.ndarray:
 
 
 def released_rule(height: int, width: int, patch: int, budget: int) -> tuple[int, int]:
-    """SigLIP 2's binary search, one image at a time, as its release words it."""
+    """SigLIP 2's binary search, one image at a time, as in its released code."""
 
     def patches(side: int, ratio: float) -> int:
         return max(1, math.ceil(side * ratio / patch))
@@ -44,7 +44,7 @@ def check(sizes: np.ndarray, grids: np.ndarray, budget: int) -> None:
     assert (grids >= 1).all()
     assert (rows * columns <= budget).all()
     # One scale explains both sides: ((rows-1) p/h, rows p/h] and the same of the width
-    # meet. In integers, and the clamp at 1 opens an interval down to zero by itself.
+    # meet. In integers; the clamp at 1 opens an interval down to zero.
     assert ((rows - 1) * width < columns * height).all()
     assert ((columns - 1) * height < rows * width).all()
 
@@ -99,7 +99,7 @@ def test_without_upscaling_an_image_is_never_enlarged_beyond_its_last_patch(budg
     grids = grids_for(sizes, budget, max_upscale=1.0)
     check(sizes, grids, budget)
     assert (grids <= native).all()
-    # And where its own size fits the budget, it keeps it.
+    # And an image whose own size fits the budget keeps it.
     fits = native.prod(-1) <= budget
     assert fits.any()
     np.testing.assert_array_equal(grids[fits], native[fits])

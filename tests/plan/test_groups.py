@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from navit.plan.groups import captions_for, cut, row_order
 
-# As rows of 1024 tokens hold them at NaFlex lengths; and as rows of 4096.
+# Images per row at NaFlex lengths, for rows of 1024 and of 4096 tokens.
 SHORT = [1] * 540 + [2] * 260 + [3] * 190 + [4] * 10
 LONG = np.random.default_rng(0).binomial(40, 0.18, 1000) + 1
 
@@ -56,7 +56,8 @@ def test_places_are_a_little_more_than_the_mean_and_hardly_leave_out_any():
         found = sums(counts, row_order(np.random.default_rng(3), counts, group), group)
         assert counts.mean() * group / places > 0.9
         assert np.maximum(found - places, 0).sum() <= 5e-4 * counts.sum()
-    # Alone, a row needs as many as the fullest; 61 are rounded to 64, 9 are not to 16.
+    # A row in its own group needs as many as the fullest; 61 is rounded to 64, 9 is not
+    # rounded to 16.
     assert captions_for(np.array(SHORT), 1) == 4
     assert captions_for(np.full(80, 15), 4) == 64
     assert captions_for(np.full(80, 4), 2) == 9

@@ -42,7 +42,7 @@ def plain_best_fit(lengths, row_tokens, open_rows, max_images):
     open_rows=st.integers(1, 6),
     max_images=st.none() | st.integers(1, 5),
 )
-def test_rows_are_the_stated_rule_and_hold_what_they_may(
+def test_rows_follow_the_stated_rule_and_stay_within_their_limits(
     lengths, row_tokens, open_rows, max_images
 ):
     rows, _ = pack(lengths, row_tokens, open_rows=open_rows, max_images=max_images)
@@ -77,10 +77,10 @@ def test_photographs_in_rows_of_4096_waste_little():
     sizes = np.stack([height, width.astype(np.int64)], -1)
     lengths = grids_for(sizes, 1024).prod(-1).tolist()
     assert padding(lengths, 4096, 16) < 0.013
-    # Without enlarging, lengths differ, and what differs packs better still.
+    # Without enlarging, lengths differ more and pack better still.
     native = grids_for(sizes // 4, 1024, max_upscale=1.0).prod(-1).tolist()
     assert padding(native, 4096, 16) < 0.008
-    # Rows kept open are what buys it.
+    # Open rows make the difference.
     assert padding(native, 4096, 16) < padding(native, 4096, 1) / 2
 
 
@@ -108,6 +108,6 @@ def test_many_lengths_are_all_packed_once_within_bounds(seed, row_tokens, max_im
 
 
 def test_expected_waste_of_one_length_is_what_cannot_be_filled():
-    """Rooms that images of 10 tokens fill, and what is over of the others."""
+    """Multiples of 10 are filled; of other rooms the remainder is left."""
     waste = expected_waste([10] * 2000, 45)
     assert (np.round(waste / 1000) == np.arange(46) % 10)[:31].all()

@@ -160,7 +160,7 @@ def test_plans_travel_to_a_worker_and_give_the_same_rows():
     wanted = [as_lists(batches[step]) for step in range(20)]
     after = pickle.loads(pickle.dumps(batches))
     for copy in (before, after):
-        # Backwards: access is random, nothing depends on what was read before.
+        # Backwards: access is random, and nothing depends on earlier reads.
         got = [as_lists(copy[step]) for step in reversed(range(20))]
         assert got[::-1] == wanted
 
@@ -307,7 +307,7 @@ def test_a_long_epoch_in_blocks_holds_each_image_once(monkeypatch):
         steps = range(batches.steps_per_epoch)
         assert all(len(batches[step].index) for step in steps)
     first = set(batches[0].index.tolist())
-    assert max(first) - min(first) > 200  # of the whole set, not of a stretch of it
+    assert max(first) - min(first) > 200  # from the whole set, not one part of it
 
 
 def test_a_mixture_takes_from_its_parts_by_weight():
@@ -316,7 +316,7 @@ def test_a_mixture_takes_from_its_parts_by_weight():
     rows = plan_block(sizes, data, patch_size=PATCH, epoch=0, parts=parts)
     assert len(set(rows.index.tolist())) == len(rows.index)
     counts = np.histogram(rows.index, [0, 300, 1300, 1350])[0]
-    # The third has the fewest for its weight: all 50 of it, and 200 and 600.
+    # The third has the fewest for its weight: all its 50, then 200 and 600.
     assert counts.tolist() == [200, 600, 50]
     again = plan_block(sizes, data, patch_size=PATCH, epoch=1, parts=parts)
     assert set(again.index.tolist()) != set(rows.index.tolist())
@@ -355,7 +355,7 @@ def test_what_one_budget_a_batch_leaves_out_is_counted():
     assert left_out == 1 - seen / 1001
 
 
-def test_slots_by_themselves_are_twice_the_mean_to_a_power_of_two():
+def test_default_slots_are_twice_the_mean_to_a_power_of_two():
     sizes = np.full((200, 2), 320)
     data = data_config(budgets=(4, 16), row_tokens=64, slots=None)
     assert plans(sizes, data).slots == 16  # 64 / 10 = 6.4 images a row
@@ -387,7 +387,7 @@ def test_groups_of_rows_hold_no_more_captions_than_they_have_places(row_tokens):
                 images += len(rows.index)
             places = batches.steps_per_epoch * 2 * batches.captions
             assert images / places > 0.9
-            # Less than a batch is left out at the end, and nothing for the captions.
+            # Less than a batch is left out at the end, and nothing because of captions.
             assert len(sizes) - images < 2 * batches.captions + 0.0003 * len(sizes)
     assert f"of {batches.captions} places in 8 rows" in batches.summary()
 
@@ -423,7 +423,7 @@ def test_groups_keep_to_their_places_whatever_is_drawn(overrides):
             assert np.diff(rows.offsets[::4]).max() <= batches.captions
             seen += rows.index.tolist()
         assert len(seen) == len(set(seen))
-    # What has no place is left out, and counted so.
+    # Images without a place are left out, and counted as such.
     used, left_out = batches.first_block()
     assert len(used) == batches.steps_per_epoch * data.rows
     assert left_out == 1 - len(used.index) / 200
@@ -460,7 +460,7 @@ def test_epochs_have_the_steps_that_their_rate_of_dropped_tokens_needs(
     assert sum(used.values()) > 0.95 * 3000 * len(used)
 
 
-def test_what_a_mixture_never_draws_is_counted_and_said():
+def test_images_that_a_mixture_never_draws_are_counted_and_logged():
     parts = (Part(0, 100, 1.0), Part(100, 10_000, 1.0))
     batches = plans(random_sizes(1, 10_100), data_config(), parts=parts)
     assert batches.never_drawn == 9900
@@ -482,5 +482,5 @@ def test_no_two_draws_share_a_random_key(monkeypatch):
     for block in range(5):
         plan_block(random_sizes(1, 200), data_config(), block=block, **options)
     used = [key for key in keys if isinstance(key, tuple)]
-    # The order and the two parts' are those of every block; the other is its own.
+    # All blocks share the keys of the order and of the two parts; one is their own.
     assert len(set(used)) == 3 + 5

@@ -32,7 +32,7 @@ def test_the_report_is_what_the_plan_is(sizes, tmp_path):
     few = report(sizes, few, patch_size=16, row_lengths=(1024, 4096)).lines
     assert all(line.captions_filled > own.captions_filled for line in few)
     assert few[0].captions_filled > 0.9
-    # The same tokens a batch in longer rows: as many steps, but for what is over.
+    # The same tokens per batch in longer rows: as many steps, up to rounding.
     assert abs(found.lines[2].steps_per_epoch - own.steps_per_epoch) <= 0.1 * (
         own.steps_per_epoch
     )

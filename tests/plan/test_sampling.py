@@ -1,4 +1,4 @@
-"""navit.plan.sampling: what is drawn for every image, against what it should be."""
+"""navit.plan.sampling: the draws for every image have the right distribution."""
 
 from statistics import NormalDist
 
