@@ -1,4 +1,4 @@
-"""ArrayRecord files of `tf.train.Example`s; nothing else is read, nor unpickled."""
+"""Reads `tf.train.Example`s, and nothing else, from ArrayRecord files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from navit.sources.kept import Place, digest
 
 log = logging.getLogger("navit")
 
-# Examples may lack a feature that others have.
+# Examples to look at for feature names, as one may lack a feature that others have.
 _LOOKED_AT = 16
 
 
 class ArrayRecordReader:
     """The records of ArrayRecord files, in the order of the files.
 
-    A file that cannot be opened is left out and named.
+    A file that cannot be opened is left out, with a warning that names it.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no file, none can be opened, or its
-        records are no `tf.train.Example`s with the features that are named.
+      FileNotFoundError, ValueError: if there is no file, no file can be opened, or the
+        records are not `tf.train.Example`s with the named features.
     """
 
     def __init__(self, source: config.ArrayRecords) -> None:
@@ -34,13 +34,13 @@ class ArrayRecordReader:
         self.classes = records.class_names(source.classes)
         self._image, self._path = source.image, source.path
         try:
-            some = [self._example(i) for i in range(min(len(self), _LOOKED_AT))]
+            looked_at = [self._example(i) for i in range(min(len(self), _LOOKED_AT))]
         except ValueError as error:
             raise ValueError(
-                f"{source.path}: {error}. Records are to be tf.train.Examples with the "
-                "encoded image in a feature; other encodings are not read"
+                f"{source.path}: {error}. Records must be tf.train.Examples with the "
+                "encoded image in a feature; other encodings are not supported"
             ) from None
-        available = sorted({name for example in some for name in example})
+        available = sorted({name for example in looked_at for name in example})
         self._caption, self._label = records.choose(source, available, source.path)
         self.place = Place(
             Path(files[0]).parent,
@@ -78,17 +78,17 @@ def _files(source: config.ArrayRecords) -> list[str]:
     path = source.path
     if storage.is_remote(path):
         raise ValueError(
-            f"ArrayRecord files are read from this machine, not {path!r}: copy them, "
-            "or mount the bucket (gcsfuse, mount-s3) and name its folder"
+            f"ArrayRecord files must be on this machine, not {path!r}: copy them, or "
+            "mount the bucket (gcsfuse, mount-s3) and name its folder"
         )
-    # TFDS writes a.array_record-00000-of-00008; in a pattern any name will do.
+    # TFDS writes a.array_record-00000-of-00008; a pattern may match any name.
     folder = Path(path).expanduser().is_dir()
     suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)
     return storage.find(storage.Local(), path, suffixes, missing=source.missing)
 
 
 def _open(files: list[str]) -> tuple[Any, list[str]]:
-    """The files as one, and what is wrong with those that are not in it."""
+    """A reader of all the files that can be opened, and an error for each other one."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
@@ -104,7 +104,7 @@ def _open(files: list[str]) -> tuple[Any, list[str]]:
             damaged.append(f"{file}: {error}")
     if not whole:
         raise ValueError(
-            f"not one of {len(files)} files is an ArrayRecord: {damaged[0]}"
+            f"not one of {len(files)} files is an ArrayRecord file: {damaged[0]}"
         )
     return ArrayRecordDataSource(whole), damaged
 
@@ -112,5 +112,5 @@ def _open(files: list[str]) -> tuple[Any, list[str]]:
 def _image(example: dict[str, list[Any]], name: str) -> bytes:
     values = example.get(name, [])
     if len(values) != 1 or not isinstance(values[0], bytes):
-        raise ValueError(f"the feature {name!r} holds no encoded image")
+        raise ValueError(f"the feature {name!r} has no encoded image")
     return values[0]

@@ -1,8 +1,8 @@
-"""`tf.train.Example` without TensorFlow, on protobuf's own runtime.
+"""Reads and writes `tf.train.Example` with protobuf's runtime, without TensorFlow.
 
 The message is TensorFlow's public format (tensorflow/core/example/example.proto and
-feature.proto), described here in a pool of its own, so that nothing meets TensorFlow's
-registration where both are imported.
+feature.proto). It is defined in its own descriptor pool, so that it does not clash with
+TensorFlow's if both are imported.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _FIELD = descriptor_pb2.FieldDescriptorProto
 
 
 def parse(data: bytes) -> dict[str, list[Any]]:
-    """The features by name: lists of bytes, of floats or of integers.
+    """The features by name: lists of bytes, floats or integers.
 
     Raises:
-      ValueError: if this is no `tf.train.Example`.
+      ValueError: if `data` is not a `tf.train.Example`.
     """
     try:
         example = _message().FromString(data)
@@ -28,17 +28,17 @@ def parse(data: bytes) -> dict[str, list[Any]]:
         raise ValueError(f"not a tf.train.Example: {error}") from None
     if not example.features.feature:
         raise ValueError("not a tf.train.Example, or one without features")
-    found = {}
+    features = {}
     for name, feature in example.features.feature.items():
         kind = feature.WhichOneof("kind")
-        found[name] = list(getattr(feature, kind).value) if kind else []
-    return found
+        features[name] = list(getattr(feature, kind).value) if kind else []
+    return features
 
 
 def serialize(features: dict[str, Any]) -> bytes:
-    """The way back: bytes, integers or floats, one or a list of them.
+    """The inverse of `parse`; each feature is bytes, text, integers or floats.
 
-    Text is UTF-8.
+    A feature is one value or a list of them. Text is encoded as UTF-8.
     """
     example = _message()()
     for name, value in features.items():
@@ -76,8 +76,8 @@ def _message() -> Any:
     _add(file.message_type.add(name="Example"), "features", 1, "Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    found = pool.FindMessageTypeByName(f"{_PACKAGE}.Example")
-    return message_factory.GetMessageClass(found)
+    descriptor = pool.FindMessageTypeByName(f"{_PACKAGE}.Example")
+    return message_factory.GetMessageClass(descriptor)
 
 
 def _add(

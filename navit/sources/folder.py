@@ -1,4 +1,4 @@
-"""A folder of photographs, here or behind a URL, with a table."""
+"""A folder of photographs, local or behind a URL, with a table."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from navit.sources.table import SUFFIXES, inside, read_table
 class FolderSource:
     """Photographs in a folder, with a table of `file[,caption][,label]`.
 
-    A file may stand in several rows, one caption each; one that has none is captioned
-    by the name of its class. Sizes come from the sizes index.
+    A file may have several rows with a caption each; without a caption, it is captioned
+    with the name of its class. Sizes come from the sizes index.
     A file that cannot be read is left out, with a warning that names it.
 
     Raises:
-      FileNotFoundError, ValueError: a folder or table that is not there, a table
-        without the columns, a path outside the folder, more missing than
-        `folder.missing` allows, or nothing left to read.
+      FileNotFoundError, ValueError: if the folder or table does not exist, the table
+        lacks columns, a path is outside the folder, more files are missing than
+        `folder.missing` allows, or nothing is left to read.
     """
 
     def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
@@ -39,7 +39,7 @@ class FolderSource:
         self._root, table = _find(folder, listing)
         with self._opened(table, self._storage.stat(table).size) as file:
             named = read_table(file, table, self._root, missing=folder.missing)
-        # Classes are those of the whole table, so that every split numbers them alike.
+        # Classes come from the whole table, so that every split numbers them alike.
         labels = {e.file: records.label_text(e.label) for e in named}
         names = records.sorted_names({*labels.values()} - {""})
         stats = {
@@ -62,15 +62,15 @@ class FolderSource:
             ),
             again=again,
         )
-        part = {i for i, e in enumerate(entries) if _is_in(folder, e.file)}
-        kept = [i for i in index.kept.tolist() if i in part]
+        split = {i for i, e in enumerate(entries) if _is_in(folder, e.file)}
+        kept = [i for i in index.kept.tolist() if i in split]
         if not kept:
-            what = f"{len(part)} images, none of them readable" if part else "no image"
+            what = f"{len(split)} unreadable images" if split else "no image"
             raise ValueError(
-                f"split={folder.split!r} with holdout={folder.holdout} holds {what} of "
+                f"split={folder.split!r} with holdout={folder.holdout} has {what} of "
                 f"{table}: change the holdout or use split='all'"
             )
-        self.left_out = len(part) - len(kept)
+        self.left_out = len(split) - len(kept)
         self._entries = [entries[i] for i in kept]
         self.sizes = index.sizes[kept]
         self.tasks = {}
@@ -100,8 +100,8 @@ class FolderSource:
             [*entry, *map(int, size)]
             for entry, size in zip(self._entries, self.sizes, strict=True)
         ]
-        found = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return f"{len(rows)} images (table and sizes {found[:16]})"
+        checksum = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return f"{len(rows)} images (table and sizes {checksum[:16]})"
 
     def _path(self, file: str) -> str:
         return f"{self._root}/{file}"
@@ -115,13 +115,13 @@ class FolderSource:
         if storage.is_remote(path):
             with self._opened(path, size) as opened:
                 return Record.of(opened)
-        with storage.open_file(path) as opened:  # not kept open, as a shard is
+        with storage.open_file(path) as opened:  # not kept open, unlike a shard
             return Record.of(opened)
 
     def _stat(
         self, file: str, listing: dict[str, storage.Stat] | None
     ) -> storage.Stat | None:
-        """None for a file that is not there."""
+        """None for a file that does not exist."""
         if listing is not None:
             return listing.get(file)
         try:
@@ -131,9 +131,9 @@ class FolderSource:
 
 
 def same_table(one: config.Folder, other: config.Folder) -> bool:
-    """Whether both read the same table of the same folder, however they write it.
+    """Whether both read the same table of the same folder, however it is written.
 
-    Lists a folder only where that decides, as listing a bucket can take minutes.
+    Lists a folder only if that decides, as listing a bucket can take minutes.
     """
     if _resolved(_root(one)) != _resolved(_root(other)):
         return False
@@ -151,7 +151,7 @@ def _table(folder: config.Folder) -> str:
 
 
 def _root(folder: config.Folder) -> str:
-    """The folder without a slash at its end."""
+    """The folder without a trailing slash."""
     if storage.is_remote(folder.path):
         return folder.path.rstrip("/")
     return str(Path(folder.path).expanduser())
@@ -164,7 +164,7 @@ def _resolved(path: str) -> str:
 def _find(
     folder: config.Folder, listing: dict[str, storage.Stat] | None
 ) -> tuple[str, str]:
-    """The folder without a slash at its end, and its table."""
+    """The folder without a trailing slash, and its table."""
     root = _root(folder)
     if not folder.path or not (listing or Path(root).is_dir()):
         raise FileNotFoundError(
@@ -177,19 +177,19 @@ def _find(
         if name not in names and not (Path(root) / name).is_file():
             raise FileNotFoundError(f"there is no table {root}/{name}")
         return root, f"{root}/{name}"
-    found = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
-    if len(found) != 1:
-        what = f"{len(found)} tables" if found else "no .csv, .jsonl or .parquet"
+    tables = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
+    if len(tables) != 1:
+        what = f"{len(tables)} tables" if tables else "no .csv, .jsonl or .parquet"
         raise FileNotFoundError(
             f"{root} has {what}: write one with the columns file,caption[,label], or "
             "name it with data.train.table"
         )
-    return root, f"{root}/{found[0]}"
+    return root, f"{root}/{tables[0]}"
 
 
 def _is_in(folder: config.Folder, file: str) -> bool:
-    held = _hash(file) < folder.holdout
-    return folder.split == "all" or held == (folder.split == "eval")
+    held_out = _hash(file) < folder.holdout
+    return folder.split == "all" or held_out == (folder.split == "eval")
 
 
 def _hash(text: str) -> float:

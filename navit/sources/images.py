@@ -1,4 +1,4 @@
-"""What an image may be, and its size from its header."""
+"""The kinds of image that are accepted, and their sizes from the header."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ArrayLike(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-# A BytesIO has no name, so it is no BinaryIO where types are checked at run time.
+# A BytesIO has no name, so run-time type checks do not take it for a BinaryIO.
 BinaryFile = BinaryIO | io.BytesIO
 
 # One image: an encoded file (its contents, an open file or a path), pixels
@@ -34,11 +34,11 @@ ImageLike = Contents | BinaryFile | str | os.PathLike[str] | ArrayLike | Image.I
 # Larger images are refused before they are decoded: Pillow's own limit, 270 MB of RGB.
 MAX_PIXELS = 89_478_485
 
-# No format that runs programs (PostScript) or that photographs never come in.
+# Excludes formats that run programs (PostScript) or that photographs never use.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 
-# What Pillow's readers raise for a damaged file (RuntimeError: AVIF; TypeError: TIFF);
-# a bomb's warning is one where warnings are errors.
+# What Pillow's readers raise for a damaged file (RuntimeError: AVIF; TypeError: TIFF).
+# The warning is raised if warnings are errors.
 DAMAGED = (
     OSError,
     SyntaxError,
@@ -61,12 +61,12 @@ UPRIGHT = {
 
 
 def size_of(image: ImageLike) -> tuple[int, int]:
-    """(height, width) in pixels, upright (EXIF applied), from the header alone.
+    """(height, width) in pixels, upright (EXIF applied).
 
-    Of a file, no more than the header is read.
+    Reads only the header of a file.
 
     Raises:
-      ValueError: if this is no image, or one too large to decode safely.
+      ValueError: if this is not an image, or is too large to decode safely.
       OSError: if its file cannot be read.
     """
     if isinstance(image, str | os.PathLike):
@@ -82,11 +82,10 @@ def size_of(image: ImageLike) -> tuple[int, int]:
 
 
 def sizes_of(images: Sequence[ImageLike] | ArrayLike) -> np.ndarray:
-    """`size_of` each: int `[len, 2]` (height, width).
+    """`size_of` each image: int64 `[len, 2]` (height, width).
 
     Raises:
-      ValueError: for one image in place of several, or names the first that cannot be
-        read.
+      ValueError: if `images` is a single image, or if one cannot be read; names it.
     """
     if (
         isinstance(images, Contents | str | os.PathLike | Image.Image)
@@ -121,10 +120,10 @@ def orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself, when it opens and loads
         return 1
     try:
-        # Not PngImageFile.getexif, which decodes the image to look behind its pixels.
+        # Not PngImageFile.getexif, which decodes the pixels to look behind them.
         exif = Image.Image.getexif(image)
-        found = int(exif.get(_EXIF_ORIENTATION, 1))
-        return found if found in UPRIGHT else 1
+        value = int(exif.get(_EXIF_ORIENTATION, 1))
+        return value if value in UPRIGHT else 1
     except (OSError, SyntaxError, ValueError, TypeError):  # damaged EXIF: as stored
         return 1
 
@@ -136,7 +135,7 @@ def _is_file(image: Any) -> TypeGuard[BinaryFile]:
 
 
 def standard(image: ImageLike) -> bytes | np.ndarray | Image.Image:
-    """Any kind of image as one of three: an encoded file, an array, a PIL image."""
+    """Turns any kind of image into an encoded file, an array or a PIL image."""
     if isinstance(image, bytes | Image.Image):
         return image
     if isinstance(image, bytearray | memoryview):

@@ -1,7 +1,7 @@
-"""The sizes index: one pass over a dataset's headers, kept for the next run.
+"""The sizes index: one pass over a dataset's headers, saved for the next run.
 
-An index is two files: `sizes-ID.npz` and, where something could not be read,
-`unreadable-ID.txt` (`navit/sources/kept.py` says where).
+An index is two files: `sizes-ID.npz` and, if something could not be read,
+`unreadable-ID.txt` (see `navit/sources/kept.py` for where they are).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ log = logging.getLogger("navit")
 
 # Reading fewer headers than this takes about a second: not worth a file.
 MIN_KEPT = 1000
-# How many records, at least, are read between two savings of what is done.
+# Progress is saved after at least this many records.
 SAVE_EVERY = 20_000
 
 
 class Record(NamedTuple):
-    """What the index keeps of one record."""
+    """One record's entry in the index."""
 
     height: int
     width: int
@@ -47,7 +47,7 @@ class Record(NamedTuple):
     def of(
         image: bytes | BinaryIO, label: str = "", captions: Iterable[str] = ()
     ) -> Record:
-        """Raises ValueError for what is no image."""
+        """Makes the entry; raises ValueError if `image` is not an image."""
         height, width = size_of(image)
         text = "\0".join(captions)
         check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
@@ -58,10 +58,10 @@ class Index(NamedTuple):
     """One entry per record.
 
     Attributes:
-      sizes: `[n, 2]` int32 (height, width), upright; (0, 0) for an unreadable one.
-      labels: `[n]` bytes, empty where there is none.
-      texts: `[n]` uint32, checksums of the captions.
-      unreadable: (record, reason) of each that cannot be used.
+      sizes: `[m, 2]` int32 (height, width), upright; (0, 0) if unreadable.
+      labels: `[m]` bytes, empty if there is none.
+      texts: `[m]` uint32, checksums of the captions.
+      unreadable: record -> reason, for each that cannot be used.
     """
 
     sizes: np.ndarray
@@ -71,11 +71,11 @@ class Index(NamedTuple):
 
     @property
     def kept(self) -> np.ndarray:
-        """The records that can be used, in order."""
+        """The usable records, in order."""
         return np.flatnonzero(self.sizes[:, 0])
 
     def describe(self) -> str:
-        """`N images (... digest)` of what is kept: the same for equal data anywhere."""
+        """`N images (... digest)` of the usable records: the same wherever they are."""
         kept = self.kept
         digest = hashlib.sha256()
         for column, dtype in ((self.sizes, "<i4"), (self.texts, "<u4")):
@@ -92,25 +92,25 @@ def measure(
     *,
     again: bool = False,
 ) -> Index:
-    """The index of `count` records: read from its file, or made and kept there.
+    """The index of `count` records: read from its file, or made and saved there.
 
     A record whose `inspect` raises ValueError or OSError is left out, listed and
-    counted. An interrupted pass goes on from what it saved; so does one that a passing
-    trouble of the network stopped.
+    counted. A pass that was interrupted, or stopped by a transient error such as a lost
+    connection, resumes from what it saved.
 
     Args:
-      again: read every record even if the index of a former pass is there.
+      again: read every record even if there is an index.
 
     Raises:
-      ValueError: if not one record can be used.
-      OSError: too many open files, no connection, and the like.
+      ValueError: if no record can be used.
+      OSError: for too many open files, no connection, and the like.
     """
     state = None if again else _load(place, count)
     if state is None:
         state = _State(count)
     keep, made = again or count >= MIN_KEPT, state.done < count
     if state.done and made:
-        log.info("indexing goes on from image %d of %d", state.done, count)
+        log.info("indexing resumes from image %d of %d", state.done, count)
     if made:
         _fill(state, inspect, count, place, keep=keep)
     index = state.index()
@@ -118,7 +118,7 @@ def measure(
         _report(index, name, place, keep)
     listed, bad = find_beside(place, "unreadable", ".txt"), len(index.unreadable)
     if bad > 10 or (bad and listed):  # fewer were named one by one
-        remedy = "navit index --again reads them anew"
+        remedy = "navit index --again reads them again"
         where = f", listed in {listed} ({remedy})" if listed else ""
         log.warning("%d of %d records are left out%s", bad, count, where)
     if not count:
@@ -126,14 +126,14 @@ def measure(
     if not len(index.kept):
         reason = next(iter(index.unreadable.values()))
         raise ValueError(
-            f"not one of the {count} records of {place.identity} is readable: the "
-            f"first says {reason}"
+            f"not one of the {count} records of {place.identity} is readable; the "
+            f"first: {reason}"
         )
     return index
 
 
 class _State:
-    """An index in the making: the first `done` records are in it."""
+    """An unfinished index, of the first `done` records."""
 
     def __init__(self, count: int) -> None:
         self.done = 0
@@ -171,7 +171,7 @@ def _fill(
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
             if is_passing(error):
-                raise error.__cause__ or error from None  # to go on later
+                raise error.__cause__ or error from None  # resume later
             return " ".join(str(error).split())[:200] or type(error).__name__
 
     chunk = max(SAVE_EVERY, count // 50)
@@ -189,14 +189,14 @@ def _fill(
         saved = state.done
         try:
             while state.done < count:
-                # In steps, so that the bar moves and an interruption is heard.
+                # In steps, so that the bar moves and Ctrl-C takes effect.
                 batch = range(state.done, min(count, state.done + 256))
                 state.add(pool.map(one, batch))
                 bar.update(len(batch))
                 if keep and state.done - saved >= chunk:
                     _save(state, place)
                     saved = state.done
-        finally:  # interrupted as well
+        finally:  # also if interrupted
             if keep and state.done > saved:
                 _save(state, place)
 

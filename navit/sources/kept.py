@@ -1,7 +1,7 @@
-"""What is found out about a dataset once and kept for the next run.
+"""Saves what one run learns about a dataset, for the next run.
 
-The files lie in `.navit` beside the data, or in `$XDG_CACHE_HOME/navit` (`~/.cache`)
-where the data is remote or cannot be written to.
+The files are in `.navit` beside the data, or in `$XDG_CACHE_HOME/navit` (`~/.cache`) if
+the data is remote or read-only.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ _VERSION = "1"
 # What numpy and zipfile raise for a damaged file: a flipped bit can ask for a password
 # or an unknown compression (NotImplementedError is a RuntimeError).
 _DAMAGED = (
-    *(OSError, ValueError, EOFError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 
 
 class Place(NamedTuple):
-    """Where an index is kept and what it belongs to.
+    """Where an index is saved and which dataset it belongs to.
 
     Attributes:
-      folder: the data's own folder; None where that is not on this machine.
-      identity: which dataset, and read how; names the files.
-      fingerprint: changes when the data does (names, byte sizes, times of change).
+      folder: the data's own folder; None if that is not on this machine.
+      identity: the dataset and how it is read; names the files.
+      fingerprint: changes when the data does (names, byte sizes, modification times).
     """
 
     folder: Path | None
@@ -47,15 +51,15 @@ class Place(NamedTuple):
 
 
 def digest(parts: Iterable[object]) -> str:
-    """Of anything with a faithful `str`; the order counts."""
-    found = hashlib.sha256()
+    """SHA-256 of anything with a faithful `str`; order matters."""
+    checksum = hashlib.sha256()
     for part in parts:
-        found.update(f"{part}\0".encode(errors="surrogateescape"))
-    return found.hexdigest()
+        checksum.update(f"{part}\0".encode(errors="surrogateescape"))
+    return checksum.hexdigest()
 
 
 def write_arrays(place: Place, kind: str, **arrays: np.ndarray) -> Path | None:
-    """Keeps arrays of a dataset, whole or not at all."""
+    """Saves arrays of a dataset, all or nothing; returns the path as `write_beside`."""
     file = io.BytesIO()
     stamp = np.array(f"{_VERSION} {place.fingerprint}")
     np.savez(file, stamp=stamp, **arrays)  # type: ignore[arg-type]
@@ -63,7 +67,7 @@ def write_arrays(place: Place, kind: str, **arrays: np.ndarray) -> Path | None:
 
 
 def read_arrays(place: Place, kind: str) -> dict[str, Any] | None:
-    """What `write_arrays` kept; None if it is not there or the data has changed."""
+    """What `write_arrays` saved; None if there is nothing or the data has changed."""
     for folder in _folders(place):
         path = folder / _file_name(place, kind, ".npz")
         try:
@@ -72,16 +76,19 @@ def read_arrays(place: Place, kind: str) -> dict[str, Any] | None:
         except FileNotFoundError:
             continue
         except _DAMAGED as error:
-            log.warning("%s cannot be read (%s): it is made anew", path, error)
+            log.warning("%s cannot be read (%s): it is built again", path, error)
             continue
         if str(arrays.pop("stamp", "")) == f"{_VERSION} {place.fingerprint}":
             return arrays
-        log.info("the data has changed since %s was made: it is made anew", path)
+        log.info("the data has changed since %s was made: it is built again", path)
     return None
 
 
 def write_beside(place: Place, kind: str, suffix: str, data: bytes) -> Path | None:
-    """Writes a file beside the data, or in the cache folder, or says that it cannot."""
+    """Writes a file beside the data, else in the cache folder; None if neither works.
+
+    In that case, logs a warning.
+    """
     for folder in _folders(place):
         path = folder / _file_name(place, kind, suffix)
         try:
@@ -89,12 +96,12 @@ def write_beside(place: Place, kind: str, suffix: str, data: bytes) -> Path | No
             return path
         except OSError as error:
             reason = error
-    log.warning("the index cannot be kept: %s", reason)
+    log.warning("the index cannot be saved: %s", reason)
     return None
 
 
 def find_beside(place: Place, kind: str, suffix: str) -> Path | None:
-    """Where `write_beside` wrote it."""
+    """The file that `write_beside` wrote, if there is one."""
     paths = (folder / _file_name(place, kind, suffix) for folder in _folders(place))
     return next((path for path in paths if path.is_file()), None)
 

@@ -1,4 +1,4 @@
-"""What a config names -> the source that reads it."""
+"""Opens the source that a config names."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from navit.sources.stream import StreamSource
 
 
 def open_train_source(source: config.TrainSource) -> Source | StreamSource:
-    """Opens what training reads: without random access too."""
+    """Opens a source to train on, which need not have random access."""
     if isinstance(source, config.Stream):
         return StreamSource(source)
     return open_source(source)
 
 
 def open_source(source: config.TrainSource, *, again: bool = False) -> Source:
-    """Opens what a config names; sizes are known from here on.
+    """Opens a source with random access; all image sizes are then known.
 
     Args:
-      again: read all headers anew and keep the index, whatever is kept already.
+      again: read all headers again and save the index, even if there is one.
 
     Raises:
       ValueError: for a stream, which has no random access.
     """
     if isinstance(source, config.Stream):
         raise ValueError(
-            f"the stream {source.path!r} has no random access, which this needs: a "
-            "stream is what `navit train` reads, as data.train; plain tar shards "
-            "(TarShards) or ArrayRecord files are read by all"
+            f"the stream {source.path!r} has no random access, which this needs: use "
+            "plain tar shards (TarShards) or ArrayRecord files; only `navit train` "
+            "reads a stream, as data.train"
         )
     # Each kind is imported when it is used: some need packages that others do not.
     if isinstance(source, config.Synthetic):
@@ -63,4 +63,4 @@ def _open_reader(source: config.TrainSource, again: bool) -> Reader:
         from navit.sources.parquet import ParquetReader
 
         return ParquetReader(source)
-    raise ValueError(f"{source!r} is no source of images")
+    raise ValueError(f"{source!r} is not a source of images")

@@ -1,4 +1,4 @@
-"""How many of the things that a dataset names may be missing."""
+"""Limits how much of what a dataset names may be missing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _NAMED = 3
 def check_missing(
     missing: Sequence[str], count: int, share: float, what: str, remedy: str
 ) -> None:
-    """Counts and names what is left out because it is missing.
+    """Warns about missing items, which are left out, with their number and some names.
 
     Args:
-      missing: the names of what is missing.
-      count: how many there would be in all.
-      share: this share of them may be missing.
-      what: what they are, such as "files of captions.csv".
+      missing: the names of the missing items.
+      count: the number of items, missing or not.
+      share: the share of items that may be missing.
+      what: what the items are, such as "files of captions.csv".
+      remedy: what to do about it, for the error.
 
     Raises:
       ValueError: if more are missing.
@@ -29,12 +30,12 @@ def check_missing(
         return
     first = ", ".join(map(repr, missing[:_NAMED]))
     more = ", ..." if len(missing) > _NAMED else ""
-    found = f"{len(missing)} of {count} {what} are missing: {first}{more}"
+    message = f"{len(missing)} of {count} {what} are missing: {first}{more}"
     if len(missing) / count <= share:
-        log.warning("left out: %s", found)
+        log.warning("left out: %s", message)
         return
     enough = math.ceil(1e4 * len(missing) / count) / 1e4
     raise ValueError(
-        f"{found}; {remedy}, or set missing={enough:g} to go on without them "
+        f"{message}; {remedy}, or set missing={enough:g} to continue without them "
         f"(data.train.missing or data.eval.missing; it is {share:g})"
     )

@@ -16,12 +16,12 @@ log = logging.getLogger("navit")
 class MixtureSource:
     """The images of all sources, one source after the other.
 
-    A task is the mixture's if all sources that have it number its classes alike; images
-    of the others have the label -1.
+    The mixture has a task if all sources with that task number its classes alike;
+    images of the other sources have the label -1.
 
     Attributes:
-      counts: how many images each source has.
-      shares: the share of an epoch's images that is drawn from each; they sum to 1.
+      counts: the number of images in each source.
+      shares: the share of an epoch's images drawn from each source; they sum to 1.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class MixtureSource:
 
 
 def _shared(name: str, sources: Sequence[Source]) -> Task | None:
-    found = {s.tasks[name].class_names for s in sources if name in s.tasks}
-    if len(found) != 1:
+    class_names = {s.tasks[name].class_names for s in sources if name in s.tasks}
+    if len(class_names) != 1:
         return None
     labels = [
         s.tasks[name].labels if name in s.tasks else np.full(len(s), -1, np.int32)
         for s in sources
     ]
-    return Task(found.pop(), np.concatenate(labels).astype(np.int32))
+    return Task(class_names.pop(), np.concatenate(labels).astype(np.int32))

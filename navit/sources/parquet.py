@@ -1,4 +1,4 @@
-"""Parquet files whose rows hold the images, read a row group at a time."""
+"""Parquet files whose rows contain the images, read one row group at a time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from navit.sources.table import import_parquet
 log = logging.getLogger("navit")
 
 _KEPT_GROUPS = 4
-# A random image costs the reading of its row group: above this, say so.
+# Reading an image reads its whole row group: warn about groups above this size.
 _LARGE_GROUP = 16 << 20
 
 
 class ParquetReader:
     """The rows of Parquet files, in the order of the files.
 
-    A file that cannot be opened is left out and named.
+    A file that cannot be opened is left out, with a warning that names it.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no file, none can be opened, or they
-        lack the columns that are named.
+      FileNotFoundError, ValueError: if there is no file, no file can be opened, or the
+        named columns are missing.
     """
 
     def __init__(self, source: config.ParquetImages) -> None:
@@ -61,8 +61,8 @@ class ParquetReader:
             if metadata.schema.names != first.schema.names:
                 raise ValueError(
                     f"{file} has the columns {', '.join(metadata.schema.names)}, and "
-                    f"{files[0]} has {', '.join(first.schema.names)}: name files that "
-                    "are alike"
+                    f"{files[0]} has {', '.join(first.schema.names)}: name files with "
+                    "the same columns"
                 )
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, group))
@@ -72,9 +72,10 @@ class ParquetReader:
             raise ValueError(f"not one of {len(files)} files is readable Parquet")
         if largest > _LARGE_GROUP:
             log.warning(
-                "%s: row groups hold up to %d MB, and a random image costs the reading "
-                "of a whole one: write smaller ones (row_group_size=64), or tar shards",
-                *(source.path, largest >> 20),
+                "%s: row groups have up to %d MB, and reading one image reads a whole "
+                "group: write smaller ones (row_group_size=64), or tar shards",
+                source.path,
+                largest >> 20,
             )
         self._ends = np.cumsum(counts)
         schema = first.schema.to_arrow_schema()
@@ -96,8 +97,8 @@ class ParquetReader:
         self._cache: collections.OrderedDict[int, Any] = collections.OrderedDict()
 
     def __getstate__(self) -> dict:
-        left = ("_lock", "_cache", "_parquet")
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        unpicklable = ("_lock", "_cache", "_parquet")
+        return {k: v for k, v in self.__dict__.items() if k not in unpicklable}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -116,7 +117,7 @@ class ParquetReader:
         value = self._value(index, self._image)
         value = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(value, bytes):
-            raise ValueError(f"the column {self._image!r} holds no bytes of an image")
+            raise ValueError(f"the column {self._image!r} has no bytes of an image")
         return value
 
     def record(self, index: int) -> records.Raw:
@@ -155,9 +156,9 @@ class ParquetReader:
 
 
 def _huggingface_names(schema: Any, label: str) -> tuple[str, ...]:
-    """Class names as Hugging Face's datasets writes them into the schema."""
+    """Class names that Hugging Face's datasets library stored in the schema."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return tuple(map(str, found["info"]["features"][label]["names"]))
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        return tuple(map(str, metadata["info"]["features"][label]["names"]))
     except (ValueError, KeyError, TypeError):
         return ()

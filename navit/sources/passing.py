@@ -1,4 +1,4 @@
-"""Which errors pass: trouble of the network or the machine, not of a file."""
+"""Tells transient errors, of the network or the machine, from those of a file."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import errno
 import functools
 
 _PASSING = (
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT),
-    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
-    *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE),
-    *(errno.EBUSY, errno.EAGAIN, errno.EIO),
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EPIPE,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.EIO,
 )
 
 
 def is_passing(error: BaseException | None) -> bool:
-    """Whether the same request may succeed later, by the error or by its cause."""
+    """Whether the same request may succeed later, judged by the error or its cause."""
     if error is None:
         return False
     if (status := http_status(error)) is not None:
@@ -28,14 +40,14 @@ def is_passing(error: BaseException | None) -> bool:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status of an error, under the names of aiohttp and of gcsfs."""
-    found = getattr(error, "status", getattr(error, "code", None))
-    return found if isinstance(found, int) else None
+    """The HTTP status of an error, under aiohttp's name or gcsfs's."""
+    status = getattr(error, "status", getattr(error, "code", None))
+    return status if isinstance(status, int) else None
 
 
 @functools.cache
 def _aiohttp_errors() -> tuple[type[Exception], ...]:
-    """What aiohttp raises for a broken connection, which need not be an OSError."""
+    """What aiohttp raises for a broken connection; not always an OSError."""
     try:
         import aiohttp
     except ImportError:

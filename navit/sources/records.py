@@ -1,4 +1,4 @@
-"""A source over records, whatever file they lie in."""
+"""A source over records, in any kind of file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from navit.sources.kept import Place
 from navit.sources.source import Task
 
 _MAX_UNNAMED = 1_000_000
-# The index keeps all labels at the length of the longest.
+# The index stores all labels at the length of the longest.
 _LONGEST_LABEL = 1000
 
 
@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     place: Place
     classes: tuple[str, ...]  # names of integer labels; empty: not known
-    damaged: list[str]  # the files that are not whole, each with what is wrong
+    damaged: list[str]  # one line per damaged file: its name and what is wrong
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -41,9 +41,9 @@ class Reader(Protocol):
 
 
 class RecordSource:
-    """The `Source` of all records of a reader that can be used.
+    """The `Source` of all usable records of a reader.
 
-    An image without a caption is captioned by the name of its class.
+    An image without a caption is captioned with the name of its class.
 
     Raises:
       ValueError: if nothing is readable, or a label has no name in `reader.classes`.
@@ -77,7 +77,7 @@ class RecordSource:
     def captions(self, index: int) -> tuple[str, ...]:
         record = self._reader.record(int(self._kept[index]))
         if isinstance(record.image, bytes):
-            self._last = index, record.image  # it is asked for next
+            self._last = index, record.image  # probably needed next
         if record.captions:
             return record.captions
         task = self.tasks["label"]
@@ -91,7 +91,7 @@ class RecordSource:
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """The captions in a field: one or several, bytes or text; empty ones are none.
+    """The captions in a field: one or several, bytes or text; drops empty ones.
 
     Raises:
       ValueError: if it is something else.
@@ -99,26 +99,26 @@ def texts(value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     many = value if isinstance(value, list | tuple | np.ndarray) else [value]
-    found = []
+    captions = []
     for item in many:
         if isinstance(item, bytes):
             item = item.decode()  # UnicodeDecodeError is a ValueError
         if not isinstance(item, str):
-            raise ValueError(f"a caption is text, not {item!r:.60}")
+            raise ValueError(f"a caption must be text, not {item!r:.60}")
         if item.strip():
-            found.append(item.strip())
-    return tuple(found)
+            captions.append(item.strip())
+    return tuple(captions)
 
 
 def label_text(value: Any) -> str:
-    """A label as the index keeps it; "" for none, as a negative number is.
+    """A label as the index stores it; "" for none or for a negative number.
 
     Raises:
-      ValueError: if it is neither an integer nor text, or longer than a class is named.
+      ValueError: if it is neither an integer nor text, or too long for a class name.
     """
     if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1:
         if len(value) > 1:
-            raise ValueError(f"one label is wanted, not {len(value)}")
+            raise ValueError(f"expected one label, not {len(value)}")
         value = value[0] if len(value) else None
     if value is None:
         return ""
@@ -133,14 +133,14 @@ def label_text(value: Any) -> str:
         return "" if re.fullmatch(r"\s*-\d+\s*", value) else value.strip()
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return str(int(value)) if value >= 0 else ""
-    raise ValueError(f"a label is an integer or text, not {value!r:.60}")
+    raise ValueError(f"a label must be an integer or text, not {value!r:.60}")
 
 
 def nested(record: Any, path: str, where: str) -> Any:
     """The field `a.b` of dicts in dicts; a list of dicts gives a list.
 
     Raises:
-      ValueError: names what there is instead.
+      ValueError: if it is missing; names what is there instead.
     """
     for key in path.split("."):
         if isinstance(record, list | tuple) and record:
@@ -165,11 +165,11 @@ def choose(
     One that is None in the config is the field of that name, if there is one.
 
     Args:
-      deep: a field may be `a.b`, of which `a` is to be available.
+      deep: a field may be `a.b`, which needs only `a` to be available.
 
     Raises:
-      ValueError: for a field that was asked for by name and is not there, for no image,
-        and where neither a caption nor a label is left.
+      ValueError: if the image or a field that the config names is not available, or if
+        neither a caption nor a label is left.
     """
     available = list(available)
 
@@ -196,10 +196,10 @@ def choose(
 
 
 def class_names(path: str) -> tuple[str, ...]:
-    """The lines of a text file; an empty path has none.
+    """The lines of a text file; none for an empty path.
 
     Raises:
-      ValueError: for an empty line, by which all names after it would be shifted.
+      ValueError: for an empty line, which would shift all names after it.
     """
     if not path:
         return ()
@@ -214,11 +214,11 @@ def class_names(path: str) -> tuple[str, ...]:
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
-    """Class names in order: integers, where all are, by value."""
-    found = sorted(labels)
-    if all(label.isdecimal() for label in found):
-        found.sort(key=int)
-    return tuple(found)
+    """Class names in order; by value if all are integers."""
+    names = sorted(labels)
+    if all(label.isdecimal() for label in names):
+        names.sort(key=int)
+    return tuple(names)
 
 
 def _inspect(reader: Reader, index: int) -> Record:
@@ -229,7 +229,10 @@ def _inspect(reader: Reader, index: int) -> Record:
 
 
 def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None:
-    """Integer labels count the names; labels in words are sorted, or found in them."""
+    """The task of `labels` `[m]`: integers index the names, and words are looked up.
+
+    Without names, the words themselves are the names, sorted.
+    """
     present = labels != b""
     if not present.any():
         return None
@@ -254,6 +257,6 @@ def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None
     if top >= len(names):
         raise ValueError(
             f"{where}: the label {top} has no name among {len(names)}: set classes= to "
-            "a text file with a name a line"
+            "a text file with one name per line"
         )
     return Task(names, ids.astype(np.int32))

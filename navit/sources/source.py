@@ -1,4 +1,4 @@
-"""Where images and captions come from: random access, sizes known before any decode."""
+"""The protocol of a source: random access to images, sizes known before decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Task(NamedTuple):
     """A classification: a prompt-ready name per class, a class per image (-1: none)."""
 
     class_names: tuple[str, ...]
-    labels: np.ndarray
+    labels: np.ndarray  # [len] int32
 
 
 @runtime_checkable
@@ -27,4 +27,4 @@ class Source(Protocol):
     def image(self, index: int) -> ImageLike: ...
     def captions(self, index: int) -> tuple[str, ...]: ...
     def name(self, index: int) -> str: ...
-    def fingerprint(self) -> str: ...  # another one where the data is another
+    def fingerprint(self) -> str: ...  # changes when the data does

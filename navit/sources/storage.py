@@ -1,4 +1,4 @@
-"""Bytes of files by name: local ones by `os.pread`, URLs through fsspec."""
+"""Reads bytes of files by path: local ones with `os.pread`, URLs through fsspec."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkab
 from navit.sources.missing import check_missing
 from navit.sources.passing import http_status, is_passing
 
-# Open at most so many files: shards can be more than a process may hold.
+# At most this many files are open: there may be more shards than a process may open.
 _OPEN_FILES = 256
 
 # Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
 _WAITS = (0.5, 1, 2, 4)
-# After this many seconds without a success, nothing is asked for twice.
+# After this many seconds without a success, nothing is tried again.
 _PATIENCE = 60
 
 T = TypeVar("T")
 
 
 class Stat(NamedTuple):
-    """A file's bytes, and what changes when its content does (mtime, ETag)."""
+    """A file's size in bytes, and what changes with its content (mtime, ETag)."""
 
     size: int
     version: str
@@ -38,7 +38,7 @@ class Stat(NamedTuple):
 
 @runtime_checkable
 class Storage(Protocol):
-    """Files by path. Safe in threads; pickles without open files."""
+    """Files by path. Thread-safe; pickles without open files."""
 
     block: int  # bytes worth fetching at a time
 
@@ -50,7 +50,7 @@ class Storage(Protocol):
 
 
 class Local:
-    """Files of this machine."""
+    """Files on this machine."""
 
     block = 1 << 16
 
@@ -69,16 +69,16 @@ class Local:
             return file.read()
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
-        # The descriptor is held here, so that its eviction cannot close it meanwhile.
+        # This reference keeps the descriptor open if the cache evicts it meanwhile.
         descriptor = self._open(path)
         return os.pread(descriptor.number, size, start)
 
     def stat(self, path: str) -> Stat:
-        found = os.stat(path)
-        return Stat(found.st_size, str(found.st_mtime_ns))
+        status = os.stat(path)
+        return Stat(status.st_size, str(status.st_mtime_ns))
 
     def listing(self, folder: str) -> dict[str, Stat] | None:
-        """None: asking for one file is cheap here, and listing all need not be."""
+        """None: asking for one file is cheap here, while listing all may not be."""
         del folder
         return None
 
@@ -91,8 +91,8 @@ class Local:
 class Remote:
     """Files behind a URL.
 
-    What fails for a passing reason is tried again a few times; then it is a
-    ConnectionError.
+    A request that fails with a transient error is tried again a few times; then a
+    ConnectionError is raised.
     """
 
     block = 1 << 22
@@ -114,24 +114,24 @@ class Remote:
         return _remote_stat(self._retried(path, lambda: self._fs.info(path)))
 
     def listing(self, folder: str) -> dict[str, Stat] | None:
-        """Every file below, by its path from there: asking one by one takes hours."""
+        """All files below, by relative path: asking one by one would take hours."""
         root = self._fs._strip_protocol(folder).rstrip("/")
-        found = self._retried(folder, lambda: self._fs.find(root, detail=True))
+        infos = self._retried(folder, lambda: self._fs.find(root, detail=True))
         return {  # a web server's list of files has no sizes
             path[len(root) + 1 :]: (
                 self.stat(path) if info.get("size") is None else _remote_stat(info)
             )
-            for path, info in sorted(found.items())
+            for path, info in sorted(infos.items())
         }
 
     def glob(self, pattern: str) -> list[str]:
-        found = self._retried(pattern, lambda: self._fs.glob(pattern))
-        return sorted(self._fs.unstrip_protocol(path) for path in found)
+        paths = self._retried(pattern, lambda: self._fs.glob(pattern))
+        return sorted(self._fs.unstrip_protocol(path) for path in paths)
 
     def _retried(self, path: str, ask: Callable[[], T]) -> T:
         for wait in (*_WAITS, None):
             try:
-                found = ask()
+                answer = ask()
             except Exception as error:  # each file system has errors of its own
                 if not is_passing(error):
                     if http_status(error) is None:
@@ -144,7 +144,7 @@ class Remote:
                     raise ConnectionError(f"{path}: {reason}") from None
             else:
                 self._failing_since = None
-                return found
+                return answer
             time.sleep(wait * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")
 
@@ -154,7 +154,7 @@ def is_remote(path: str) -> bool:
 
 
 def open_storage(path: str) -> Storage:
-    """The storage that `path` lies in."""
+    """The storage that reads `path`."""
     return Remote(path) if is_remote(path) else Local()
 
 
@@ -164,7 +164,7 @@ def find(
     """The files that `a-{000..127}.tar`, `{a,b}.tar`, a glob or a folder stands for.
 
     Args:
-      missing: the share of them that may not be there; these are left out and named.
+      missing: the share of them that may be missing; those are left out and named.
 
     Raises:
       FileNotFoundError: if there are none.
@@ -176,7 +176,7 @@ def find(
         path = str(Path(path).expanduser())
     found: list[str] = []
     for plain in [path] if os.path.isfile(path) else _braces(path):
-        if os.path.isfile(plain):  # whatever signs its name has
+        if os.path.isfile(plain):  # even if its name has wildcards
             found.append(plain)
         elif os.path.isdir(plain):
             for suffix in suffixes:
@@ -210,10 +210,10 @@ def _is_there(storage: Storage, file: str) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a file of this machine.
+    """Opens a file on this machine.
 
     Raises:
-      OSError: for a named pipe too, at which a read would wait for a writer.
+      OSError: also for a named pipe, where a read would wait for a writer.
     """
     return open(path, "rb", opener=_open_regular)
 
@@ -221,12 +221,12 @@ def open_file(path: str) -> BinaryIO:
 def opened(
     read: Callable[[int, int], bytes], size: int, block: int = 1 << 16
 ) -> BinaryIO:
-    """A file of which no more is read than is asked for, in blocks."""
+    """A file that reads no more than it is asked for, in blocks."""
     return io.BufferedReader(_Range(read, size), block)
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe is opened at once
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # does not wait at a pipe
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
@@ -238,12 +238,12 @@ class _Descriptor:
         self.number = _open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "number"):  # and at exit there may be no `os`
+        if hasattr(self, "number"):  # opened; at exit `os` may be gone, so `close`
             close(self.number)
 
 
 class _Range(io.RawIOBase):
-    mode, name = "rb", "a range of bytes"  # what BinaryIO asks for
+    mode, name = "rb", "a range of bytes"  # required by BinaryIO
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
         self._read, self._size, self._at = read, size, 0
@@ -270,7 +270,7 @@ class _Range(io.RawIOBase):
 
 
 def _braces(path: str) -> Iterable[str]:
-    """`{00..12}` and `{a,b}` spelled out, as a shell does."""
+    """Expands `{00..12}` and `{a,b}`, as a shell does."""
     parts = re.split(r"\{([^{}]*)\}", path)
     choices = []
     for i, part in enumerate(parts):
@@ -292,7 +292,7 @@ def _filesystem(url: str) -> Any:
     except ImportError:
         raise ValueError(
             f"{url!r} is read through fsspec, which is not installed: pip install "
-            "fsspec, and what fsspec needs for this protocol (gcsfs, s3fs)"
+            "fsspec, and its package for this protocol (gcsfs, s3fs)"
         ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]

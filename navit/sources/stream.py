@@ -1,4 +1,4 @@
-"""Files whose records come in order alone: compressed tars, TFRecord."""
+"""Files that can only be read in order: compressed tars, TFRecord."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFEr
 
 
 class Record(NamedTuple):
-    """One record; with an `error`, it holds a slot that will be empty, and counted."""
+    """One record; one with an `error` leaves its slot empty, and is counted."""
 
     name: str
     image: bytes = b""
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 
 class StreamSource:
-    """The records of files, from the first to the last; without random access.
+    """The records of files from first to last, without random access.
 
     Raises:
       FileNotFoundError: if there are no files.
@@ -52,14 +52,13 @@ class StreamSource:
 
     def fingerprint(self) -> str:
         """Changes with the files' names and their sizes in bytes."""
-        found = [(PurePath(f).name, self._storage.stat(f).size) for f in self.files]
-        return f"{len(found)} files in order (names and lengths {digest(found)[:16]})"
+        files = [(PurePath(f).name, self._storage.stat(f).size) for f in self.files]
+        return f"{len(files)} files in order (names and lengths {digest(files)[:16]})"
 
     def read(self, order: Sequence[int]) -> Iterator[Record]:
-        """The records of the files, taken in that order.
+        """The records of the files, file by file in this order.
 
-        Of a damaged file, what comes before the damage is used; the damage is a record
-        too.
+        A damaged file is used up to the damage, which counts as a record with an error.
 
         Raises:
           OSError: if a file cannot be read.
@@ -75,17 +74,17 @@ class StreamSource:
                 except _DAMAGE as error:
                     yield Record(file, error=f"damaged from here on: {error}")
 
-    def _raw(self, found: bytes | dict[str, bytes]) -> records.Raw:
+    def _raw(self, data: bytes | dict[str, bytes]) -> records.Raw:
         captions: tuple[str, ...] = ()
-        if isinstance(found, bytes):
-            example = examples.parse(found)
+        if isinstance(data, bytes):
+            example = examples.parse(data)
             images = example.get(self._config.image, [])
             captions = records.texts(example.get(self._config.caption or "caption"))
         else:
-            images = [found["image"]] if "image" in found else []
+            images = [data["image"]] if "image" in data else []
             for name, field in self._captions:
                 must = bool(self._config.caption)
-                value = captions or tar.field_of(found.get(name), name, field, must)
+                value = captions or tar.field_of(data.get(name), name, field, must)
                 captions = records.texts(value)
         if len(images) != 1 or not isinstance(images[0], bytes):
             raise ValueError("it has no encoded image")
@@ -94,13 +93,13 @@ class StreamSource:
         return records.Raw(images[0], "", captions)
 
     def _samples(self, file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """A tar's samples: neighbours of one key, as WebDataset takes them."""
+        """A tar's samples: adjacent members with the same key, as in WebDataset."""
         wanted = {name for name, _ in self._captions}
         last = ""
         sample: dict[str, bytes] = {}
         with tarfile.open(fileobj=file, mode="r|*", bufsize=1 << 20) as opened:
             while (member := opened.next()) is not None:
-                opened.members.clear()  # type: ignore[attr-defined]  # it keeps all
+                opened.members.clear()  # type: ignore[attr-defined]  # it keeps every member
                 name = tar.NAME.fullmatch(member.name)
                 if not (name and member.isreg()) or member.issparse():
                     continue
@@ -118,7 +117,7 @@ class StreamSource:
         if sample:
             yield last, sample
         if not rest or rest.strip(b"\0"):
-            raise EOFError("it has no end")
+            raise EOFError("its end is missing")
 
 
 class Carried:
@@ -150,9 +149,9 @@ class Carried:
         return self._records[index]
 
 
-def _record(name: str, found: Any, parse: Callable[[Any], records.Raw]) -> Record:
+def _record(name: str, data: Any, parse: Callable[[Any], records.Raw]) -> Record:
     try:
-        raw = parse(found)
+        raw = parse(data)
         assert isinstance(raw.image, bytes)
         return Record(name, raw.image, raw.captions, size_of(raw.image))
     except (ValueError, RecursionError) as error:
@@ -160,7 +159,7 @@ def _record(name: str, found: Any, parse: Callable[[Any], records.Raw]) -> Recor
 
 
 def _examples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """A TFRecord's records: a length, its checksum, so many bytes, their checksum."""
+    """A TFRecord's records: a length, its checksum, the data, its checksum."""
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
     opened = gzip.GzipFile(fileobj=file) if packed else file
@@ -171,5 +170,5 @@ def _examples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         size = int.from_bytes(head[:8], "little")
         data = opened.read(size + 4) if size < 1 << 31 else b""
         if len(data) < size + 4:
-            raise EOFError(f"record {number} would have {size} bytes")
+            raise EOFError(f"record {number} should have {size} bytes")
         yield f"record {number}", data[:size]

@@ -1,4 +1,4 @@
-"""What `navit index` prints of a source."""
+"""What `navit index` prints about a source."""
 
 from __future__ import annotations
 

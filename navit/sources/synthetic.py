@@ -1,9 +1,9 @@
-"""The offline dataset: drawn images of any size, each with something coarse and fine.
+"""The offline dataset: drawn images of any size, with coarse and fine features.
 
-An image shows a large figure of one colour on a grey ground (seen at 64 tokens), and a
-few dots of another, wide in some images and tiny in others (2 pixels at 64 tokens, 6 at
-1024). Captions name both, so accuracy on either against the budget shows what tokens
-buy.
+An image shows a large figure of one colour on a grey background (visible at 64 tokens),
+and a few dots of another colour, wide in some images and tiny in others (2 pixels at 64
+tokens, 6 at 1024). Captions name both, so accuracy on each at several budgets shows
+what more tokens buy.
 """
 
 from __future__ import annotations
@@ -36,24 +36,23 @@ DOTS = {
 
 # The diameter of a dot, as a share of the square root of the image's area. An image
 # resized to N tokens of 16 pixels shows it 16 * sqrt(N) * share pixels wide: 2 to 21 at
-# 64 tokens, 3 to 43 at 256, 6 to 85 at 1024. The widest teach the rest: with small dots
-# alone, a model that knows the figures maps all dots' captions to one vector.
+# 64 tokens, 3 to 43 at 256, 6 to 85 at 1024. The widest teach the rest: with only small
+# dots, a model that knows the figures maps all dots' captions to one vector.
 _DIAMETER = (1 / 80, 1 / 6)
-# Below this share dots are "finest": at most 4 pixels wide at 64 tokens.
+# Dots below this share are "finest": at most 4 pixels wide at 64 tokens.
 _SMALL = 1 / 32
-# An image whose dots would be smaller is left without: upscaling it could never bring
-# back what its own pixels do not hold.
+# An image whose dots would be smaller has none: upscaling cannot restore lost pixels.
 _MIN_DIAMETER = 4
 _MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
 
 
 class SyntheticSource:
-    """`size` drawn images, each a function of (seed, index) alone.
+    """`size` drawn images, each a function of only (seed, index).
 
     Tasks: "coarse" (the figure's colour, 7 classes), "fine" (the dots' colour, 5
     classes; -1 for an image whose dots would be less than 4 pixels wide, which has
-    none), and "finest", the same of the images whose dots are small (-1 elsewhere).
-    Shapes and places mean nothing.
+    none), and "finest", the same for images with small dots only (-1 elsewhere).
+    Shapes and positions carry no label.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
@@ -116,7 +115,7 @@ class SyntheticSource:
         figure, dots = rng.integers((len(COLORS), len(DOTS)))
         root = math.exp(rng.uniform(math.log(160), math.log(800)))
         aspect = math.exp(rng.uniform(-1, 1) * math.log(_MAX_ASPECT))  # height / width
-        # Where a side would leave its range the other keeps the aspect.
+        # Both sides scale together to stay in range, which keeps the aspect.
         root = min(root, _MAX_SIDE / math.sqrt(max(aspect, 1 / aspect)))
         root = max(root, _MIN_SIDE * math.sqrt(max(aspect, 1 / aspect)))
         height = round(root * math.sqrt(aspect))

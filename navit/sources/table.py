@@ -14,11 +14,11 @@ from navit.sources.missing import check_missing
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
-# Column names as other trainers' tables have them (transformers, open_clip).
+# Other trainers' names for the columns (transformers, open_clip) are accepted too.
 _FILE = ("file", "file_name", "filepath")
 _CAPTION = ("caption", "text", "title")
 
-# A record of a CSV that spans more lines holds a quote that was never closed.
+# A CSV record that spans more lines has a quote that was never closed.
 _MOST_LINES = 20
 _QUOTES = (
     "put a caption with a comma or a line break in double quotes, close them, and "
@@ -37,18 +37,18 @@ class Entry(NamedTuple):
 def read_table(
     file: BinaryIO, table: str, root: str, *, missing: float = 0.0
 ) -> list[Entry]:
-    """The table's images in order, with all the captions that each has.
+    """The table's images in order, each with all its captions.
 
-    One with a label may have none.
+    An image with a label may have no caption.
 
     Args:
-      table: its name, which says by its suffix what the file holds.
-      root: the folder that its files lie in.
-      missing: the share of rows that may have neither a caption nor a label; these are
+      table: the table's name; its suffix gives the format.
+      root: the folder of the table's files.
+      missing: the share of rows that may have neither a caption nor a label; those are
         left out and named.
 
     Raises:
-      ValueError: if it cannot be read, lists nothing, or a row is not complete.
+      ValueError: if the table cannot be read or is empty, or a row is incomplete.
     """
     try:
         return _entries(_rows(file, table), table, root, missing)
@@ -57,7 +57,10 @@ def read_table(
 
 
 def read_files(file: BinaryIO, table: str, root: str) -> list[str]:
-    """The files that a table names, each once, in order; arguments as `read_table`."""
+    """The files that a table names, each once, in order.
+
+    The arguments are those of `read_table`.
+    """
     try:
         named = [_file(row, where, root) for where, row in _rows(file, table)]
     except UnicodeDecodeError as error:
@@ -112,8 +115,8 @@ def _parquet_rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
     names = parquet.schema_arrow.names
     if not any(name in names for name in _FILE):
         raise ValueError(
-            f"{table} has no {_FILE[0]!r} (it has: {', '.join(names)}); rows that hold "
-            "the images themselves are read by ParquetImages(path=...)"
+            f"{table} has no {_FILE[0]!r} (it has: {', '.join(names)}); if the rows "
+            "contain the images, use ParquetImages(path=...)"
         )
     columns = [name for name in (*_FILE, *_CAPTION, "label") if name in names]
     batches = parquet.iter_batches(columns=columns)
@@ -123,24 +126,22 @@ def _parquet_rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
 
 
 def import_parquet(path: str) -> Any:
-    """pyarrow.parquet, or a ValueError that says how to install it."""
+    """Imports pyarrow.parquet, or raises a ValueError with how to install it."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(
-            f"{path} needs pyarrow to be read: pip install pyarrow"
-        ) from None
+        raise ValueError(f"reading {path} needs pyarrow: pip install pyarrow") from None
     return pyarrow.parquet
 
 
 def inside(root: str, file: str, where: str) -> str:
-    """A file's path from the folder `root`, by the names alone: no link is followed.
+    """A file's path relative to the folder `root`; does not follow links.
 
     Args:
-      where: what names the file.
+      where: what names the file, for the error.
 
     Raises:
-      ValueError: if it lies outside.
+      ValueError: if it is outside `root`.
     """
     plain = os.path.normpath(file)
     if "://" not in file and not plain.startswith(("/", "..")):
@@ -170,7 +171,7 @@ def _entries(
         many = caption if isinstance(caption, list) else [caption] if caption else []
         for value in many:
             if not isinstance(value, str):
-                raise ValueError(f"{where}: a caption is text, not {value!r}")
+                raise ValueError(f"{where}: a caption must be text, not {value!r}")
         if not many and label is None:
             empty.append(f"{where} ({name})")
             continue
@@ -191,7 +192,7 @@ def _entries(
 def _file(row: dict, where: str, root: str) -> str:
     name = _column(row, _FILE, where)
     if not isinstance(name, str):
-        raise ValueError(f"{where}: a file is text, not {name!r}")
+        raise ValueError(f"{where}: a file name must be text, not {name!r}")
     return inside(root, name, where)
 
 
@@ -209,7 +210,7 @@ def _json_lines(file: Iterable[str], table: str) -> Iterator[tuple[str, dict]]:
 
 
 def _column(row: dict, names: tuple[str, ...], where: str, *, must: bool = True) -> Any:
-    """The first of these columns that holds something; None for no caption."""
+    """The first of these columns that is not empty; None if there is no caption."""
     for name in names:
         if row.get(name):
             return row[name]
@@ -218,5 +219,5 @@ def _column(row: dict, names: tuple[str, ...], where: str, *, must: bool = True)
         return None
     if given:
         raise ValueError(f"{where} has an empty {given[0]!r}: delete the line")
-    found = ", ".join(str(key) for key in row)
-    raise ValueError(f"{where} has no {names[0]!r} (it has: {found})")
+    columns = ", ".join(str(key) for key in row)
+    raise ValueError(f"{where} has no {names[0]!r} (it has: {columns})")

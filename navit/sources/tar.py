@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset writes them, by offset: nothing is unpacked."""
+"""Reads WebDataset's tar shards by offset, without unpacking them."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 class _Scan(NamedTuple):
-    """One shard: its samples' keys, `[n, columns, 2]` (offset, size), what is wrong."""
+    """One shard's samples, and what is wrong with it."""
 
-    keys: np.ndarray
-    members: np.ndarray
+    keys: np.ndarray  # [m] bytes
+    members: np.ndarray  # [m, columns, 2] int64 (offset, size); offset -1: none
     damage: str
 
 
 class TarReader:
     """Samples of tar shards: `KEY.jpg` with `KEY.txt`, `.json` or `.cls`.
 
-    Of a truncated shard, what is whole is used; the shard is named and counted.
+    The whole samples of a truncated shard are used; the shard is named and counted.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no shard, or none holds an image.
+      FileNotFoundError, ValueError: if there is no shard, or no shard has an image.
     """
 
     def __init__(self, shards: config.TarShards, *, again: bool = False) -> None:
@@ -59,7 +59,7 @@ class TarReader:
             f"label {shards.label or 'none'})",
             digest([self._shards, [tuple(stat) for stat in stats]]),
         )
-        # (member, field of a .json): the first that is there is taken.
+        # (member, field of a .json): the first one present is used.
         self._caption = caption_fields(shards.caption)
         self._label = _spec(shards.label)
         self._must = bool(shards.caption)
@@ -75,13 +75,13 @@ class TarReader:
         self._members = arrays["members"]
         self.damaged = arrays["damage"].tolist()
         for line in self.damaged[:10]:
-            log.warning("damaged, and used as far as it is whole: %s", line)
+            log.warning("damaged, used up to the damage: %s", line)
         if len(self.damaged) > 10:
             log.warning("damaged: %d more shards", len(self.damaged) - 10)
         if not len(self._keys):
             reason = f" ({self.damaged[0]})" if self.damaged else ""
             raise ValueError(
-                f"{shards.path}: {len(self._shards)} shards hold no image{reason}"
+                f"{shards.path}: {len(self._shards)} shards have no image{reason}"
             )
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class TarReader:
         return data
 
     def open_image(self, index: int) -> BinaryIO:
-        """The image as a file, of which no more is read than is asked for."""
+        """The image as a file that reads no more than it is asked for."""
         start, size = self._members[index, 0].tolist()
         path, read = self._path(index), self._storage.read_range
         block = min(self._storage.block, 1 << 16)
@@ -131,9 +131,9 @@ class TarReader:
 
     def _index(self, lengths: list[int]) -> dict[str, np.ndarray]:
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            found = pool.map(self._scan, self._shards, lengths)
+            pending = pool.map(self._scan, self._shards, lengths)
             count = len(lengths)
-            scans = list(tqdm(found, "offsets", count, unit=" shards", delay=2))
+            scans = list(tqdm(pending, "offsets", count, unit=" shards", delay=2))
         damage = [
             f"{shard}: {scan.damage}"
             for shard, scan in zip(self._shards, scans, strict=True)
@@ -157,12 +157,13 @@ class TarReader:
                 end = self._walk(file, length, samples)
                 file.seek(end)
                 if file.read(512).strip(b"\0") or end >= length:
-                    damage = f"it has no end after {end} of {length} bytes"
+                    damage = f"its end is missing after {end} of {length} bytes"
             except (tarfile.TarError, EOFError, ValueError) as error:
                 file.seek(0)
                 packed = file.read(2) == b"\x1f\x8b"
                 damage = "compressed, so it has no offsets" if packed else str(error)
-        whole = {key: found for key, found in samples.items() if found[0][0] >= 0}
+        # The image is the first column.
+        whole = {key: places for key, places in samples.items() if places[0][0] >= 0}
         if len(whole) < len(samples) and not damage:
             damage = f"{len(samples) - len(whole)} of its samples have no image"
         keys = [key.encode(errors="surrogateescape") for key in whole]
@@ -174,8 +175,8 @@ class TarReader:
         """Adds the shard's whole members to `samples`; returns where they end."""
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps all
-                if member.size < 0:  # tarfile would go back to it for ever
+                tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all
+                if member.size < 0:  # tarfile would return to it forever
                     raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 stop = member.offset_data + member.size
                 if stop > length:
@@ -191,28 +192,28 @@ class TarReader:
                     absent = [(-1, -1)] * len(self._columns)
                     sample = samples.setdefault(key, absent)
                     place = self._columns.index(column)
-                    if sample[place][0] < 0:  # the first, where there are several
+                    if sample[place][0] < 0:  # the first of several
                         sample[place] = member.offset_data, member.size
             return tar.offset
 
 
 def caption_fields(caption: str) -> list[tuple[str, str]]:
-    """(member, field of a .json) of each place that a caption may have."""
+    """(member, field of a .json) of each place where a caption may be."""
     return [_spec(name) for name in ([caption] if caption else _CAPTIONS)]
 
 
 def field_of(data: bytes | None, name: str, field: str, must: bool) -> Any:
-    """A member's field: all of it, or that of a .json; None where there is none.
+    """A whole member, or a field of a .json; None if there is none.
 
     Raises:
-      ValueError: if the .json has no such field and must have it.
+      ValueError: if the .json lacks the field and must have it.
     """
     if data is None or not field:
         return data
-    found = json.loads(data)
-    if not must and isinstance(found, dict) and field not in found:
+    content = json.loads(data)
+    if not must and isinstance(content, dict) and field not in content:
         return None
-    return records.nested(found, field, f"its .{name}")
+    return records.nested(content, field, f"its .{name}")
 
 
 def _spec(name: str) -> tuple[str, str]:
@@ -222,5 +223,5 @@ def _spec(name: str) -> tuple[str, str]:
     if member != "json":
         return name, ""
     if not field:
-        raise ValueError(f"{name!r}: say which field of the .json, as json.caption")
+        raise ValueError(f"{name!r}: name which field of the .json, as json.caption")
     return member, field

@@ -1,4 +1,4 @@
-"""TensorFlow datasets that are prepared on this machine, read without TensorFlow."""
+"""Reads prepared TensorFlow datasets on this machine, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TfdsReader:
     """The records of one split.
 
     Raises:
-      ValueError: if tensorflow_datasets is not installed, the dataset is not prepared
-        or not in a format with random access, or it has no such split or feature.
+      ValueError: if tensorflow_datasets is not installed, or the dataset is not
+        prepared, has no random access, or lacks the split or a feature.
     """
 
     def __init__(self, source: config.Tfds) -> None:
@@ -42,7 +42,7 @@ class TfdsReader:
         for path in filter(None, (self._image, self._caption, self._label)):
             _feature(features, path, where)
         if not isinstance(_feature(features, self._image, where), tfds.features.Image):
-            raise ValueError(f"{where}: the feature {self._image!r} is no image")
+            raise ValueError(f"{where}: the feature {self._image!r} is not an image")
         self.classes = records.class_names(source.classes)
         self.damaged: list[str] = []
         if self._label:
@@ -60,7 +60,7 @@ class TfdsReader:
             decoders = {key: decoders}
         self._source = builder.as_data_source(source.split, decoders=decoders)
         split = builder.info.splits[source.split]
-        if len(self._source) != split.num_examples:  # of Parquet, TFDS takes all
+        if len(self._source) != split.num_examples:  # TFDS cannot cut Parquet
             raise ValueError(
                 f"{where}: split={source.split!r} has {split.num_examples} examples, "
                 f"and reading {stored} gives {len(self._source)}: name a whole split, "
@@ -85,11 +85,11 @@ class TfdsReader:
         return self._encoded(self._read(index), index)
 
     def record(self, index: int) -> records.Raw:
-        found, where = self._read(index), self.name(index)
-        caption = records.nested(found, self._caption, where) if self._caption else None
-        label = records.nested(found, self._label, where) if self._label else None
+        data, where = self._read(index), self.name(index)
+        caption = records.nested(data, self._caption, where) if self._caption else None
+        label = records.nested(data, self._label, where) if self._label else None
         return records.Raw(
-            self._encoded(found, index),
+            self._encoded(data, index),
             records.label_text(label),
             records.texts(caption),
         )
@@ -105,13 +105,13 @@ class TfdsReader:
 
 
 def _builder(tfds: Any, source: config.Tfds) -> Any:
-    """The dataset as it lies on disk; the code that made it is not needed."""
+    """Opens the dataset from its files; the code that made it is not needed."""
     if not source.name:
         raise ValueError("the source has no name: set data.train.name")
     where = {}
     if storage.is_remote(source.data_dir):
         raise ValueError(
-            f"TensorFlow datasets are read from this machine, not {source.data_dir!r}: "
+            f"TensorFlow datasets must be on this machine, not {source.data_dir!r}: "
             "copy the dataset, or mount the bucket (gcsfuse, mount-s3) and name its "
             "folder"
         )
@@ -124,14 +124,14 @@ def _builder(tfds: Any, source: config.Tfds) -> Any:
         raise ValueError(
             f"{source.name} is not prepared in {folder}: set data.train.data_dir to "
             f"where it is, or prepare it: tfds build {source.name} "
-            f"--file_format=array_record --data_dir={folder} (this needs TensorFlow, "
-            "reading does not)"
+            f"--file_format=array_record --data_dir={folder} (preparing needs "
+            "TensorFlow, reading does not)"
         ) from None
 
 
 def _feature(features: Any, path: str, where: str) -> Any:
     for key in path.split("."):
-        # A sequence of dicts is asked for a field of the dicts.
+        # A sequence of dicts stands for its dicts.
         while not hasattr(features, "keys") and hasattr(features, "feature"):
             features = features.feature
         names = list(features.keys()) if hasattr(features, "keys") else []

@@ -256,7 +256,7 @@ def test_a_tar_that_ends_between_two_members_is_damaged(tmp_path):
         at = tar.getmembers()[2].offset
     (tmp_path / "a.tar").write_bytes(data[:at])
     first, end = open_train_source(Stream(str(tmp_path))).read([0])
-    assert not first.error and "no end" in end.error
+    assert not first.error and "end is missing" in end.error
 
 
 def test_a_stream_without_one_usable_record_stops(tmp_path):

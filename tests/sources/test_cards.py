@@ -1,4 +1,4 @@
-"""data/cards and data/builders: what they say can be done is done."""
+"""data/cards and data/builders: the instructions in them work."""
 
 import ast
 import csv
@@ -31,7 +31,7 @@ SOURCES = {
 
 
 def source_of(line: str):
-    """The config's line, whose arguments are constants."""
+    """The source of a config's line, whose arguments are constants."""
     call = ast.parse(line, mode="eval").body
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
     options = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
@@ -109,7 +109,7 @@ def assert_holds(source, rows, captions) -> None:
 
 
 def five(row: dict) -> tuple[str, ...]:
-    # With what ends a line for some, and is a letter here.
+    # With a character that ends a line for some readers, and is a letter here.
     return tuple(f"{row['caption']} \u2028 {k}" for k in range(5))
 
 

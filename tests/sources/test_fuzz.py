@@ -13,7 +13,7 @@ from navit.config import Config, DataConfig, Folder, ModelConfig, TextConfig
 from navit.input.pipeline import open_source, train_batches
 from navit.plan.batches import BatchPlans
 
-# Pillow says so of damaged EXIF data and of odd TIFFs.
+# Pillow warns about damaged EXIF data and odd TIFFs.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 COLOURS = {"top": (220, 30, 30), "bottom": (30, 30, 220)}
@@ -44,7 +44,7 @@ def turned(orientation: int) -> bytes:
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of a few bytes that says it is `side` x `side` pixels."""
+    """A PNG of a few bytes whose header claims `side` x `side` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
@@ -96,7 +96,7 @@ def odd() -> dict[str, bytes]:
 
 
 def damaged(rng, files: dict[str, bytes], count: int) -> dict[str, bytes]:
-    """Truncated, flipped, overwritten, emptied copies, and what is no image at all."""
+    """Truncated, flipped, overwritten and emptied copies, and files of no image."""
     out = {
         "empty.jpg": b"",
         "text.jpg": b"not an image",
@@ -129,7 +129,7 @@ def damaged(rng, files: dict[str, bytes], count: int) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def epoch(tmp_path_factory):
-    """520 damaged files and 25 odd ones, one epoch of them: what came out by name."""
+    """One epoch of 520 damaged files and 25 odd ones: the result by name."""
     folder = tmp_path_factory.mktemp("fuzz")
     rng = np.random.default_rng(0)
     good = odd()
@@ -181,13 +181,13 @@ def test_every_file_is_used_left_out_or_left_empty_and_named(epoch):
     assert source.left_out == len(names)
     assert any(f"{len(names)} " in r for r in records if "left out" in r), records[:9]
     empty = {r.split(": ")[1].split(" (")[0] for r in records if "left empty" in r}
-    # An epoch plans every readable header, but for what does not fill its last batch.
+    # An epoch plans every readable header, except those that do not fill a last batch.
     assert len(source) - 8 < len(found) <= len(source)
     hollow = {name for name, (grid, _) in found.items() if not grid.any()}
     assert hollow == {name.rsplit("/", 1)[-1] for name in empty}
     assert {"empty.jpg", "text.jpg", "bomb.png", "html.webp", "magic.jpg"} <= names
     assert "postscript.jpg" in names
-    # Both kinds were met, and most damage is in the pixels, where it is survived.
+    # Both kinds occur, and most damage is in the pixels, where it is not fatal.
     assert len(names) > 50 and len(hollow) > 10
 
 
@@ -196,7 +196,7 @@ def test_odd_files_come_out_upright(epoch):
     checked = 0
     for name in good:
         if name not in found:
-            continue  # in the part of a batch that the epoch leaves out
+            continue  # left out of the epoch with an incomplete batch
         grid, patches = found[name]
         assert grid.any(), name
         if name.startswith("exif"):

@@ -76,7 +76,7 @@ def test_a_url_is_read_as_the_folder_is(photos):
     memory.rm("/embed", recursive=True)
 
 
-def test_what_holds_no_image_is_named(photos, tmp_path):
+def test_a_path_without_an_image_is_named(photos, tmp_path):
     (photos / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no image"):
         images_of([f"{photos}/empty"])

@@ -84,7 +84,7 @@ def feature(name: bytes, kind: int, payload: bytes) -> bytes:
     return field(1, field(1, name) + field(2, field(kind, payload)))
 
 
-def test_an_example_is_read_as_the_wire_format_says():
+def test_an_example_is_read_as_the_wire_format_defines():
     floats = field(1, struct.pack("<2f", 0.5, -2.0))
     integers = field(1, varint(7) + varint((1 << 64) - 1))
     data = field(
@@ -107,7 +107,7 @@ def test_an_example_is_read_as_the_wire_format_says():
 @pytest.mark.parametrize(
     "data", [b"", b"text, not a message", pickle.dumps({"image": b"x"}), b"\x80" * 50]
 )
-def test_what_is_no_example_is_refused(data):
+def test_data_that_is_not_an_example_is_refused(data):
     with pytest.raises(ValueError, match="not a tf"):
         examples.parse(data)
 
@@ -173,14 +173,14 @@ def test_a_record_without_what_it_needs_is_left_out_and_counted(tmp_path, caplog
     good = example(ROWS[0])
     payloads = [
         good,
-        examples.serialize({"image": image_of(ROWS[1])}),  # nothing to say of it
+        examples.serialize({"image": image_of(ROWS[1])}),  # no caption, no label
         examples.serialize({"image": b"no image", "caption": "x"}),
         examples.serialize({"image": 5, "caption": "x"}),
         b"garbage",
         good,
     ]
     path = write_records(tmp_path / "a.array_record", payloads)
-    with pytest.raises(ValueError, match=r"not a tf\.train\.Example.*are to be"):
+    with pytest.raises(ValueError, match=r"not a tf\.train\.Example.*must be"):
         open_source(ArrayRecords(path))
     payloads[2:2] = [good] * 20  # beyond the records that are looked at first
     payloads[1], payloads[-3] = good, payloads[1]
@@ -279,7 +279,7 @@ def test_parquet_behind_a_url_equals_local(tmp_path):
     "source",
     [ArrayRecords("gs://b/a.array_record"), Tfds("coco", data_dir="gs://b/tfds")],
 )
-def test_what_is_read_from_this_machine_alone_says_what_to_do(source):
+def test_a_url_for_local_files_only_is_refused_with_a_remedy(source):
     with pytest.raises(ValueError, match=r"not 'gs://b/.*copy .*gcsfuse"):
         open_source(source)
 
@@ -458,7 +458,7 @@ def test_without_weights_every_image_counts_alike():
     assert mixture.shares == [0.75, 0.25]
 
 
-def test_classes_that_differ_are_no_task_of_the_mixture(array_records, caplog):
+def test_a_mixture_has_no_task_whose_classes_differ(array_records, caplog):
     parts = (Folder(str(SAMPLE)), ArrayRecords(str(array_records)))
     assert open_source(Mixture(parts)).tasks == {}
     assert "'label'" in caplog.text

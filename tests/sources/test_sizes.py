@@ -1,4 +1,4 @@
-"""navit.sources.index: one pass over the headers, kept, resumed, made anew."""
+"""navit.sources.index: one pass over the headers, saved, resumed, built again."""
 
 import errno
 import io
@@ -111,7 +111,7 @@ def test_an_interrupted_index_resumed_equals_one_made_at_once(place, monkeypatch
 
 
 def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
-    """Else all images would be listed as unreadable, for good."""
+    """Otherwise all images would be listed as unreadable for good."""
 
     def offline(i):
         if i < 20:
@@ -128,14 +128,14 @@ def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
     assert len(index.kept) == 30 and not index.unreadable
 
 
-def test_what_is_left_out_is_said_again_on_every_opening(place, caplog):
+def test_records_left_out_are_logged_again_on_every_opening(place, caplog):
     for _ in range(2):
         measure(place, bad_inspect)
         assert "4 of 30 records are left out, listed in" in caplog.text
         caplog.clear()
 
 
-def test_changed_data_is_indexed_anew_and_says_so(place, caplog):
+def test_changed_data_is_indexed_again_with_a_message(place, caplog):
     measure(place)
     caplog.set_level(logging.INFO, "navit")
     changed = measure(place._replace(fingerprint="of tomorrow"), lambda i: inspect(0))
@@ -143,7 +143,7 @@ def test_changed_data_is_indexed_anew_and_says_so(place, caplog):
     assert "the data has changed" in caplog.text
 
 
-def test_a_damaged_or_pickled_index_is_made_anew(place, caplog):
+def test_a_damaged_or_pickled_index_is_built_again(place, caplog):
     first = measure(place)
     (file,) = (place.folder / ".navit").glob("sizes-*.npz")
     whole = file.read_bytes()
@@ -158,7 +158,7 @@ def test_a_damaged_or_pickled_index_is_made_anew(place, caplog):
     for damage in (*cut, pickle.dumps({}), bomb.getvalue(), *flips):
         file.write_bytes(damage)
         assert_same(measure(place), first)
-        assert "made anew" in caplog.text
+        assert "built again" in caplog.text
         caplog.clear()
 
 
@@ -189,7 +189,7 @@ def test_equal_data_is_described_alike_and_other_data_is_not(place):
         assert measure(place, other, again=True).describe() != one
 
 
-def test_nothing_readable_is_an_error_that_says_why(place):
+def test_no_readable_record_is_an_error_with_the_reason(place):
     with pytest.raises(ValueError, match=r"not one of the 1 .* the set .*not an image"):
         measure(place, lambda i: sizes.Record.of(b"text"), count=1)
 
@@ -316,7 +316,7 @@ def test_navit_index_keeps_the_sizes_and_prints_them(photos, tmp_path, capsys):
     counts = [int(line.split()[1]) for line in parts if line.startswith("data.")]
     assert len(counts) == 2 and sum(counts) == 16
     assert len(list((photos / ".navit").glob("sizes-*"))) == 1
-    # A file mended without a change of size or time is only seen when asked for.
+    # A file mended without a change of size or time is only noticed with --again.
     before = (photos / "cat.jpg").stat()
     data = (SAMPLE / "coin_small.jpg").read_bytes()
     (photos / "cat.jpg").write_bytes(data)

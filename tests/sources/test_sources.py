@@ -178,7 +178,7 @@ def test_missing_captions_are_counted_and_some_are_named(folder, caplog):
     assert "line 5 (3.png)" in record.getMessage()
 
 
-def test_a_named_pipe_is_left_out_and_waited_for_by_nobody(folder, caplog):
+def test_a_named_pipe_is_left_out_and_does_not_block(folder, caplog):
     (folder / "1.png").unlink()
     os.mkfifo(folder / "1.png")
     source = open_folder(folder, "file,caption\n0.png,x\n1.png,y\n")
@@ -209,7 +209,7 @@ def test_the_split_parts_are_disjoint_complete_and_stable(folder):
     # 18 are expected, the standard deviation is 3.5.
     assert 5 < len(held) < 32
     assert captions(open_folder(folder, split="eval", holdout=0.3)) == held
-    # By name: what else the table holds, and its order, change nothing.
+    # By name: other rows of the table, and their order, change nothing.
     lines = table.splitlines()
     shorter = "\n".join([lines[0], *lines[:30:-1]])
     part = captions(open_folder(folder, shorter, split="eval", holdout=0.3))
@@ -234,7 +234,7 @@ def test_the_split_is_the_same_in_every_process(folder):
     assert out.stdout.split() == list(held)
 
 
-def test_a_larger_holdout_keeps_what_the_smaller_one_held(folder):
+def test_a_larger_holdout_includes_the_smaller_one(folder):
     table = many(folder)
     small, large = (
         captions(open_folder(folder, table, split="eval", holdout=holdout))

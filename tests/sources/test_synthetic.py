@@ -15,7 +15,7 @@ def source() -> SyntheticSource:
     return SyntheticSource(SIZE, seed=3)
 
 
-def test_an_image_depends_on_seed_and_index_alone(source):
+def test_an_image_depends_only_on_seed_and_index(source):
     again, larger = SyntheticSource(SIZE, seed=3), SyntheticSource(2 * SIZE, seed=3)
     for index in (17, 0, 299):  # in another order than drawn before
         for other in (again, larger):

@@ -91,7 +91,7 @@ def test_access_equals_the_files_and_their_table(shards, photos, pattern):
         assert label == other.class_names[other.labels[j]]
 
 
-def test_signs_of_a_pattern_in_a_real_name_mean_themselves(tmp_path):
+def test_wildcards_in_a_real_file_name_are_literal(tmp_path):
     for name in ("a[1]/b{1,2}.tar", "a[1]/*.tar"):
         write_tar(tmp_path / name, sample_members(ROWS[:2]))
     assert len(opened(tmp_path / "a[1]/b{1,2}.tar")) == 2
@@ -163,7 +163,7 @@ def test_captions_are_a_member_or_a_field_of_the_json(shards, caption, expected)
     assert source.captions(keys(source).index("astronaut")) == expected
 
 
-def test_a_json_alone_or_a_class_alone_will_do(tmp_path):
+def test_only_a_json_or_only_a_class_is_enough(tmp_path):
     image = (SAMPLE / "coin_small.jpg").read_bytes()
     write_tar(
         tmp_path / "a.tar",
@@ -198,7 +198,7 @@ def test_a_json_alone_or_a_class_alone_will_do(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [100, 512, 700, 5_000, 60_000, -1024, -1025, -100_000])
-def test_of_a_truncated_shard_what_is_whole_is_used(shards, caplog, cut):
+def test_the_whole_samples_of_a_truncated_shard_are_used(shards, caplog, cut):
     whole = opened(shards)
     images = {key: whole.image(i) for i, key in enumerate(keys(whole))}
     path = shards / "00001.tar"
@@ -232,7 +232,7 @@ def test_a_shard_that_is_no_tar_is_named_and_the_others_are_used(shards, caplog)
     assert "00003.tar" in caplog.text and "00004.tar" in caplog.text
     for shard in ("00001", "00002"):
         (shards / f"{shard}.tar").unlink()
-    with pytest.raises(ValueError, match="hold no image"):
+    with pytest.raises(ValueError, match="have no image"):
         opened(shards)
 
 
@@ -294,7 +294,7 @@ def test_shards_that_a_pattern_names_may_be_missing_up_to_a_share(shards, caplog
         opened(f"{shards}/{{00005..00009}}.tar", missing=1.0)
 
 
-def test_a_typo_in_a_field_names_what_there_is(shards):
+def test_a_typo_in_a_field_lists_the_fields(shards):
     with pytest.raises(ValueError, match=r"'captoin' \(it has: caption, meta\)"):
         opened(shards, caption="json.captoin")
     with pytest.raises(ValueError, match="which field"):
@@ -338,7 +338,7 @@ def test_shards_and_folders_behind_a_url(shards, photos, memory, caplog):
 
 
 class Status(Exception):
-    """An HTTP error as aiohttp has it: no OSError."""
+    """An HTTP error like aiohttp's, which is not an OSError."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"{status}, message='...'")
@@ -404,7 +404,7 @@ def test_an_error_that_does_not_pass_ends_within_a_minute(server, clock):
     with pytest.raises(OSError, match=r"bucket/set/\d+\.tar: 503"):
         source.image(4)
     assert not server and clock[0] < 20
-    # Where nothing at all succeeds, the waits of all reads together are bounded.
+    # If nothing succeeds at all, the waits of all reads together are bounded.
     server += [Status(503)] * 1000
     for _ in range(200):
         with pytest.raises(OSError):

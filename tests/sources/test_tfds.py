@@ -92,7 +92,7 @@ def test_a_prepared_dataset_equals_the_files_it_was_made_of(prepared, stored):
         task = source.tasks["label"]
         assert task.class_names == tuple(CLASSES)
         for i in range(len(source)):
-            j = place[source.image(i)]  # the very bytes: nothing was decoded
+            j = place[source.image(i)]  # the same bytes: nothing was decoded
             found.add(j)
             assert source.captions(i) == (*folder.captions(j), "second")
             assert source.sizes[i].tolist() == folder.sizes[j].tolist()
@@ -121,7 +121,7 @@ def test_a_part_of_a_split_and_a_version(prepared):
 
 
 def test_a_part_of_a_split_of_parquet_is_refused(prepared):
-    """TFDS reads the whole: what is held out would be trained on."""
+    """TFDS would read the whole split, and training would see the held-out part."""
     wrong = options(prepared, data_dir=str(prepared / "parquet"), split="train[:50%]")
     with pytest.raises(ValueError, match=r"has 6 examples.*gives 12"):
         open_source(wrong)
@@ -134,8 +134,8 @@ def test_a_class_is_the_caption_where_there_is_none(prepared):
     assert open_source(options(prepared, label="")).tasks == {}
 
 
-def test_names_of_classes_in_place_of_the_datasets_own(prepared, tmp_path):
-    """As of ImageNet, which TFDS names by the numbers of WordNet."""
+def test_class_names_replace_those_of_the_dataset(prepared, tmp_path):
+    """As for ImageNet, whose classes TFDS names by WordNet numbers."""
     path = tmp_path / "names.txt"
     path.write_text("\n".join(name.upper() for name in CLASSES))
     own = open_source(options(prepared)).tasks["label"]
@@ -154,13 +154,13 @@ def test_names_of_classes_in_place_of_the_datasets_own(prepared, tmp_path):
         ({"name": "no_such_set"}, r"no_such_set is not prepared in .*tfds build"),
         ({"split": "tran"}, r"tran.*train"),
         ({"image": "img"}, r"no 'img' \(it has: .*image"),
-        ({"image": "text"}, "'text' is no image"),
+        ({"image": "text"}, "'text' is not an image"),
         ({"caption": "captoin"}, r"no 'captoin' \(it has: .*captions"),
         ({"caption": "captions.txt"}, r"no 'txt' \(it has: id, text\)"),
         ({"caption": "text.text"}, r"no 'text'"),
         ({"label": "class"}, r"no 'class' \(it has: "),
         ({"caption": "", "label": ""}, "neither a caption nor a label"),
-        ({"caption": "captions.id"}, "a caption is text, not"),
+        ({"caption": "captions.id"}, "a caption must be text, not"),
     ],
 )
 def test_what_is_wrong_is_named(prepared, change, words):
