@@ -1,8 +1,8 @@
 """The one batch type: images packed into rows of fixed length.
 
-NaFlex is packing with one image a row, so both share this contract. Letters: `b` rows,
-`n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length; `g` groups of
-`b / g` rows each, with `c` places for captions.
+NaFlex is packing with one image per row, so both share this contract. Letters: `b`
+rows, `n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length; `g`
+groups of `b / g` rows each, with `c` places for captions.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class PackedImages(NamedTuple):
     """Images packed into rows; numpy on the host, jax arrays on a device.
 
     Attributes:
-      patches: `[b, n, p*p*3]` uint8 pixels in (row, column, channel) order, 0 where
-        padded; or float, already normalised to [-1, 1].
+      patches: `[b, n, p*p*3]` uint8 pixels in (row, column, channel) order, with 0 for
+        padding; or float, already normalised to [-1, 1].
       segment_ids: `[b, n]` int32; 0 is padding, k the image in slot k-1 of its row.
       coords: `[b, n, 2]` int32 (row, column) of the patch in its image's grid.
       grids: `[b, s, 2]` int32 (rows, columns) of each slot's image; (0, 0) is empty.
@@ -29,12 +29,12 @@ class PackedImages(NamedTuple):
     grids: Any
 
     def check(self) -> None:
-        """Checks that the four arrays agree, every image with all its tokens.
+        """Checks that the four arrays agree and that every image has all its tokens.
 
         For host arrays, never under jit.
 
         Raises:
-          ValueError: names the field, what it holds and what it should.
+          ValueError: names the field, its value and what is expected.
         """
         patches, segments, coords, grids = (np.asarray(x) for x in self)
         if patches.ndim != 3:
@@ -49,11 +49,11 @@ class PackedImages(NamedTuple):
         if grids.ndim != 3 or grids.shape[0] != b or grids.shape[2] != 2:
             raise ValueError(f"grids must be [{b}, s, 2], not {grids.shape}")
         if (grids < 0).any():
-            raise ValueError(f"grids must not be negative, as {grids.min()} is")
+            raise ValueError(f"grids must not be negative, but one has {grids.min()}")
         counts = tokens_per_slot(segments, grids.shape[1])
         if counts.sum() != (segments != 0).sum():
             raise ValueError(
-                f"segment_ids reach from {segments.min()} to {segments.max()}, and "
+                f"segment_ids range from {segments.min()} to {segments.max()}, but "
                 f"grids has {grids.shape[1]} slots"
             )
         wrong = np.argwhere(counts != grids.prod(-1))
@@ -76,19 +76,19 @@ class PackedImages(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A training batch: packed images and, for every slot, what goes with the image.
+    """A training batch: packed images, their captions, and data for every slot.
 
-    The captions stand in lists, one for each group of rows, as most slots are empty and
-    the text tower need not run on those: caption k of a group is that of the k-th slot
-    that has an id, row by row. With `g = b` and `c = s` slot k of a row has caption k.
+    Captions come in one list per group of rows, so that the text tower does not run on
+    empty slots, which most slots are. Caption k of a group belongs to its k-th slot
+    with an id, row by row. With `g = b` and `c = s`, slot k of a row has caption k.
 
     Attributes:
       images: the packed images.
       text: `[g, c, t]` int32 token ids of captions.
       label: `[b, s]` int32 class, -1 = none.
       id: `[b, s]` int64 index of the record in its source; -1 = empty slot. A slot with
-        an id and an empty grid held an image that could not be read. On a device int32,
-        0 in place of every index (`on_device`).
+        an id and an empty grid is for an image that could not be read. On a device,
+        int32 with 0 in place of every index (`on_device`).
       size: `[b, s, 2]` int32 (height, width) of the image before any resize.
     """
 
@@ -99,7 +99,7 @@ class Batch(NamedTuple):
     size: Any
 
     def on_device(self) -> Batch:
-        """The batch as devices take it: of the ids they need only the sign.
+        """The batch for devices, which need only the sign of the ids.
 
         JAX would cut an int64 to its lower 32 bits, and a cut id may be negative.
         """

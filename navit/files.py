@@ -1,4 +1,4 @@
-"""Writing files so that a reader never finds half of one."""
+"""Writes files so that a reader never sees a partial one."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a whole file, or leaves what was there; makes the folder if need be."""
+    """Writes a whole file or leaves the old one; makes its folder if necessary."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Where to write what is to be `path`, a file or with `folder` a directory.
+    """Gives a temporary path to write a file to, or with `folder` a directory.
 
-    It is moved there when all is written. If that fails or is interrupted, it is
-    removed, and what was at `path` stays; a directory there is filled.
+    On success it is moved to `path`; into a directory that is there, its files are
+    moved. On an error or an interruption it is removed, and `path` stays as it was.
 
     Raises:
-      IsADirectoryError: if a directory stands where a file is to be.
+      IsADirectoryError: if `path` is a directory and should be a file.
     """
     if path.is_dir() and not folder:
         raise IsADirectoryError(
-            f"{path} is a directory, and a file is to be written there: name a file in "
-            "it, or another"
+            f"{path} is a directory, and a file is written there: name a file in it, "
+            "or another path"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     is_folder = path.is_dir()  # perhaps a mount or a link, which nothing can replace

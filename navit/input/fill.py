@@ -1,4 +1,4 @@
-"""Planned rows and images -> `PackedImages`: decode, resize, cut, in place."""
+"""Planned rows and images -> `PackedImages`: decode, resize, cut into place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
 from navit.sources.images import ArrayLike, ImageLike, sizes_of
 
-# What a random key is for, so that no two draws share one; `plan.py` has others.
+# Each kind of draw has its own number in the random key; `navit.plan` has others.
 _WHICH_TOKENS = 3
 
 
@@ -34,8 +34,8 @@ def fill_rows(
     Args:
       rows: the plan.
       load: record index -> image.
-      seed: which tokens stay of an image that keeps some alone is drawn from it, the
-        epoch and the record.
+      seed: if an image keeps only some tokens, they are drawn from the seed, the epoch
+        and the record.
       image_size: resize to this many pixels a side, and cut to the grid from the top
         left; None resizes to the grid.
       on_error: called with (record index, error) for an image that cannot be decoded;
@@ -137,17 +137,17 @@ def pack(
     """Packs images of any sizes into rows, each within its token budget.
 
     Without `rows`, makes as many rows as all the images need. With `rows` and `slots`
-    the shapes are fixed: images are taken in order, and one that no row has room for is
+    the shapes are fixed: images are taken in order, and an image that fits in no row is
     left out. Pass those again, before new ones, with the next call.
 
     Args:
-      images: as of `Embedder.embed_images`.
+      images: as in `Embedder.embed_images`.
       patch_size: side of a patch in pixels.
-      max_tokens: tokens that one image may take at most.
+      max_tokens: the most tokens that one image may take.
       row_tokens: length of a row.
-      slots: images that one row may hold; None takes as many as the fullest row has.
+      slots: the most images in a row; None takes as many as the fullest row has.
       rows: how many rows to make, empty ones included; needs `slots`.
-      max_upscale: enlarge an image by this factor at most; None as the budget allows.
+      max_upscale: enlarge an image by at most this factor; None: as the budget allows.
       dct: as in `navit.input.pixels.load`.
       return_index: also return the index.
 
@@ -212,7 +212,10 @@ def _check_memory(rows: int, row_tokens: int, patch_size: int) -> None:
 
 
 def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
-    """Packs images in order into so many rows, by best fit; leaves out the rest."""
+    """Packs images with grids `[m, 2]` in order into `rows` rows, by best fit.
+
+    Leaves out the images that do not fit.
+    """
     room = np.full(rows, row_tokens)
     held: list[list[int]] = [[] for _ in range(rows)]
     for image, tokens in enumerate(grids.prod(-1).tolist()):
@@ -234,8 +237,8 @@ def unpack(
     Args:
       tokens: `[b, n, d]` of numpy or jax, such as `model.vision(packed).tokens`.
       packed: what the tokens were made from.
-      index: as `pack` returns it, for the arrays in the images' order, without those
-        left out; None takes them row by row and slot by slot.
+      index: `[b, s]`, from `pack`: the arrays come in the images' order, without those
+        left out. None: they come row by row and slot by slot.
 
     Raises:
       ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
@@ -257,9 +260,9 @@ def unpack(
         place = coords[row, mine] @ (columns, 1)
         if not np.array_equal(np.sort(place), np.arange(rows * columns)):
             raise ValueError(
-                f"the image in row {row} slot {slot} has {len(place)} tokens and not "
-                f"each one of its {rows}x{columns} grid: unpack images of which no "
-                "token was dropped"
+                f"the image in row {row} slot {slot} has {len(place)} tokens, not each "
+                f"one of its {rows}x{columns} grid once: unpack only images without "
+                "dropped tokens"
             )
         image = tokens[row, mine][place.argsort()]
         images.append(image.reshape(rows, columns, -1))
@@ -272,7 +275,7 @@ def slot_array(
     """Values per planned image `[m, ...]` -> per slot `[b, s, ...]`.
 
     Args:
-      group: so many rows share their slots.
+      group: the number of rows that share their slots.
     """
     counts = np.diff(rows.offsets[::group])
     out = np.full((len(counts), slots, *values.shape[1:]), empty, values.dtype)

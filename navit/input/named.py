@@ -1,4 +1,4 @@
-"""The images that `navit embed` is given: files, folders, tables, tars, a list."""
+"""The images that `navit embed` takes: files, folders, tables, tars, a list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from navit.sources import storage, table, tar
 
 
 class Named(NamedTuple):
-    """An image that is read when it is needed."""
+    """An image that is opened on demand."""
 
     name: str
     open: Callable[[], BinaryIO]
@@ -28,50 +28,50 @@ def images_of(
       arguments: image files; folders, for all images in and below them, sorted;
         tables, for the files that they name; tars and patterns of tars; "-", for
         arguments from `lines`. Files and folders may be URLs.
-      must_exist: whether a file that is not there is an error now or when it is opened.
+      must_exist: whether a missing file is an error here or only when it is opened.
 
     Raises:
-      FileNotFoundError, ValueError: for what is not there or holds no image.
+      FileNotFoundError, ValueError: for an argument that is missing or has no image.
     """
-    found: list[Named] = []
+    images: list[Named] = []
     for argument in arguments:
         remote, suffix = storage.is_remote(argument), _suffix(argument)
         if argument == "-":
             listed = [name for line in lines if (name := line.rstrip("\r\n"))]
-            found += images_of(listed, must_exist=must_exist)
+            images += images_of(listed, must_exist=must_exist)
         elif os.path.isdir(argument):
-            found += _in_folder(argument)
+            images += _in_folder(argument)
         elif suffix == "tar":
             reader = tar.TarReader(config.TarShards(argument, label=""))
             for i in range(len(reader)):
                 opened = functools.partial(reader.open_image, i)
-                found.append(Named(reader.name(i), opened))
+                images.append(Named(reader.name(i), opened))
         elif argument.endswith(table.SUFFIXES):
             root = argument.rpartition("/")[0] or ("/" if argument[0] == "/" else ".")
             with _open(argument) as file:
                 names = table.read_files(file, argument, root)
-            found += [_file(_joined(root, name)) for name in names]
+            images += [_file(_joined(root, name)) for name in names]
         elif remote and suffix not in tar.IMAGES:
-            found += _in_folder(argument)
+            images += _in_folder(argument)
         elif must_exist and not remote and not os.path.exists(argument):
             raise FileNotFoundError(f"there is no file {argument}")
         else:
-            found.append(_file(argument))
-    return found
+            images.append(_file(argument))
+    return images
 
 
 def _in_folder(folder: str) -> list[Named]:
     listing = storage.open_storage(folder).listing(folder)
-    found = [
+    local = [
         os.path.relpath(os.path.join(where, name), folder)
         for where, _, names in (os.walk(folder) if listing is None else ())
         for name in names
     ]
-    images = sorted(x for x in listing or found if _suffix(x) in tar.IMAGES)
+    images = sorted(x for x in listing or local if _suffix(x) in tar.IMAGES)
     if not images:
         raise ValueError(
-            f"{folder} holds no image file ({', '.join(tar.IMAGES)}); name tars one by "
-            "one, as FOLDER/*.tar"
+            f"{folder} has no image file ({', '.join(tar.IMAGES)}); name tars "
+            "themselves, as FOLDER/*.tar"
         )
     return [_file(_joined(folder, name)) for name in images]
 

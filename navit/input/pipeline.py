@@ -35,18 +35,18 @@ from navit.sources.stream import Carried, StreamSource
 
 log = logging.getLogger("navit")
 
-# What a random key is for, so that no two draws share one; `fill.py` has 3.
+# Each kind of draw has its own number in the random key; `fill.py` has 3.
 _WHICH_CAPTION = 4
 
-# Batches that grain makes ahead: in this process, or in each worker.
+# Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
 
-# Where storage gives none of so many images, the trouble is not with the images.
+# If none of at least this many images can be read, the storage is at fault.
 _NO_ACCIDENT = 8
 
 
 def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
-    """Opens `data.eval`; the training images where it is not set.
+    """Opens `data.eval`, or the training images if it is not set.
 
     Warns if training reads the same images.
 
@@ -71,7 +71,7 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
 
 
 def parts_of(source: Source) -> tuple[Part, ...]:
-    """The sources of a mixture as the plan draws from them; none for other sources."""
+    """The parts of a mixture for the plan; none for other sources."""
     if not isinstance(source, MixtureSource):
         return ()
     offsets = np.cumsum([0, *source.counts[:-1]]).tolist()
@@ -79,7 +79,7 @@ def parts_of(source: Source) -> tuple[Part, ...]:
 
 
 def fingerprint(source: Source | StreamSource) -> str:
-    """Another one where the data, or how it is planned, is another."""
+    """Changes with the data, or with the way it is planned."""
     return f"{source.fingerprint()}, plan {VERSION}"
 
 
@@ -87,7 +87,7 @@ class Materialize(grain.transforms.Map):
     """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each.
 
     Args:
-      named: the unreadable images that a warning has named, to name each once.
+      named: the unreadable images that a warning has named; each is named only once.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Materialize(grain.transforms.Map):
         lost: list[int] = []
 
         def load(index: int) -> ImageLike:
-            # Both are one record; without either the slot stays empty.
+            # A record needs both; without either, its slot stays empty.
             try:
                 captions[index] = self._caption(index, rows.epoch)
                 return source.image(index)
@@ -133,7 +133,7 @@ class Materialize(grain.transforms.Map):
             raise OSError(
                 f"not one of the {len(rows.index)} images of a batch could be read "
                 f"(first {source.name(lost[0])}): is the storage still "
-                "there? The run goes on from its last checkpoint"
+                "there? The run can resume from its last checkpoint"
             )
         token_ids = np.zeros((len(rows.index), 1), np.int32)
         if self._text:
@@ -146,7 +146,10 @@ class Materialize(grain.transforms.Map):
         batch = Batch(
             images=images,
             text=slot_array(
-                *(rows, self._captions, token_ids, tokens.PAD),
+                rows,
+                self._captions,
+                token_ids,
+                tokens.PAD,
                 group=self._data.caption_rows or 1,
             ),
             label=slot_array(rows, slots, labels, -1),
@@ -170,10 +173,7 @@ class Materialize(grain.transforms.Map):
 
 
 class MaterializeStream(grain.transforms.Map):
-    """Planned rows and the records that they came with -> a `Batch`.
-
-    Its ids count the records read.
-    """
+    """Planned rows and their records -> a `Batch`, whose ids count the records read."""
 
     def __init__(self, materialize: Callable[[Source], Materialize]) -> None:
         self._materialize = materialize
@@ -218,7 +218,7 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch] | Generator[Batch, None, None]:
     """This host's training batches, from `start_step` to `cfg.train.steps`.
 
-    Batch i is a function of the config and i alone, so a run continues exactly with any
+    Batch i is a function of only the config and i, so a run resumes exactly with any
     number of workers.
 
     Raises:
@@ -235,7 +235,7 @@ def train_batches(
     threads, ahead = (1, 1) if data.workers else (2, _AHEAD)
     plans: BatchPlans | StreamPlans
     if isinstance(source, StreamSource):
-        # grain asks for one more before it waits for the first.
+        # grain requests one more before it waits for the first.
         plans = StreamPlans(source, data, in_flight=ahead + 1, **options)
     else:
         plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)
@@ -277,10 +277,10 @@ def train_batches(
 def _from_workers(
     batches: grain.DatasetIterator[Batch],
 ) -> Generator[Batch, None, None]:
-    """Batches of worker processes, which start with the first."""
+    """Batches from worker processes, which start at the first batch."""
     try:
-        # They inherit the mask: a Ctrl-C before `_start_worker` would end them. The
-        # tracker would lift it when it starts.
+        # Workers inherit the mask: a Ctrl-C before `_start_worker` would end them. The
+        # tracker would lift the mask if it started later.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -297,15 +297,15 @@ def _from_workers(
 def _owned(batch: Batch) -> Batch:
     """A copy of a worker's batch, whose shared memory is released here.
 
-    grain releases it when the last reference is gone, and what is still referenced
-    when the process ends is reported as leaked.
+    grain releases it with the last reference, and memory still referenced when the
+    process ends is reported as leaked.
     """
     return Batch(PackedImages(*map(_copied, batch.images)), *map(_copied, batch[1:]))
 
 
 def _copied(array: np.ndarray) -> np.ndarray:
     if isinstance(array, grain.multiprocessing.SharedMemoryArray):
-        array._unlink_on_del = False  # not a second time
+        array._unlink_on_del = False  # it is unlinked here
         array.shm.unlink()
     return np.array(array)
 
@@ -313,15 +313,15 @@ def _copied(array: np.ndarray) -> np.ndarray:
 def _check_positions(
     vision: config.VisionConfig, sizes: np.ndarray, data: config.DataConfig
 ) -> None:
-    """Raises ValueError if an image may get a grid beyond the position table."""
+    """Raises ValueError if one of `sizes` `[m, 2]` may outgrow the position table."""
     most = data.most_tokens(vision.patch_size)
     if data.crop is not None and vision.position.kind == "learned_1d":
         vision.position.check(np.array([[1, most]]))
     vision.position.check(grids_of(sizes, most, data, vision.patch_size))
     if data.crop is None:
         return
-    # A crop is at most so much wider or higher than its image, and a little more as its
-    # sides are whole pixels.
+    # A crop is wider or higher than its image by at most this aspect, and slightly more
+    # as its sides are whole pixels.
     low, high = data.crop.aspect
     area = data.crop.area[0] * min(1.0, low, 1 / high)
     least = np.maximum(1, sizes.min(-1, keepdims=True) * area**0.5)
@@ -333,8 +333,11 @@ def _check_positions(
 
 
 def _start_worker(worker: int, count: int) -> None:
-    """Ctrl-C reaches all processes; a worker that died of it would stop the save. One
-    whose parent was killed would live on and hold its pipes."""
+    """Makes a worker ignore Ctrl-C, and end with its parent.
+
+    Ctrl-C reaches all processes; a worker that died of it would stop the save. A worker
+    whose parent was killed would live on and keep its pipes open.
+    """
     del worker, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Encoded image -> upright RGB -> resized to its grid -> patches, in place in a row."""
+"""Encoded image -> upright RGB -> resized to its grid -> patches in a packed row."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from navit.sources.images import (
     standard,
 )
 
-# JPEG decoding can halve the image up to three times at no cost. Each halving must
-# leave this many source pixels per target pixel, so that the antialiased resize still
-# does the filtering: at 256 tokens within about 9 grey levels of the full decode.
+# JPEG decoding can halve the image up to three times for free. Each halving must leave
+# this many source pixels per target pixel, so that the antialiased resize still does
+# the filtering: at 256 tokens, within about 9 grey levels of the full decode.
 _DCT_MARGIN = 2.0
 
 
@@ -33,20 +33,20 @@ def load(
 ) -> np.ndarray:
     """Decodes and resizes to `[height, width, 3]` uint8 RGB, upright.
 
-    The resize is bilinear with antialiasing, as big_vision, transformers and Pillow do
-    it. Transparency is laid over white.
+    The resize is bilinear with antialiasing, as in big_vision, transformers and Pillow.
+    Transparent images are blended over white.
 
     Args:
       dct: the JPEG inverse transform: "fast" is bit-exact with TensorFlow's default,
         hence big_vision's; "accurate" with Pillow's, hence transformers'.
       box: (top, left, height, width) of the part to take, in upright pixels; None takes
-        all. At its edges the resize sees the pixels beyond, where there are any.
+        all. At its edges, the resize also uses the image's pixels beyond the box.
 
     Raises:
       ValueError: if the image cannot be decoded.
     """
     if dct not in ("fast", "accurate"):
-        raise ValueError(f'dct is "fast" or "accurate", not {dct!r}')
+        raise ValueError(f'dct must be "fast" or "accurate", not {dct!r}')
     try:
         image = standard(image)
         if isinstance(image, np.ndarray):
@@ -63,12 +63,12 @@ def load(
 def to_patches(pixels: np.ndarray, patch_size: int, out: np.ndarray) -> None:
     """Cuts `[rows*p, columns*p, 3]` uint8 pixels into `out` `[rows*columns, p*p*3]`.
 
-    `out` must be contiguous; it is a stretch of a packed row, so this is the only copy.
+    `out` must be contiguous. As it is part of a packed row, this is the only copy.
     """
     p = patch_size
     rows, columns = pixels.shape[0] // p, pixels.shape[1] // p
-    # One item is a line of a patch, p*3 bytes: moving those whole is 3 times as fast
-    # as moving bytes.
+    # One item is a line of a patch, p*3 bytes: moving whole lines is 3 times as fast as
+    # moving bytes.
     line = np.dtype(f"V{p * 3}")
     lines = np.ascontiguousarray(pixels).reshape(rows, p, columns * p * 3).view(line)
     out.view(line).reshape(rows, columns, p)[...] = lines.transpose(0, 2, 1)
@@ -86,7 +86,7 @@ def _load_jpeg(
     if opened.mode not in ("RGB", "L"):  # CMYK: Pillow knows Adobe's inversion
         return np.asarray(_resize(_to_rgb(_upright(opened)), height, width, box))
     full_width, full_height = opened.size
-    if box is not None and turned != 1:  # its pixels lie otherwise in the file
+    if box is not None and turned != 1:  # the file stores the box's pixels elsewhere
         pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast")
         upright = Image.fromarray(pixels).transpose(UPRIGHT[turned])
         return np.asarray(_resize(upright, height, width, box))
@@ -108,7 +108,7 @@ def _load_jpeg(
             min_factor=scale,
         )
     pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast", **scaled)
-    # A side that is no multiple of the scale ends within the last pixel.
+    # A side that is not a multiple of the scale ends within the last pixel.
     part = (top / scale, left / scale, box_height / scale, box_width / scale)
     resized = _resize(Image.fromarray(pixels), height, width, part)
     if turned in UPRIGHT:
@@ -123,7 +123,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a channel; Pillow's own convert clips
-        wide = np.asarray(image).clip(0, 65535)  # never wider than it is: memory
+        wide = np.asarray(image).clip(0, 65535)  # keeps its type, for memory
         return Image.fromarray((wide // 257).astype(np.uint8)).convert("RGB")
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -143,7 +143,7 @@ def _resize(
     if box is None:
         return image.resize((width, height), Image.Resampling.BILINEAR)
     top, left, box_height, box_width = box
-    # The file may be another than the one that the box was drawn for.
+    # The file may have changed since the box was drawn.
     right, bottom = left + box_width, top + box_height
     if right > image.width or bottom > image.height:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Records that come in order alone -> rows, on grain's best-fit packer over lengths.
+"""Records that can only be read in order -> rows, with grain's best-fit packer.
 
-What is planned needs sizes only, so every worker and every host reads all records but
-decodes the images of its own rows alone: their number changes nothing, and a run goes
-on by reading again, without decoding, what was before.
+The packer needs only lengths. So every worker and every host reads all records, but
+decodes only the images of its own rows. The number of workers and hosts changes
+nothing, and a run resumes by reading the earlier records again, without decoding.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from navit.plan import groups, sampling
 from navit.plan.epoch import Rows, draw
 from navit.sources.stream import Record, StreamSource
 
-# What a random key is for, so that no two draws share one.
+# Each kind of draw has its own number in the random key.
 _ORDER, _DRAWS, _GROUPS = 5, 6, 7
 
-# grain closes all rows when an image fits in none: four times as many rows as the
-# plan holds open pad about alike.
+# grain closes all rows when an image fits in none: with four times as many open rows it
+# pads about as little as the plan.
 _ROWS = 4
 
 
 class Planned(NamedTuple):
-    """A host's rows of a step; their `index` counts the global batch's records.
+    """A host's rows of a step, and the records of the global batch, which they index.
 
     Attributes:
-      numbers: how many records were read before each.
+      numbers: `[len(records)]` records that were read before each.
     """
 
     rows: Rows
@@ -41,13 +41,14 @@ class Planned(NamedTuple):
 
 
 class StreamPlans(Sequence):
-    """Step -> this host's rows of that step's global batch, steps asked for in order.
+    """Step -> this host's rows of that step's global batch; steps in order are fast.
 
     The stream is read epoch after epoch.
 
     Args:
-      in_flight: steps that threads may ask for before the first of them is answered.
-        For one that comes later still, the stream is read again from its start.
+      in_flight: how many steps threads may ask for before the first of them is
+        answered. If a request comes later still, the stream is read again from its
+        start.
     """
 
     def __init__(
@@ -85,15 +86,15 @@ class StreamPlans(Sequence):
                 self._kept.pop(self._next - self._in_flight, None)
                 self._next += 1
             packed = self._kept.pop(step)
-        found = self._grouped([row["item"] for row in packed], step)
-        items = [item for row in found for item in row]
-        rows = _rows([[rows for *_, rows in row] for row in found], step)
+        grouped = self._grouped([row["item"] for row in packed], step)
+        items = [item for row in grouped for item in row]
+        rows = _rows([[rows for *_, rows in row] for row in grouped], step)
         numbers = np.array([number for number, *_ in items])
-        taken = tuple(record for _, record, _ in items)
-        return Planned(rows.slice(*self._mine), taken, numbers)
+        records = tuple(record for _, record, _ in items)
+        return Planned(rows.slice(*self._mine), records, numbers)
 
     def _grouped(self, rows: list[list[Any]], step: int) -> list[list[Any]]:
-        """A batch's rows in groups; what a group has beyond its places is left out."""
+        """A batch's rows in groups; images beyond a group's places are left out."""
         group = self._data.caption_rows
         if group is None:
             return rows
@@ -108,8 +109,8 @@ class StreamPlans(Sequence):
         )
 
     def __getstate__(self) -> dict:
-        left = ("_lock", "_packed", "_kept", "_next")
-        return {k: v for k, v in self.__dict__.items() if k not in left}
+        unpicklable = ("_lock", "_packed", "_kept", "_next")
+        return {k: v for k, v in self.__dict__.items() if k not in unpicklable}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -140,7 +141,7 @@ class StreamPlans(Sequence):
         )
 
     def _drawn(self) -> Iterator[dict[str, Any]]:
-        """Every record with what is drawn for it, epoch after epoch."""
+        """Every record with its draws, epoch after epoch."""
         data, count = self._data, itertools.count()
         weights = np.array(data.budget_weights or [1.0] * len(data.budgets))
         for epoch in itertools.count():
@@ -172,7 +173,7 @@ class StreamPlans(Sequence):
 
 
 class _Ordered(grain.IterDataset):
-    """What a generator gives, always from its start."""
+    """Iterates over a generator, always from its start."""
 
     def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
         super().__init__()
@@ -191,7 +192,7 @@ class _OrderedIterator(grain.DatasetIterator):
         return next(self._values)
 
     def get_state(self) -> dict[str, Any]:
-        return {}  # the packer asks for one; a run goes on by reading again
+        return {}  # the packer asks for one; a run resumes by reading again
 
     def set_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -214,5 +215,5 @@ def _rows(images: list[list[Rows]], step: int) -> Rows:
         joined("kept"),
         joined("boxes"),
         joined("flips"),
-        epoch=step,  # what is drawn later is drawn for each step anew
+        epoch=step,  # so that later draws differ from step to step
     )

@@ -57,7 +57,7 @@ STEPS = 8
 
 
 def config(steps: int = STEPS, **overrides) -> Config:
-    """Batches of 2 rows from 40 images, a few steps an epoch."""
+    """Batches of 2 rows from 40 images, a few steps per epoch."""
     defaults = dict(
         train=Synthetic(size=40, seed=2),
         budgets=(9, 16),
@@ -175,7 +175,7 @@ def test_pack_into_fixed_rows_leaves_out_only_what_has_no_room(rng, count):
         assert not ((room >= tokens) & (before.sum(-1) < 4)).any()
 
 
-def test_unpack_is_the_way_back_from_pack(rng):
+def test_unpack_is_the_inverse_of_pack(rng):
     """In the images' order, with tokens in any order, padding between, empty slots."""
     sizes = [(8, 24), (40, 16), (8, 8), (24, 24), (16, 32), (60, 8), (9, 9)]
     images = noise(rng, sizes)
@@ -272,7 +272,7 @@ def test_pack_refuses_by_the_rows_that_it_made(monkeypatch):
 SAMPLE = str(Path(__file__).parents[2] / "data" / "sample")
 
 
-def test_evaluation_without_a_source_of_its_own_says_that_it_sees_training(caplog):
+def test_evaluation_on_the_training_images_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="navit"):
         source = open_eval_source(DataConfig(train=Synthetic(size=5), eval=None))
     assert len(source) == 5
@@ -289,7 +289,7 @@ def test_the_eval_part_of_a_split_needs_no_second_path():
     names = [{s.name(i) for i in range(len(s))} for s in (part, rest)]
     assert names[0].isdisjoint(names[1])
     assert len(names[0] | names[1]) == 17
-    # And one of its own is what is read.
+    # And a path of its own is used.
     own = DataConfig(train=train, eval=Synthetic(size=3))
     assert len(open_eval_source(own)) == 3
 
@@ -342,7 +342,7 @@ def one_run() -> list[Batch]:
     return batches(config())
 
 
-def test_batches_hold_what_the_plan_and_the_source_say(one_run):
+def test_batches_match_the_plan_and_the_source(one_run):
     cfg = config()
     source = open_source(cfg.data.train)
     assert len(one_run) == STEPS
@@ -380,7 +380,7 @@ def test_workers_give_the_same_batches_and_end_quietly(one_run, capfd):
     source = open_source(config().data.train)
     iterator = train_batches(config(workers=2), source, start_step=3)
     assert_same([next(iterator) for _ in range(3)], one_run[3:6])
-    # Left before its end, as a run is that gets a signal.
+    # Abandoned before its end, as in a run that gets a signal.
     close = getattr(iterator, "close", None)
     if close:
         close()
@@ -389,7 +389,7 @@ def test_workers_give_the_same_batches_and_end_quietly(one_run, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_workers_that_start_are_deaf_to_ctrl_c(one_run):
+def test_workers_that_start_ignore_ctrl_c(one_run):
     told, ended = set(), threading.Event()
 
     def tell():
@@ -482,7 +482,7 @@ def test_the_captions_of_a_group_of_rows_are_one_list(hosts):
 
 
 class OneBroken(SyntheticSource):
-    """The synthetic images, but for one that is no image."""
+    """The synthetic images, except one that is not an image."""
 
     broken = 7
 
@@ -501,7 +501,7 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
         for row, slot in np.argwhere(whole.id == OneBroken.broken):
             met += 1
             mine = whole.images.segment_ids[row] == slot + 1
-            # What the whole batch loses is exactly this image.
+            # The batch loses exactly this image.
             images = PackedImages(*map(np.copy, whole.images))
             for array in images[:3]:
                 array[row, mine] = 0
@@ -516,7 +516,7 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
 
 
 class OneSilent(SyntheticSource):
-    """The synthetic images, but the record of one can no longer be read."""
+    """The synthetic images, except one whose record can no longer be read."""
 
     def captions(self, index: int):
         if index == OneBroken.broken:
@@ -540,7 +540,7 @@ class FarSizes:
 
 
 class Far(SyntheticSource):
-    """A source of more images than 31 bits count."""
+    """A source of more images than 31 bits can count."""
 
     def __init__(self) -> None:
         self.sizes, self.tasks = FarSizes(), {}
@@ -631,7 +631,7 @@ def test_a_benchmark_of_no_batches_is_refused():
 
 
 class Plain(SyntheticSource):
-    """The captions are all that matters, so the images are quick."""
+    """Only the captions matter, so the images are quick."""
 
     def image(self, index: int):
         return solid(8, 8)
@@ -649,7 +649,7 @@ def drawn(cfg: Config) -> dict[tuple[int, int], tuple[int, ...]]:
     return found
 
 
-def test_the_caption_drawn_depends_on_seed_epoch_and_id_alone():
+def test_the_caption_drawn_depends_only_on_seed_epoch_and_id():
     one = drawn(config(30))
     otherwise = drawn(config(12, budgets=(9,), rows=4, slots=8, row_tokens=60))
     shared = one.keys() & otherwise.keys()
@@ -691,7 +691,7 @@ def test_planned_boxes_and_flips_reach_the_pixels(rng):
 
 
 def test_dropped_tokens_leave_the_rest_as_it_is(rng):
-    """What stays has its true coordinates, its own pixels; each epoch draws anew."""
+    """Kept tokens have their true coordinates and pixels; each epoch draws again."""
     image = rng.integers(0, 256, (12, 16, 3), np.uint8)
     whole = planned([image], [(3, 4)])
     seen = []

@@ -27,7 +27,7 @@ BILINEAR = Image.Resampling.BILINEAR
 ORIENTATION = 0x0112
 DAMAGED = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("GIF", "P")]
 DAMAGED += [("WEBP", "RGB"), ("BMP", "RGB")]
-# Only newer Pillows write it, and its reader fails with errors of its own.
+# Only newer Pillows write it, and its reader raises its own errors.
 DAMAGED += [("AVIF", "RGB")] if features.check("avif") else []
 
 
@@ -286,7 +286,7 @@ def test_the_accurate_transform_is_pillows(name):
     np.testing.assert_array_equal(
         load(data, height, width, dct="accurate"), np.asarray(pillow)
     )
-    # At 256 tokens these three are resized by less than what is left to the decoder.
+    # At 256 tokens these three shrink too little for the decoder to scale.
     rows, columns = grid_for(height, width, max_tokens=256)
     np.testing.assert_array_equal(
         load(data, rows * 16, columns * 16, dct="accurate"),
@@ -295,7 +295,7 @@ def test_the_accurate_transform_is_pillows(name):
 
 
 @pytest.mark.parametrize(
-    # 1411 pixels a side are no multiple of 2, 872 by 1000 are.
+    # 1411 pixels per side is not a multiple of 2; 872 and 1000 are.
     ("name", "tokens"),
     [("retina.jpg", 256), ("galaxies.jpg", 128), ("galaxies.jpg", 64)],
 )
@@ -351,7 +351,7 @@ def test_a_truncated_file_is_refused(rng, format, mode, share):
     ids=["empty", "zeros", "text", "html", "jpeg start", "gif start"],
 )
 @pytest.mark.parametrize("read", [size_of, lambda data: load(data, 16, 16)])
-def test_what_is_no_image_is_refused_in_one_line(read, data):
+def test_data_that_is_not_an_image_is_refused_in_one_line(read, data):
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         read(data)
 
@@ -397,7 +397,7 @@ def test_a_header_of_too_many_pixels_is_refused_before_its_pixels(
     ],
 )
 @pytest.mark.parametrize("read", [size_of, lambda array: load(array, 16, 16)])
-def test_an_array_that_is_no_image_is_refused_by_shape_or_type(read, array, words):
+def test_an_array_that_is_not_an_image_is_refused_by_shape_or_type(read, array, words):
     with pytest.raises(ValueError, match=words):
         read(array)
 
@@ -449,7 +449,7 @@ def test_a_box_is_that_part_of_the_image(rng):
     found = load(image, 20, 30, box=(10, 15, 20, 30))
     np.testing.assert_array_equal(found, image[10:30, 15:45])
     half = load(image, 16, 16, box=(5, 40, 40, 48))
-    # At the edges it sees what lies beyond them.
+    # At its edges the resize sees the pixels beyond.
     alone = load(image[5:45, 40:88], 16, 16)
     np.testing.assert_array_equal(half[2:-2, 2:-2], alone[2:-2, 2:-2])
     assert (half != alone).any()

@@ -1,4 +1,4 @@
-"""navit.sources.stream, stream_plan: records that come in order alone, as batches."""
+"""navit.sources.stream, stream_plan: records in order only, as batches."""
 
 import csv
 import gzip
@@ -144,7 +144,7 @@ def test_batches_hold_the_records_each_once_an_epoch(shards, one_run):
 
 
 @pytest.mark.parametrize("start", [1, 7, STEPS])
-def test_a_run_goes_on_with_the_same_batches(shards, one_run, start):
+def test_a_run_resumes_with_the_same_batches(shards, one_run, start):
     assert_same(batches(config(shards), start_step=start), one_run[start:])
 
 
@@ -216,7 +216,7 @@ def test_every_kind_of_file_gives_the_same_batches(tmp_path):
     assert_same(batches(config("memory://stream/b.tgz", steps=4)), expected)
 
 
-def test_what_cannot_be_read_is_counted_named_and_not_fatal(tmp_path, caplog):
+def test_unreadable_records_are_counted_named_and_not_fatal(tmp_path, caplog):
     names = [row["file"] for row in ROWS[:8]]
     broken = members(ROWS[:8])
     broken[names[1]] = b"no image"

@@ -77,14 +77,14 @@ def spelled(text: str, file: str) -> list[str]:
 
 @pytest.mark.parametrize("text", ["ΟΔΟΣ", "ÖΣ", "İ", "οδος"])
 def test_letters_are_lowered_one_by_one(text, greek):
-    """As tokenizers' Lowercase, transformers' Siglip2Tokenizer: no final sigma."""
+    """As in tokenizers' Lowercase, transformers' Siglip2Tokenizer: no final sigma."""
     lowered = tokenizers.normalizers.Lowercase().normalize_str(text)
     assert spelled(text, greek) == list(lowered)
     assert ("ς" in lowered) == ("ς" in text)
 
 
 def test_a_special_token_in_a_caption_is_text(greek, pieces):
-    """Of either file: it does not end the caption."""
+    """In either kind of file, it does not end the caption."""
     assert spelled("a<eos>a", greek) == list("a<eos>a")
     (ids,) = encode(["a <eos> cat"], 32, str(pieces)).tolist()
     assert ids.index(1) > 4 and set(ids[ids.index(1) + 1 :]) == {0}
@@ -96,7 +96,7 @@ FILES += ["siglip_fixed/spiece.model"]
 
 @pytest.mark.parametrize("name", ["bytes", *(str(GOLDEN / x) for x in FILES)])
 def test_half_a_surrogate_pair_does_not_stop_a_run(name):
-    # JSON can hold one ("\ud83d", a cut emoji), and scraped captions do.
+    # JSON can contain one ("\ud83d", a cut emoji), and scraped captions do.
     np.testing.assert_array_equal(
         encode(["cat \ud83d"], 16, name), encode(["cat ?"], 16, name)
     )
@@ -130,7 +130,7 @@ def test_siglip_1_gives_the_ids_of_transformers(file):
     assert (want[:, -1] == 1).all()  # the end token closes and pads
     assert (want[[texts.index(""), texts.index("?!")]] == 1).all()
     np.testing.assert_array_equal(
-        *(encode([x], 20, name) for x in ("  It's A \t cat... ", "its a cat"))
+        encode(["  It's A \t cat... "], 20, name), encode(["its a cat"], 20, name)
     )
     assert share_cut(["cat"], length, name) == 0 < share_cut(texts, length, name)
 
@@ -163,10 +163,10 @@ def test_sentencepiece_ids_are_its_own_then_the_end(pieces):
     )
 
 
-def test_a_tokenizer_that_is_not_one_is_an_error(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer 'gemma'"):
         encode(["a"], 4, "gemma")
     for name in ("tokenizer.json", "x.model"):
         (tmp_path / name).write_text("{}")
-        with pytest.raises(ValueError, match=rf"{name} is no"):
+        with pytest.raises(ValueError, match=rf"{name} is not a"):
             encode(["a"], 4, str(tmp_path / name))

@@ -1,4 +1,4 @@
-"""Whole runs on each kind of source that lies in files."""
+"""Whole runs on each kind of source in files."""
 
 import csv
 import dataclasses
@@ -81,14 +81,14 @@ def configured(source, **data):
 
 
 @pytest.mark.parametrize("kind", ["tar", "tfds", "mixture", "stream"])
-def test_a_run_trains_evaluates_and_goes_on(sources, tmp_path, kind):
+def test_a_run_trains_evaluates_and_resumes(sources, tmp_path, kind):
     config = configured(sources[kind])
     assert loop.train(config, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 3 and np.isfinite(losses).all()
     assert (tmp_path / "budgets.json").stat().st_size > 0
-    assert loop.train(config, tmp_path)  # the same data: it is taken up, not refused
+    assert loop.train(config, tmp_path)  # the same data: it resumes
 
 
 @pytest.mark.parametrize("kind", ["tar", "tfds"])

@@ -78,7 +78,7 @@ def test_a_url_is_read_as_the_folder_is(photos):
 
 def test_a_path_without_an_image_is_named(photos, tmp_path):
     (photos / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no image"):
+    with pytest.raises(ValueError, match="empty has no image"):
         images_of([f"{photos}/empty"])
     with pytest.raises(FileNotFoundError, match=r"no file .*gone\.jpg"):
         images_of([str(photos), f"{photos}/gone.jpg"])
