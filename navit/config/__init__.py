@@ -1,4 +1,4 @@
-"""The configuration of a run; every name of it is here."""
+"""The configuration of a run; every public name is importable from here."""
 
 from typing import Any
 
@@ -33,5 +33,5 @@ from navit.config.sources import TrainSource as TrainSource
 
 
 def from_json(data: Any) -> Config:
-    """Makes the config that `to_json` wrote; raises as `overrides.from_json`."""
+    """Rebuilds the config that `to_json` wrote; raises as `overrides.from_json`."""
     return overrides.from_json(data, Config)

@@ -1,4 +1,4 @@
-"""The data's part of a configuration (`navit/config/experiment.py`)."""
+"""The data part of a configuration (`navit/config/experiment.py`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from navit.config.sources import AnySource, Stream, Synthetic, TrainSource
 class Sides:
     """NaViT's resolution sampling: every image gets the area of a drawn square.
 
-    Its side in pixels (`of="side"`), or its area, is drawn between `low` and `high`:
-    uniformly, or from a normal on [-1, 1], truncated there and stretched to them.
+    The square's side in pixels (`of="side"`) or its area is drawn between `low` and
+    `high`: uniformly, or from a normal truncated to [-1, 1] and stretched to the range.
     NaViT found sides better than areas, and N(-0.5, 1) on [64, 384] best.
     """
 
@@ -34,17 +34,17 @@ class Sides:
         normal = NormalDist(self.mean, self.std)
         if not normal.cdf(1) - normal.cdf(-1) > 0.01:
             raise ValueError(
-                f"of a normal of mean={self.mean} and std={self.std} hardly anything "
-                "lies in [-1, 1], which is stretched to low and high"
+                f"a normal with mean={self.mean} and std={self.std} has hardly any "
+                "mass in [-1, 1], the range that is stretched to low and high"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """A random crop of every image, before its grid is found.
+    """A random crop of every image, before its grid is computed.
 
-    `area`: range of its share of the image. `aspect`: range of its width over height,
-    relative to the image's own (drawn evenly on a logarithmic scale).
+    `area`: range of the crop's share of the image's area. `aspect`: range of its width
+    over height, relative to the image's own (uniform on a logarithmic scale).
     """
 
     area: tuple[float, ...] = (0.5, 1.0)
@@ -52,21 +52,21 @@ class Crop:
 
     def __post_init__(self) -> None:
         for name, top in (("area", 1.0), ("aspect", float("inf"))):
-            found = getattr(self, name)
-            if len(found) != 2 or not 0 < found[0] <= found[1] <= top:
-                raise ValueError(f"{name} is a range, as (0.5, 1.0), not {found}")
+            span = getattr(self, name)
+            if len(span) != 2 or not 0 < span[0] <= span[1] <= top:
+                raise ValueError(f"{name} must be a range, as (0.5, 1.0), not {span}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenDrop:
     """Drops tokens of every image in training (NaViT, continuous token dropping).
 
-    `kind`: drop the share `rate` of each image ("constant"); a share of Beta
-    distribution with that mean, at most `most` ("beta"); or a share that rises with the
-    image's length, from `rate - delta` to `rate + delta` ("resolution").
-    With `final_rate` the rate moves from `rate` to that along a sigmoid in the number
-    of images seen, half way at `midpoint` images, `timescale` images wide. NaViT found
-    that dropping less in the end helps, and more hurts.
+    `kind`: drop the share `rate` of each image ("constant"); a Beta-distributed share
+    with that mean and at most `most` ("beta"); or a share that rises with the image's
+    length, from `rate - delta` to `rate + delta` ("resolution").
+    With `final_rate`, the rate moves from `rate` to `final_rate` along a sigmoid in the
+    number of images seen, half way at `midpoint` images and `timescale` images wide.
+    NaViT found that dropping fewer tokens towards the end helps, and more hurts.
     """
 
     kind: Literal["constant", "beta", "resolution"] = "resolution"
@@ -89,43 +89,44 @@ class TokenDrop:
             and not 0 <= low - abs(self.delta) <= (high + abs(self.delta)) < 1
         ):
             raise ValueError(
-                f"delta={self.delta} takes rates of {low} to {high} out of [0, 1)"
+                f"delta={self.delta} takes rates from {low} to {high} out of [0, 1)"
             )
         if not math.isfinite(self.midpoint):
-            raise ValueError(f"midpoint is a number of images, not {self.midpoint}")
+            raise ValueError(
+                f"midpoint must be a number of images, not {self.midpoint}"
+            )
 
     @property
     def last_rate(self) -> float:
-        """At the end of the schedule."""
+        """The rate at the end of the schedule."""
         return self.rate if self.final_rate is None else self.final_rate
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how it is packed.
+    """The data to read, and how to pack it.
 
-    A global batch is `rows` rows of `row_tokens` tokens with `slots` images at most
-    each (None: twice as many as a row holds on average, to a power of two; a `Stream`,
-    whose sizes are not known before, needs a number).
+    A global batch is `rows` rows of `row_tokens` tokens, with at most `slots` images
+    each (None: twice the mean number of images in a row, to a power of two; a `Stream`,
+    whose sizes are unknown in advance, needs a number).
 
-    Every image takes one of `budgets` (in tokens), drawn anew each epoch by
+    Every image gets one of `budgets` (in tokens), drawn again each epoch by
     `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
-    batch, as SigLIP 2 does. `sides` draws resolutions as NaViT does, in their place.
-    `max_upscale` caps how far a small image is enlarged (None: as far as the budget
-    allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), but to
-    `min_tokens` it always is.
+    batch, as SigLIP 2 does. `sides` instead draws resolutions, as NaViT does.
+    `max_upscale` caps how much a small image is enlarged (None: as much as the budget
+    allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), except that
+    every image gets at least `min_tokens`.
 
-    The text tower takes the captions of `caption_rows` rows at a time as one list of
-    `captions` places (None: a few per cent more than such rows hold on average), so
-    that it does not run on empty slots; the plan sees to it that they hold no more.
+    The text tower takes the captions of `caption_rows` rows as one list of `captions`
+    places (None: a few per cent more than such rows hold on average), so that it does
+    not run on empty slots; the plan keeps the number of images within these places.
     Every device takes whole groups, so `rows` must be a multiple of devices times
-    `caption_rows`; 4 to 8 is enough. None: every slot has a place.
+    `caption_rows`; 4 to 8 is enough. `caption_rows=None`: every slot has a place.
 
-    `crop`, `flip` and `drop` change what is seen of an image, in training alone.
+    `crop`, `flip` and `drop` change how an image is seen, in training only.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
-    `workers` is the number of processes that decode; 0 decodes in threads of this
-    process.
+    `workers` is the number of decoding processes; 0 decodes in threads of this process.
     """
 
     train: TrainSource = Synthetic()
@@ -157,7 +158,7 @@ class DataConfig:
                 positive(self, name)
         if self.captions is not None and self.caption_rows is None:
             raise ValueError(
-                f"data.captions={self.captions} are of data.caption_rows, which is not "
+                f"data.captions={self.captions} needs data.caption_rows, which is not "
                 "set"
             )
         if self.rows % (self.caption_rows or 1):
@@ -169,7 +170,7 @@ class DataConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.elastic < 1:
-            raise ValueError(f"elastic is a share in [0, 1), not {self.elastic}")
+            raise ValueError(f"elastic must be a share in [0, 1), not {self.elastic}")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"data.budgets needs positive numbers, not {self.budgets}")
         weights = self.budget_weights
@@ -183,26 +184,26 @@ class DataConfig:
             raise ValueError('data.sides are drawn per image: budget_per="image"')
         if max(self.budgets) > self.row_tokens and self.sides is None:
             raise ValueError(
-                f"data.budgets reach {max(self.budgets)} tokens, more than a row of "
+                f"data.budgets go up to {max(self.budgets)} tokens, more than a row of "
                 f"data.row_tokens={self.row_tokens}: lower one or raise the other"
             )
         if isinstance(self.train, Stream):
             _check_stream(self)
         if self.min_tokens > min(self.budgets) and self.sides is None:
             raise ValueError(
-                f"data.min_tokens={self.min_tokens} is more than the least of "
+                f"data.min_tokens={self.min_tokens} is more than the smallest of "
                 f"data.budgets={self.budgets}"
             )
 
     def most_tokens(self, patch_size: int) -> int:
-        """No image takes more tokens than this."""
+        """The most tokens that an image may take."""
         if self.sides is None:
             return max(self.budgets)
         return max(1, int((self.sides.high / patch_size) ** 2))
 
 
 def _check_stream(data: DataConfig) -> None:
-    """Raises ValueError for what needs all sizes before the first image."""
+    """Raises ValueError for settings that need all sizes in advance."""
     for name, needed in (("elastic", 0.0), ("budget_per", "image")):
         if getattr(data, name) != needed:
             raise ValueError(
@@ -210,10 +211,10 @@ def _check_stream(data: DataConfig) -> None:
                 f"and a Stream has none: set it to {needed}"
             )
     if data.slots is None:
-        raise ValueError("the sizes of a Stream are not known before: set data.slots")
+        raise ValueError("the sizes of a Stream are unknown in advance: set data.slots")
     if data.caption_rows is not None and data.captions is None:
         raise ValueError(
-            "the sizes of a Stream are not known before: set data.captions for "
+            "the sizes of a Stream are unknown in advance: set data.captions for "
             f"data.caption_rows={data.caption_rows}"
         )
     if data.eval is None:

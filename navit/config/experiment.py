@@ -25,13 +25,12 @@ class OptimConfig:
     """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1).
 
     `weight_decay`: the share of every kernel that a step takes away at the schedule's
-    peak, and less during warm-up and cosine; `lr`, `vision_lr` and `text_lr` do not
-    multiply it, as in big_vision. (AdamW elsewhere multiplies it by `lr`: torch's 0.1
-    at lr=1e-3 is 1e-4 here.) Biases, norms, embeddings, tables and the probe do not
-    decay.
-    `start`: the run is the end of a longer schedule, of which this share is over: 0.9
-    is where SigLIP 2's NaFlex stage resumes (section 2.4.2). `vision_lr`, `text_lr`:
-    factors for the towers; 0 freezes one.
+    peak, and less during warm-up and cosine; as in big_vision, `lr`, `vision_lr` and
+    `text_lr` do not multiply it. (AdamW elsewhere multiplies it by `lr`: torch's 0.1 at
+    lr=1e-3 is 1e-4 here.) Biases, norms, embeddings, tables and the probe do not decay.
+    `start`: the run is the end of a longer schedule, after this share of it: SigLIP 2's
+    NaFlex stage resumes at 0.9 (section 2.4.2). `vision_lr`, `text_lr`: factors for the
+    towers; 0 freezes a tower.
     """
 
     lr: float = 1e-3
@@ -47,7 +46,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         positive(self, "lr", "clip_norm")
         if not 0 <= self.start < 1:
-            raise ValueError(f"start is a share in [0, 1), not {self.start}")
+            raise ValueError(f"start must be a share in [0, 1), not {self.start}")
         for name in ("warmup_steps", "weight_decay", "vision_lr", "text_lr"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -58,13 +57,13 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, which loss, and how often to log and save (in steps).
+    """Training length, loss, and how often to log and save (in steps).
 
-    `microbatches`: towers take a device's rows in so many parts, one after another,
-    and make each part's activations anew for its gradient: less memory for a third more
-    work. The loss is over the whole batch all the same.
+    `microbatches`: the towers take a device's rows in this many parts, one after
+    another, and recompute each part's activations for its gradient: less memory for a
+    third more work. The loss is still over the whole batch.
     `loss_implementation`: how the sigmoid loss sums over all pairs
-    (`navit.losses.contrastive`); every way has the same value.
+    (`navit.losses.contrastive`); all give the same value.
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
     `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
     WORKDIR/profile.
@@ -86,8 +85,8 @@ class TrainConfig:
         positive(self, "microbatches")
         if self.loss != "sigmoid" and self.loss_implementation != "auto":
             raise ValueError(
-                f"train.loss_implementation={self.loss_implementation} is a way to the "
-                f"sigmoid loss, and train.loss={self.loss}: leave it at auto"
+                f"train.loss_implementation={self.loss_implementation} is for the "
+                f"sigmoid loss, but train.loss={self.loss}: leave it at auto"
             )
         window = self.profile_window
         if window and not 1 <= window[0] < window[1] <= self.steps + 1:
@@ -98,23 +97,24 @@ class TrainConfig:
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
-        """The first step to trace and the one before which to stop."""
+        """The first step to trace, and the first step after the trace."""
         if not self.profile_steps:
             return None
         first, _, last = self.profile_steps.partition(":")
         if not (first.isdecimal() and last.isdecimal()):
             raise ValueError(
-                f'profile_steps is FIRST:LAST, as "100:103", not {self.profile_steps!r}'
+                'profile_steps must be FIRST:LAST, as "100:103", not '
+                f"{self.profile_steps!r}"
             )
         return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Token budgets to evaluate at, images at most, and the prompts of zero-shot.
+    """Token budgets to evaluate at, the most images, and zero-shot prompts.
 
-    `batch_tokens`: tokens embedded at a time; lower it where memory is short. None:
-    2048 on a CPU, as its cache holds no more (4096 is a tenth slower), else 16384.
+    `batch_tokens`: tokens embedded at a time; lower it if memory is short. None:
+    2048 on a CPU, whose cache holds no more (4096 is a tenth slower), else 16384.
     """
 
     budgets: tuple[int, ...] = (256, 729, 1024)
@@ -134,12 +134,12 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices by axis; -1 takes what is left.
+    """Devices per axis; -1 takes the rest.
 
-    `fsdp` shards the parameters and their moments too, `tensor` heads and MLPs; both
-    belong on the fast network of one slice. `slices` TPU slices (pods) lie along
-    `data`. Where all are given, the first devices of a single host are used.
-    `gradients`: the dtype in which devices sum theirs; bfloat16 halves the bytes.
+    `fsdp` also shards the parameters and their moments, `tensor` shards heads and MLPs;
+    both belong on the fast network of one slice. `slices` TPU slices (pods) lie along
+    `data`. If all sizes are given, the first devices of a single host are used.
+    `gradients`: the dtype in which devices sum gradients; bfloat16 halves the bytes.
     """
 
     data: int = -1
@@ -156,7 +156,7 @@ class MeshConfig:
 class Config:
     """One experiment.
 
-    `init`: weights to start from (whatever `navit.load` takes). `model.vision` and
+    `init`: weights to start from (anything `navit.load` takes). `model.vision` and
     `model.text` must describe their towers.
     `init_towers`: the run takes the towers of `init` in place of `model.vision` and
     `model.text`; a `model.text` of None stays None. Settings of the towers on the
@@ -180,7 +180,7 @@ class Config:
             )
         if loss == "classification" and self.data.caption_rows is not None:
             raise ValueError(
-                f"data.caption_rows={self.data.caption_rows} groups captions, and "
+                f"data.caption_rows={self.data.caption_rows} groups captions, but "
                 f"train.loss={loss} has none: leave it at none"
             )
         if loss == "classification" and isinstance(self.data.train, Stream):
@@ -200,7 +200,7 @@ class Config:
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads the `get_config()` of a python file and applies `key.path=value`s."""
+    """Runs `get_config()` of a Python file and applies `key.path=value` overrides."""
     path = Path(path)
     if not path.is_file():
         known = [*path.parent.glob("*.py"), *Path("configs").glob("*.py")]

@@ -1,4 +1,4 @@
-"""The model's part of a configuration (`navit/config/experiment.py`)."""
+"""The model part of a configuration (`navit/config/experiment.py`)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import numpy as np
 
 from navit.config.overrides import positive
 
-# Settings of `ModelConfig` that change how a model is computed, and its numbers by
-# rounding alone.
+# Settings of `ModelConfig` that change how a model is computed, but change its numbers
+# only by rounding.
 ROUNDING = (
-    *("model.dtype", "model.attention", "model.remat", "model.scan_unroll"),
+    "model.dtype",
+    "model.attention",
+    "model.remat",
+    "model.scan_unroll",
     "model.fused",
 )
 
@@ -26,7 +29,7 @@ def _divisible(config: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PositionConfig:
-    """Which position embedding, and how far it reaches.
+    """The position embedding and its size.
 
     `kind`:
       * `"siglip2"`: a learned `size` x `size` table, resized bilinearly with
@@ -35,10 +38,10 @@ class PositionConfig:
       * `"learned_2d"`: a learned `size` x `size` table read at (row, column), without
         resizing (Pix2Struct, as NaViT section 3.2 describes it).
       * `"factorized"`: one embedding of the row and one of the column (NaViT section
-        3.2), made by `coordinates`, `encoding` and `combine`.
-    `coordinates`: `"absolute"` counts patches; `"fractional"` divides by the image's
-    own side; `"fractional_aspect"` divides both by the longer side, so the aspect ratio
-    can be told (NaViT Fig. 16).
+        3.2), made with `coordinates`, `encoding` and `combine`.
+    `coordinates`: `"absolute"` counts patches; `"fractional"` divides each by the
+    image's own side; `"fractional_aspect"` divides both by the longer side, which keeps
+    the aspect ratio visible (NaViT Fig. 16).
     `encoding`: a learned table of `size` entries, fixed sinusoids, or learned Fourier
     features. `combine`: `phi_row + phi_column`, their product, or half the width each.
     """
@@ -54,7 +57,7 @@ class PositionConfig:
 
     @property
     def has_limit(self) -> bool:
-        """Whether there are grids beyond the table."""
+        """Whether a grid can be larger than the table."""
         return self.kind.startswith("learned") or (
             self.kind == "factorized"
             and self.encoding == "learned"
@@ -84,11 +87,11 @@ class VisionConfig:
     """The image tower. `embed_dim=None` means no projection after pooling.
 
     `fixed_grid`: every image is resized to the whole `position.size` x `position.size`
-    grid, its aspect lost, as checkpoints of a fixed resolution were trained. For
+    grid without its aspect, as in the training of fixed-resolution checkpoints. For
     evaluation and embedding; training keeps the aspect.
-    `image_size`: with `fixed_grid`, the pixels a side that images are resized to before
-    the rest beyond the last whole patch is cut off (so400m-patch14-384: 384, of which
-    27 x 27 patches of 14 see 378). None: as many as the patches have.
+    `image_size`: with `fixed_grid`, images are resized to this many pixels per side
+    before the rest beyond the last whole patch is cut off (so400m-patch14-384: 384, of
+    which 27 x 27 patches of 14 see 378). None: the pixels of the patches.
     """
 
     patch_size: int = 16
@@ -113,19 +116,19 @@ class VisionConfig:
         if self.image_size is not None:
             if not self.fixed_grid:
                 raise ValueError(
-                    f"image_size={self.image_size} is for fixed_grid=true: set it to "
-                    "none, or both"
+                    f"image_size={self.image_size} is for fixed_grid=true: set both, "
+                    "or image_size to none"
                 )
             if self.image_size // self.patch_size != self.position.size:
                 raise ValueError(
                     f"image_size={self.image_size} has "
                     f"{self.image_size // self.patch_size} patches of patch_size="
-                    f"{self.patch_size} a side, and position.size is "
+                    f"{self.patch_size} per side, but position.size is "
                     f"{self.position.size}"
                 )
         if self.pool == "none" and (self.embed_dim or self.num_classes):
             raise ValueError(
-                'pool="none" returns tokens only, so it takes no embed_dim and no '
+                'pool="none" returns only tokens, so it takes no embed_dim and no '
                 f"num_classes (got {self.embed_dim} and {self.num_classes})"
             )
 
@@ -135,7 +138,7 @@ class TextConfig:
     """The text tower: `length` token ids in, the last position projected out.
 
     `tokenizer`: "bytes", which needs no file, or the path of a SentencePiece `.model`
-    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. Empty: not known.
+    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. Empty: unknown.
     """
 
     tokenizer: str = "bytes"
@@ -161,9 +164,9 @@ class ModelConfig:
     """Both towers, the logit scale and bias, and how they are computed.
 
     `dtype="auto"` is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
-    slower. Parameters, softmax and losses are float32 always.
-    `fused` lets TPUs run the norms and products around attention as kernels of their
-    own, where they fit (`navit/kernels/fused.py`).
+    slower. Parameters, softmax and losses are always float32.
+    `fused` lets TPUs run the norms and products around attention as separate kernels
+    if they fit (`navit/kernels/fused.py`).
     `init_scale` is exp(t') and `init_bias` is b of the SigLIP paper's section 3.
     """
 

@@ -1,4 +1,4 @@
-"""Trees of frozen dataclasses: overrides by `key.path=value`, JSON both ways."""
+"""Trees of frozen dataclasses: `key.path=value` overrides, and to and from JSON."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-# The key of what is set whole, among the changes of its parts.
+# Among the changes of a node's fields, the key for a change of the whole node.
 _WHOLE = ""
 
 
 def positive(config: Any, *names: str) -> None:
-    """Raises ValueError for a field that is not above 0."""
+    """Raises ValueError for a field that is not positive."""
     for name in names:
-        if not getattr(config, name) > 0:  # so that nan is refused too
+        if not getattr(config, name) > 0:  # also refuses nan
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
     """Returns a copy of `config` with each `"a.b=value"` applied.
 
-    Values are python literals; a bare word is a string; `256,729` is a tuple. Where a
+    Values are Python literals; a bare word is a string; `256,729` is a tuple. If a
     field takes one of several dataclasses that have a `short` name, `a.b=NAME` or
     `a.b=NAME:VALUE` chooses one, with VALUE as its first field, and `a.b.c=value` sets
-    another field of the one chosen.
+    another field of the chosen one.
 
     Raises:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
@@ -55,7 +55,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
 
 
 def to_json(config: Any) -> Any:
-    """The config as JSON data; a dataclass says which it is where there is a choice."""
+    """The config as JSON data; each dataclass has its name as "type"."""
     if dataclasses.is_dataclass(config):
         fields = {
             f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)
@@ -65,11 +65,11 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(data: Any, hint: Any, path: str = "") -> Any:
-    """The way back from `to_json`.
+    """The inverse of `to_json`.
 
     Raises:
-      ValueError: names a key that this version of navit does not know, or a value of
-        another type than its field's.
+      ValueError: for a key that this version of navit does not know, or a value of the
+        wrong type; names it.
     """
     options = [hint, *typing.get_args(hint)]
     if isinstance(data, dict):
@@ -80,7 +80,7 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
         )
         if cls is None:
             raise ValueError(
-                f"{path or 'config'}: a config of type {named!r} is not known here"
+                f"{path or 'config'}: a config of type {named!r} is unknown here"
             )
         hints = typing.get_type_hints(cls)
         values = {}
@@ -112,16 +112,16 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """`key: a -> b` for every leaf in which two configs differ."""
     if dataclasses.is_dataclass(a) and type(a) is type(b):
-        found = []
+        lines = []
         for f in dataclasses.fields(a):
             x, y = getattr(a, f.name), getattr(b, f.name)
-            found += differences(x, y, f"{path}.{f.name}".lstrip("."))
-        return found
+            lines += differences(x, y, f"{path}.{f.name}".lstrip("."))
+        return lines
     return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
 
 
 def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
-    """All changes of a node at once, so that their order never matters."""
+    """Applies all changes of a node at once, so that their order never matters."""
     if not dataclasses.is_dataclass(node) or isinstance(node, type):
         raise ValueError(f"{path}: {node!r} has no field {next(iter(changes))!r}")
     hints = typing.get_type_hints(type(node))
@@ -140,7 +140,7 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
         if (chosen := _choose(change, hints[key], full)) is not None:
             child, change = chosen
         if isinstance(change, dict):
-            if child is None:  # an option not taken so far: its defaults, changed
+            if child is None:  # an unset option: change its defaults
                 options = typing.get_args(hints[key])
                 made: Any = [o for o in options if dataclasses.is_dataclass(o)]
                 child = made[0]() if len(made) == 1 else None
@@ -154,7 +154,7 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
 
 
 def _choose(change: Any, hint: Any, path: str) -> tuple[Any, dict] | None:
-    """The dataclass that `NAME:VALUE` chooses, with its changes; None if none is."""
+    """The dataclass that `NAME:VALUE` chooses, with its changes; None if no choice."""
     parts = dict(change) if isinstance(change, dict) else {_WHOLE: change}
     if (whole := parts.pop(_WHOLE, None)) is None:
         return None
@@ -185,8 +185,8 @@ def _parse(text: str, hint: Any, path: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    # A word that reads as something else may still be what the field takes: "none" of
-    # a Literal, a folder named 2024, the prompt {}; or several words of a Literal.
+    # A word that parses as something else may still be the field's value: "none" of a
+    # Literal, a folder named 2024, the prompt {}; or several words of a Literal.
     for candidate in (_fit(value, hint), text, (text,), tuple(text.split(","))):
         if _matches(candidate, hint):
             return candidate
@@ -202,13 +202,13 @@ def _expected(hint: Any, text: str) -> str:
         return _name(hint)
     text = text.partition(":")[0]
     near = difflib.get_close_matches(text, words, n=1)
-    said = f" (did you mean {near[0]!r}?)" if near else ""
+    suggestion = f" (did you mean {near[0]!r}?)" if near else ""
     some = "some" if typing.get_origin(hint) is tuple else "one"
-    return f"{some} of {', '.join(words)}{said}"
+    return f"{some} of {', '.join(words)}{suggestion}"
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """Widens what the command line cannot write: 1 for 1.0, 256 for (256,)."""
+    """Widens a value to its field's type: 1 to 1.0, 256 to (256,)."""
     hints = typing.get_args(hint) if _is_union(hint) else (hint,)
     if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

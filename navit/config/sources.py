@@ -1,8 +1,8 @@
-"""What a config may name as a source of images: frozen dataclasses, no code that reads.
+"""The sources of images that a config may name: frozen dataclasses without readers.
 
-Paths start with `~`, or are URLs of any file system that fsspec knows (`gs://`,
-`s3://`) where a class says so. `docs/data.md` shows a line of each. On a command line
-the `short` name of a class chooses it: `data.train=tars:PATH`.
+Paths may start with `~`; some classes also take URLs of any file system that fsspec
+knows (`gs://`, `s3://`). `docs/data.md` has an example of each. On a command line, the
+`short` name of a class chooses it: `data.train=tars:PATH`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Folder:
 
     `table` is a CSV, JSONL or Parquet file, relative to `path`; empty means the only
     one there. `split` keeps every image ("all"), or sets a share `holdout` of them
-    aside by a hash of the file name: "train" is the rest and "eval" the part set aside.
+    aside by a hash of the file name: "eval" is that part, and "train" is the rest.
     `missing`: the share of the table's files that may be missing, and of its rows that
-    may have neither a caption nor a label; 0 stops at the first.
+    may have neither a caption nor a label; 0 allows none.
     As `data.eval`, an empty `path` means the folder of `data.train` with its `missing`,
     and its table too if `table` is empty.
     """
@@ -47,7 +47,9 @@ class Folder:
     def __post_init__(self) -> None:
         _check_missing(self.missing)
         if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout is a share between 0 and 1, not {self.holdout}")
+            raise ValueError(
+                f"holdout must be a share between 0 and 1, not {self.holdout}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +57,9 @@ class TarShards:
     """Tar files of `KEY.jpg` with `KEY.txt`, `KEY.json` or `KEY.cls` (WebDataset).
 
     `path`: `~/cc12m/{00000..01242}.tar`, a glob, or a folder of .tar files; URLs too.
-    `caption`, `label`: the member's extension, and of a .json also the field, as
-    `json.caption` or `json.meta.title`. An empty caption is the .txt, or else the field
-    `caption` of the .json. `classes`: a text file with a class name a line.
+    `caption`, `label`: the member's extension, and for a .json also the field, as
+    `json.caption` or `json.meta.title`. An empty caption means the .txt, or else the
+    field `caption` of the .json. `classes`: a text file with one class name per line.
     `missing`: the share of the shards that may be missing.
     """
 
@@ -76,10 +78,10 @@ class TarShards:
 class ArrayRecords:
     """ArrayRecord files of serialized `tf.train.Example`, read without TensorFlow.
 
-    `path`: as of `TarShards`, local. `image` (encoded bytes), `caption` (bytes, one or
-    several) and `label` (an integer or bytes) are names of features. None, for the last
-    two, means the feature named "caption" or "label" if there is one; an empty name
-    means no feature. `classes`: a text file with a class name a line.
+    `path`: as in `TarShards`, but local. `image` (encoded bytes), `caption` (bytes, one
+    or several) and `label` (an integer or bytes) are names of features. For `caption`
+    and `label`, None means the feature of that name if there is one, and an empty name
+    means none. `classes`: a text file with one class name per line.
     `missing`: the share of the files that may be missing.
     """
 
@@ -100,10 +102,10 @@ class Tfds:
     """A prepared TensorFlow dataset, stored as ArrayRecord; needs no TensorFlow.
 
     `name`: `coco_captions`, `imagenet2012:5.1.0`, `my_set/its_config`. `split`:
-    `train`, `validation[:50%]`. `data_dir`: empty is TFDS's own. `image`, `caption` and
-    `label` are features, `captions.text` where they are nested; None and empty names as
-    of `ArrayRecords`. Class names are those of the dataset, or the lines of the text
-    file `classes`.
+    `train`, `validation[:50%]`. `data_dir`: empty means TFDS's default. `image`,
+    `caption` and `label` are names of features, nested ones as `captions.text`; None
+    and empty names are as in `ArrayRecords`. Class names are those of the dataset, or
+    the lines of the text file `classes`.
     """
 
     short = "tfds"
@@ -118,13 +120,13 @@ class Tfds:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetImages:
-    """Parquet files whose rows hold the images, as Hugging Face's datasets do.
+    """Parquet files whose rows contain the images, like Hugging Face's datasets.
 
-    `path`: as of `TarShards`. `image`: a column of bytes, or of structs with
-    `bytes`. `caption` (text, or a list of texts) and `label` (an integer or text) are
-    columns; None and empty names as of `ArrayRecords`. `classes`: a text file with a
-    class name a line. A random image costs the reading of its whole row group: write
-    small ones. `missing`: the share of the files that may be missing.
+    `path`: as in `TarShards`. `image`: a column of bytes, or of structs with `bytes`.
+    `caption` (text, or a list of texts) and `label` (an integer or text) are columns
+    too; None and empty names are as in `ArrayRecords`. `classes`: a text file with one
+    class name per line. Reading an image reads its whole row group: write small ones.
+    `missing`: the share of the files that may be missing.
     """
 
     short = "parquet"
@@ -141,13 +143,13 @@ class ParquetImages:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Files that are read in order alone: compressed tars, TFRecord. For training.
+    """Files that are only read in order: compressed tars, TFRecord. For training.
 
-    `path`: as of `TarShards`, of `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
-    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as of
-    `TarShards`, or a feature; an empty one is the feature `caption`. The files of each
-    epoch are shuffled, and then the records among `window` at a time. Labels are not
-    read. `missing`: the share of the files that may be missing.
+    `path`: as in `TarShards`, for `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
+    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as in
+    `TarShards`, or a feature; empty means the feature `caption`. Each epoch shuffles
+    the files, and then the records within a window of `window`. Labels are not read.
+    `missing`: the share of the files that may be missing.
     """
 
     short = "stream"
@@ -165,9 +167,10 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources as one, its images drawn from each by `weights`.
+    """Several sources as one, with images drawn from each by `weights`.
 
-    Weights are shares of the images drawn, of any sum; empty draws every image alike.
+    Weights are shares of the images drawn and need not sum to 1; if empty, every image
+    is drawn alike.
     """
 
     sources: tuple[Single, ...] = ()
@@ -178,8 +181,8 @@ class Mixture:
             raise ValueError("a mixture needs sources, as sources=(Folder(...), ...)")
         if self.weights and len(self.weights) != len(self.sources):
             raise ValueError(
-                f"{len(self.sources)} sources need as many weights, not "
-                f"{len(self.weights)}"
+                f"{len(self.sources)} sources need one weight each, not "
+                f"{len(self.weights)} weights"
             )
         if not all(0 < weight < float("inf") for weight in self.weights):
             raise ValueError(f"weights must be positive, not {self.weights}")
@@ -187,7 +190,7 @@ class Mixture:
 
 def _check_missing(share: float) -> None:
     if not 0 <= share <= 1:
-        raise ValueError(f"missing is a share between 0 and 1, not {share}")
+        raise ValueError(f"missing must be a share between 0 and 1, not {share}")
 
 
 Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages

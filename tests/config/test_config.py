@@ -66,7 +66,7 @@ def test_override_sets_the_value_with_the_type_of_the_field(assignment, value):
         node = getattr(node, key)
     assert node == value
     assert type(node) is type(value)
-    # Nothing else moved.
+    # Nothing else changed.
     for change in config.differences(Config(), result):
         assert change.startswith(f"{assignment.partition('=')[0]}: ")
 
@@ -105,7 +105,7 @@ def test_a_source_is_chosen_by_name_with_its_fields_in_any_order(assignments, so
             assert getattr(changed.data, key) == source
 
 
-def test_a_stream_is_chosen_for_training_alone():
+def test_a_stream_is_chosen_for_training_only():
     rest = ["data.slots=4", "data.eval=synthetic:9"]
     assert overridden("data.train=stream:x", *rest).data.train == Stream("x")
     assert "expected" in error_of("data.eval=stream:x")
@@ -148,7 +148,7 @@ def test_a_typo_gets_the_nearest_name_in_one_line(assignment, typo, near):
     assert f"did you mean {near!r}" in message
 
 
-def test_a_key_near_nothing_gets_the_names_there_are():
+def test_a_key_like_no_other_gets_the_list_of_names():
     message = error_of("mesh.zzzzzz=1")
     assert "data" in message and "fsdp" in message
 
@@ -182,7 +182,7 @@ def test_a_value_of_the_wrong_type_names_the_key_and_the_value(assignment):
 
 
 @pytest.mark.parametrize("assignment", ["optim.lr", "", "optim.lr.x=1", "=3"])
-def test_what_is_no_assignment_is_refused(assignment):
+def test_text_that_is_not_an_assignment_is_refused(assignment):
     error_of(assignment)
 
 
@@ -223,7 +223,7 @@ def test_a_config_that_contradicts_itself_names_both_values(assignments, words):
     ],
 )
 def test_overrides_that_agree_together_need_no_order(assignments):
-    # Only the whole command is a config; the states between are nobody's choice.
+    # Only the whole command is a config; states in between need not be valid.
     one, other = overridden(*assignments), overridden(*assignments[::-1])
     assert one == other
     assert len(config.differences(Config(), one)) == len(assignments)
@@ -237,7 +237,7 @@ def test_a_part_set_both_whole_and_within_is_refused_in_either_order():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_json_gives_every_config_back(path):
+def test_every_config_survives_json(path):
     original = config.load(path)
     data = json.loads(json.dumps(config.to_json(original)))
     assert config.from_json(data) == original
@@ -300,7 +300,7 @@ def test_json_of_another_type_is_refused_by_name(key, value):
 
 
 @pytest.mark.parametrize("data", [None, 3, "config", [], [1], {"type": 1}, {}])
-def test_json_that_is_no_config_is_refused(data):
+def test_json_that_is_not_a_config_is_refused(data):
     with pytest.raises(ValueError, match="config"):
         config.from_json(data)
 
@@ -323,7 +323,7 @@ def test_differences_names_the_leaves_that_changed():
     assert "Synthetic" in other and "Folder" in other
 
 
-def test_load_applies_overrides_to_what_the_file_gives():
+def test_load_applies_overrides_to_the_config_of_the_file():
     plain, changed = (config.load(CONFIGS[0], o) for o in ([], ["optim.lr=0.5"]))
     assert config.differences(plain, changed) == [
         f"optim.lr: {plain.optim.lr!r} -> 0.5"
@@ -383,5 +383,5 @@ def test_a_learned_table_refuses_the_grids_beyond_it(position, fits, too_large):
     ],
 )
 def test_the_other_positions_have_no_limit(position):
-    # A method that wrongly refuses raises; one that is not there raises too.
+    # A wrong refusal raises, and so does a missing method.
     assert PositionConfig(**position).check(np.array([[5000, 3000]])) is None

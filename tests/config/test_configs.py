@@ -47,7 +47,7 @@ def test_config_loads_builds_and_pulls_one_batch(path, monkeypatch):
 
 
 def axes(x: jax.ShapeDtypeStruct) -> list:
-    """The mesh axes of each array axis, without those at the end that have none."""
+    """The mesh axes of each array axis, up to the last axis that has any."""
     found = list(x.sharding.spec) if x.sharding is not None else []
     while found and found[-1] is None:
         found.pop()
@@ -61,7 +61,7 @@ def test_config_lowers_for_a_pod(path):
         (64, 4), ("data", "fsdp"), (jax.sharding.AxisType.Explicit,) * 2
     )
     rules = Rules(("data", "fsdp"), "fsdp")
-    # What a CPU would choose by itself is not what a TPU runs.
+    # The defaults of a CPU are not those of a TPU.
     options = ["model.dtype=bfloat16", "model.attention=xla"]
     config = config_lib.override(config_lib.load(path), options)
     data, text = config.data, config.model.text
@@ -94,7 +94,7 @@ def test_config_lowers_for_a_pod(path):
     assert "stablehlo.dot_general" in lowered.as_text()
 
 
-def test_the_naflex_stage_is_the_papers():
+def test_the_naflex_stage_is_that_of_the_paper():
     """SigLIP 2 sections 2.1 and 2.4.2, in numbers."""
     for name, width in (("b16", 768), ("so400m16", 1152)):
         path = CONFIGS[0].parent / f"siglip2_{name}_naflex.py"

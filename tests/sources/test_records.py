@@ -213,7 +213,7 @@ def test_a_damaged_file_is_named_and_the_others_are_used(array_records, caplog):
             r"no 'label' \(it has: caption, image",
         ),
         ({"caption": "", "label": ""}, "neither a caption nor a label"),
-        ({"path": "gs://bucket/a"}, "from this machine"),
+        ({"path": "gs://bucket/a"}, "must be on this machine"),
         ({"path": "/nowhere/a.array_record"}, "/nowhere/a.array_record"),
     ],
 )
@@ -468,7 +468,7 @@ def test_a_mixture_has_no_task_whose_classes_differ(array_records, caplog):
     ("sources", "weights", "words"),
     [
         ((), (), "needs sources"),
-        ((Synthetic(),), (1.0, 2.0), "1 sources need as many weights, not 2"),
+        ((Synthetic(),), (1.0, 2.0), "1 sources need one weight each, not 2"),
         ((Synthetic(),), (0.0,), "positive"),
         ((Synthetic(),), (float("nan"),), "positive"),
     ],
