@@ -148,7 +148,7 @@ class Stream:
     `path`: as in `TarShards`, for `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
     too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as in
     `TarShards`, or a feature; empty means the feature `caption`. Each epoch shuffles
-    the files, and then the records within a window of `window`. Labels are not read.
+    the files, and then the records, `window` at a time. Labels are not read.
     `missing`: the share of the files that may be missing.
     """
 
