@@ -152,8 +152,13 @@ def nested(record: Any, path: str, where: str) -> Any:
     return record
 
 
-def missing(name: str, found: Any, where: str) -> str:
-    names = ", ".join(map(str, found)) if isinstance(found, Iterable) else repr(found)
+def missing(name: str, available: Any, where: str) -> str:
+    """An error text that names what there is instead."""
+    names = (
+        ", ".join(map(str, available))
+        if isinstance(available, Iterable)
+        else repr(available)
+    )
     return f"{where} has no {name!r} (it has: {names})"
 
 

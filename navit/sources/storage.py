@@ -174,28 +174,28 @@ def find(
         raise FileNotFoundError("the source has no path: set data.train.path")
     if not is_remote(path):
         path = str(Path(path).expanduser())
-    found: list[str] = []
+    files: list[str] = []
     for plain in [path] if os.path.isfile(path) else _braces(path):
         if os.path.isfile(plain):  # even if its name has wildcards
-            found.append(plain)
+            files.append(plain)
         elif os.path.isdir(plain):
             for suffix in suffixes:
-                found += storage.glob(f"{glob.escape(plain.rstrip('/'))}/*{suffix}")
+                files += storage.glob(f"{glob.escape(plain.rstrip('/'))}/*{suffix}")
         elif any(char in plain for char in "*?["):
-            found += storage.glob(plain)
+            files += storage.glob(plain)
         elif plain.endswith(suffixes):
-            found.append(plain)
+            files.append(plain)
         else:
             pattern = [f"{plain.rstrip('/')}/*{suffix}" for suffix in suffixes]
-            found += [file for p in pattern for file in storage.glob(p)]
-    found = list(dict.fromkeys(found))  # patterns may overlap
-    if not found:
+            files += [file for p in pattern for file in storage.glob(p)]
+    files = list(dict.fromkeys(files))  # patterns may overlap
+    if not files:
         raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
-    there = [file for file in found if _is_there(storage, file)]
+    there = [file for file in files if _is_there(storage, file)]
     if not there:
-        raise FileNotFoundError(f"there is no file {found[0]}")
-    absent = sorted({*found} - {*there})
-    check_missing(absent, len(found), missing, f"files of {path}", "add them")
+        raise FileNotFoundError(f"there is no file {files[0]}")
+    absent = sorted({*files} - {*there})
+    check_missing(absent, len(files), missing, f"files of {path}", "add them")
     return there
 
 
