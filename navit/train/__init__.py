@@ -1,1 +1,1 @@
-"""The training loop and what it needs: state, step, checkpoint, metrics."""
+"""The training loop and its parts: state, step, checkpoints, metrics, hosts."""

@@ -1,4 +1,4 @@
-"""Checkpoints of the state and its config. The only file that knows orbax."""
+"""Saves and restores checkpoints. The only file that uses orbax."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from navit.train.state import TrainState
 
 log = logging.getLogger("navit")
 
-# Raised when what a checkpoint holds changes; others are refused by number. Format 2
-# has the same model, no checksums, and weight decay of another meaning.
+# Incremented when the contents of a checkpoint change. Format 2 has the same model, but
+# no checksums, and its `optim.weight_decay` means something else.
 FORMAT = 3
 _SAME_MODEL = 2
 
@@ -40,9 +40,9 @@ def is_workdir(path: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Each holds the model, the optimizer's state and the config, under its step, and the
-    checksums of its files, which every read verifies. A folder is named by its step
-    only when all of it is written: a run killed while saving keeps the one before.
+    Each holds the model, the optimizer state and the config, and checksums of its
+    files, which every read verifies. A folder is named after its step only once all of
+    it is written, so a run that is killed while saving keeps the previous checkpoint.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -60,17 +60,17 @@ class Checkpoints:
         self._verified: int | None = None
 
     def latest_step(self) -> int | None:
-        """The last one that is on disk, or on its way there."""
+        """The latest step that is on disk or being written."""
         return self._saving[0] if self._saving else max(self._steps(), default=None)
 
     def save(self, state: TrainState, config: Config, data: str) -> None:
-        """Starts writing; returns before it is on disk (`close` waits).
+        """Starts writing a checkpoint; `close` waits until it is on disk.
 
         Args:
-          data: the fingerprint of the data it is trained on.
+          data: the fingerprint of the training data.
 
         Raises:
-          OSError: if this one or the one before cannot be written.
+          OSError: if this checkpoint or the previous one cannot be written.
         """
         step = int(state.step)
         if step == self.latest_step():
@@ -80,7 +80,7 @@ class Checkpoints:
         self._write(step, about, model=state.model, opt_state=state.opt_state)
 
     def save_model(self, model: Any, config: Config) -> None:
-        """Writes weights that were not trained here, as step 0."""
+        """Writes weights that were not trained in this directory, as step 0."""
         about = {"format": FORMAT, "config": config_lib.to_json(config), "data": ""}
         self._write(0, about, model=model)
 
@@ -89,15 +89,15 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         partial = self._folder / f"{step}{_PARTIAL}"
         if hosts.first():
-            for left in self._folder.glob(f"*{_PARTIAL}*"):  # by a run that was killed
-                shutil.rmtree(left)
-        hosts.any_of(False)
+            for leftover in self._folder.glob(f"*{_PARTIAL}*"):  # of a killed run
+                shutil.rmtree(leftover)
+        hosts.any_of(False)  # a barrier
         try:
             self._checkpointer.save(
                 partial,
                 args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items),
             )
-        except Exception as error:  # tensorstore's are of many types
+        except Exception as error:  # tensorstore raises many types
             raise self._unwritten(step, error) from error
         self._saving = step, self._background.submit(self._finish, step)
 
@@ -115,11 +115,11 @@ class Checkpoints:
             (step, future), self._saving = self._saving, None
             try:
                 future.result()
-            except Exception as error:  # tensorstore's are of many types
+            except Exception as error:  # tensorstore raises many types
                 raise self._unwritten(step, error) from error
 
     def _unwritten(self, step: int, error: Exception) -> OSError:
-        """What to tell a user: tensorstore's own words take a screen."""
+        """A one-line error for users; tensorstore's own message fills a screen."""
         why = str(error).partition("\n")[0]
         if os.strerror(errno.ENOSPC) in str(error):
             why = os.strerror(errno.ENOSPC)
@@ -127,17 +127,17 @@ class Checkpoints:
         kept = "no step is saved" if safe is None else f"step {safe} is safe"
         return OSError(
             f"cannot write the checkpoint {self._folder / str(step)} ({why}); {kept}: "
-            "make room, or mend what is wrong, and run the same command again"
+            "free some space or fix the cause, then run the same command again"
         )
 
     def set_damaged_aside(self) -> int | None:
-        """The latest step whose files are as they were written; None without any.
+        """Moves damaged checkpoints aside; returns the latest intact step, if any.
 
-        Damaged ones after it are moved to WORKDIR/damaged. Collective: process 0 reads
-        the files, for all.
+        Those after the latest intact one go to WORKDIR/damaged. Collective: process 0
+        reads the files for all.
 
         Raises:
-          ValueError: if there are checkpoints and none is whole.
+          ValueError: if there are checkpoints but none is intact.
         """
         if hosts.first():
             steps = self._steps()
@@ -147,25 +147,28 @@ class Checkpoints:
             if damaged and not steps:
                 step, what = next(iter(damaged.items()))
                 raise ValueError(
-                    f"step {step} of {self._path} is damaged ({what}), and there is no "
-                    "earlier one that is whole: put a copy back, or choose another "
-                    "--workdir"
+                    f"step {step} of {self._path} is damaged ({what}), and no earlier "
+                    "checkpoint is intact: restore a copy, or choose another --workdir"
                 )
             for step, what in damaged.items():
                 aside = self._set_aside(step)
                 log.warning(
-                    "step %d is damaged (%s): going on from step %d; it is kept in %s",
-                    *(step, what, steps[-1], aside),
+                    "step %d is damaged (%s): resuming from step %d; its files are now "
+                    "in %s",
+                    step,
+                    what,
+                    steps[-1],
+                    aside,
                 )
-        hosts.any_of(False)
+        hosts.any_of(False)  # a barrier
         self._verified = self.latest_step()
         return self._verified
 
     def _set_aside(self, step: int) -> Path:
-        aside, others = self._path / "damaged" / str(step), 0
+        aside, copies = self._path / "damaged" / str(step), 0
         while aside.exists():
-            others += 1
-            aside = aside.with_name(f"{step}.{others}")
+            copies += 1
+            aside = aside.with_name(f"{step}.{copies}")
         aside.parent.mkdir(exist_ok=True)
         return (self._folder / str(step)).rename(aside)
 
@@ -176,7 +179,7 @@ class Checkpoints:
         return checksums.damage(folder)
 
     def _is_older(self, folder: Path) -> bool:
-        """Whether it is of a format that has no checksums."""
+        """Whether the checkpoint has the older format, which has no checksums."""
         try:
             about = json.loads((folder / "about/metadata").read_text())
             return about["format"] == _SAME_MODEL
@@ -188,9 +191,9 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def config(self) -> Config:
-        """The config that the latest checkpoint was trained with; raises as `data`.
+        """The config of the latest checkpoint; raises the same errors as `data`.
 
-        Its tokenizer is the copy in the work directory where its own path is gone.
+        If the tokenizer's file is gone, the copy in the work directory replaces it.
         """
         config = config_lib.from_json(self._about(FORMAT, _SAME_MODEL)["config"])
         text = config.model.text
@@ -202,56 +205,60 @@ class Checkpoints:
         return config_lib.override(config, [f"model.text.tokenizer={beside}"])
 
     def data(self) -> str:
-        """The fingerprint of the data that it was trained on.
+        """The fingerprint of the data that the latest checkpoint was trained on.
 
         Raises:
           FileNotFoundError: if there is no checkpoint yet.
-          ValueError: if it is of another format.
+          ValueError: if the checkpoint has another format.
         """
         return self._about(FORMAT)["data"]
 
     def _about(self, *formats: int) -> dict[str, Any]:
         items = ocp.args.Composite(about=ocp.args.JsonRestore())
         about = self._restore(items)["about"]
-        found = about.get("format")
-        if found not in formats:
-            start = f"init={self._path} starts from its weights, with another --workdir"
-            other = "train into another --workdir"
+        stored_format = about.get("format")
+        if stored_format not in formats:
+            remedy = "train into another --workdir"
+            if stored_format == _SAME_MODEL:
+                remedy = f"start from its weights with init={self._path} and {remedy}"
             raise ValueError(
-                f"{self._path} holds checkpoints of format {found}, and this version "
-                f"of navit trains on from format {FORMAT}: "
-                f"{start if found == _SAME_MODEL else other}; or use the version that "
-                "wrote it"
+                f"{self._path} has checkpoints of format {stored_format}, but this "
+                f"version of navit resumes from format {FORMAT}: {remedy}, or use the "
+                "version that wrote them"
             )
         return about
 
     def restore(self, like: TrainState) -> TrainState:
-        """The latest state, placed as `like` (from `jax.eval_shape`) is sharded.
+        """The latest state, sharded as `like` is (the result of `jax.eval_shape`).
 
         Raises:
-          ValueError: if it is damaged, or not finite.
+          ValueError: if a file is damaged, or a value is NaN or infinite.
         """
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore(_concrete(like.model)),
             opt_state=ocp.args.StandardRestore(_concrete(like.opt_state)),
         )
-        found = self._restore(items)
-        self._check_finite({"model": found["model"], "opt_state": found["opt_state"]})
+        restored = self._restore(items)
+        model, opt_state = restored["model"], restored["opt_state"]
+        self._check_finite({"model": model, "opt_state": opt_state})
         counter = jax.device_put(
             jnp.full((), self._latest(), like.step.dtype),
             _concrete(like.step).sharding,
         )
-        return TrainState(counter, found["model"], found["opt_state"])
+        return TrainState(counter, model, opt_state)
 
     def restore_model(self, like: Any) -> tuple[Any, int]:
-        """The latest model alone, and its step; raises as `restore`."""
+        """The latest model and its step, without the optimizer state.
+
+        Raises the same errors as `restore`.
+        """
         items = ocp.args.Composite(model=ocp.args.StandardRestore(_concrete(like)))
         model = self._restore(items)["model"]
         self._check_finite({"model": model})
         return model, self._latest()
 
     def close(self) -> None:
-        """Waits until everything is on disk; raises as `save`."""
+        """Waits until everything is on disk; raises the same errors as `save`."""
         try:
             self._wait()
         finally:
@@ -263,9 +270,9 @@ class Checkpoints:
         folder = self._folder / str(step)
         if step != self._verified and (what := self._damage(step)):
             raise ValueError(
-                f"step {step} of {self._path} is damaged ({what}): navit train sets it "
-                f"aside and goes on from the step before; move {folder} away to read "
-                "that one"
+                f"step {step} of {self._path} is damaged ({what}): navit train moves "
+                f"it aside and resumes from the step before; move {folder} away to "
+                "read that step"
             )
         self._verified = step
         return self._checkpointer.restore(folder, args=items)
@@ -273,15 +280,15 @@ class Checkpoints:
     def _check_finite(self, tree: Any) -> None:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
         finite = jax.jit(lambda xs: [jnp.isfinite(x).all() for x in xs])
-        found = finite([leaf for _, leaf in leaves])
-        for (path, _), is_finite in zip(leaves, found, strict=True):
+        flags = finite([leaf for _, leaf in leaves])
+        for (path, _), is_finite in zip(leaves, flags, strict=True):
             if not is_finite:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 folder = self._folder / str(self._latest())
                 raise ValueError(
                     f"{folder}: {name.removesuffix('.value')} is NaN or infinite: move "
-                    "it away to use the step before, or train again with a lower "
-                    "optim.lr"
+                    "this folder away to use the step before, or train again with a "
+                    "lower optim.lr"
                 )
 
     def _latest(self) -> int:
@@ -292,9 +299,9 @@ class Checkpoints:
 
 
 def quiet_orbax() -> None:
-    """Keeps its threads' tracebacks of a failed write off the terminal, for good.
+    """Silences the tracebacks that orbax's threads print when a write fails.
 
-    `save` and `close` raise the error, and once is enough.
+    `save` and `close` raise the error. This lasts until the process ends.
     """
     before = sys.unraisablehook
 
@@ -312,7 +319,7 @@ def quiet_orbax() -> None:
 
 
 def _concrete(tree: Any) -> Any:
-    """Abstract leaves -> the same with shardings of real devices, which orbax needs."""
+    """Shards abstract leaves over real devices, as orbax needs."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place_of(x)), tree
     )

@@ -1,4 +1,4 @@
-"""What is looked at before and during a run, so that it does not fail in silence."""
+"""Checks before and during a run, so that it does not fail silently."""
 
 from __future__ import annotations
 
@@ -23,48 +23,52 @@ from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
 
-# So many runs of neighbours are looked at for captions that are too long.
+# `check_captions` reads this many runs of this many consecutive records.
 _RUNS, _RUN = 8, 32
 
-# What may change between the runs that share a work directory: nothing that decides
-# what is computed.
+# Settings that a resumed run may change, since they do not affect what is computed.
 _FREE = (
-    *("eval.", "data.eval", "data.workers"),
-    *("train.log_", "train.checkpoint_", "train.keep", "train.profile_steps"),
+    "eval.",
+    "data.eval",
+    "data.workers",
+    "train.log_",
+    "train.checkpoint_",
+    "train.keep",
+    "train.profile_steps",
     "init_towers",  # the towers themselves are compared
 )
-# What changes the numbers by rounding alone, so it may change too, and is recorded.
+# Settings that affect only rounding: a resumed run may change them, and records it.
 _ROUNDING = (*ROUNDING, "mesh.", "train.microbatches", "train.loss_implementation")
-# Where data lies and what its fields are called decides nothing either: its fingerprint
-# says whether it is the same. A stream's does not cover its captions.
+# Data may move as well, and its fields may have other names: its fingerprint shows
+# whether it is the same. A stream's does not cover its captions.
 _PLACES = ("path", "data_dir", "table")
 _FIELDS = ("caption", "label")
 
 
 def changes(before: Config, now: Config) -> list[str]:
-    """`key: a -> b` for what decides what a run computes."""
+    """`key: a -> b` for each change that affects what a run computes."""
     return [x for x in _differences(before, now) if not x.startswith(_ROUNDING)]
 
 
 def rounding_changes(before: Config, now: Config) -> list[str]:
-    """`key: a -> b` for what computes the same another way, up to rounding."""
+    """`key: a -> b` for each change that affects only rounding."""
     return [x for x in _differences(before, now) if x.startswith(_ROUNDING)]
 
 
 def _differences(before: Config, now: Config) -> list[str]:
     before, now = (
         dataclasses.replace(
-            x, data=dataclasses.replace(x.data, train=_anywhere(x.data.train))
+            x, data=dataclasses.replace(x.data, train=_without_places(x.data.train))
         )
         for x in (before, now)
     )
-    found = config_lib.differences(before, now)
-    return [difference for difference in found if not difference.startswith(_FREE)]
+    differences = config_lib.differences(before, now)
+    return [x for x in differences if not x.startswith(_FREE)]
 
 
-def _anywhere(source: config_lib.TrainSource) -> Any:
+def _without_places(source: config_lib.TrainSource) -> Any:
     if isinstance(source, config_lib.Mixture):
-        sources = tuple(_anywhere(part) for part in source.sources)
+        sources = tuple(_without_places(x) for x in source.sources)
         return dataclasses.replace(source, sources=sources)
     covered = _PLACES if isinstance(source, Stream) else (*_PLACES, *_FIELDS)
     names = {field.name for field in dataclasses.fields(source)}
@@ -73,12 +77,12 @@ def _anywhere(source: config_lib.TrainSource) -> Any:
 
 
 def check_config(config: Config) -> None:
-    """Before any data is read: says what is legal and rarely meant, refuses the rest.
+    """Checks settings before any data is read; warns about an unlikely warm-up.
 
     Raises:
-      ValueError: if random weights would stay as they are, `init_towers` is set and
-        `init` is not, the tokenizer has more ids than the text tower, or a package to
-        log with is missing.
+      ValueError: if random weights are frozen, `init_towers` is set without `init`, the
+        tokenizer has more ids than the text tower, or a package that `train.log_to`
+        needs is missing.
     """
     check_installed(config)
     if config.init_towers and not config.init:
@@ -92,8 +96,8 @@ def check_config(config: Config) -> None:
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
             raise ValueError(
-                f"optim.{name}=0 freezes a tower, and without init=PATH its weights "
-                "are random: give the weights to start from, or train it"
+                f"optim.{name}=0 freezes a tower whose weights are random: start from "
+                "trained weights with init=PATH, or train the tower"
             )
     if config.optim.warmup_steps >= config.train.steps and not config.optim.start:
         log.warning(
@@ -106,56 +110,58 @@ def check_config(config: Config) -> None:
 
 
 def check_captions(config: Config, source: Source | StreamSource) -> None:
-    """Says how many captions are cut."""
+    """Warns if captions are longer than the text tower takes."""
     if config.model.text is not None and config.train.loss != "classification":
         captions = _some_captions(source)
         tower = config.model.text
         cut = tokens.share_cut(captions, tower.length, tower.tokenizer)
         if cut:
             log.warning(
-                "%.1f %% of the captions are longer than model.text.length=%d and lose "
-                "their end",
-                *(100 * cut, tower.length),
+                "%.1f %% of the captions are longer than model.text.length=%d and are "
+                "truncated",
+                100 * cut,
+                tower.length,
             )
 
 
 def _some_captions(source: Source | StreamSource) -> list[str]:
-    """Of a few hundred records: neighbours, since these may be read as one."""
+    """Captions of a few hundred records, in runs that storage can read at once."""
     if isinstance(source, StreamSource):
-        first = itertools.islice(source.read([0]), _RUN)
-        return [caption for record in first for caption in record.captions]
+        records = itertools.islice(source.read([0]), _RUN)
+        return [caption for record in records for caption in record.captions]
     starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
-    some = np.unique(np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1))
-    return [caption for i in some.tolist() for caption in source.captions(i)]
+    runs = np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1)
+    indices = np.unique(runs).tolist()
+    return [caption for i in indices for caption in source.captions(i)]
 
 
 def check_devices(config: Config, rules: Rules) -> None:
-    """Refuses what the devices of the mesh in use cannot share, or run.
+    """Refuses a config that the devices of the current mesh cannot share or run.
 
     Raises:
-      ValueError: if each device would not have as many rows, in whole groups, and as
-        much of every parameter; or for a TPU's kernels elsewhere.
+      ValueError: if the rows, in whole groups, or a parameter cannot be split evenly,
+        or if a TPU kernel is chosen on another platform.
     """
     name = config.model.attention
     whole, kernel = name == "splash", name.startswith("splash")
     if kernel and platform() != "tpu":
         raise ValueError(
             f"model.attention={name} is a TPU kernel, and this runs on a {platform()}: "
-            "leave it at auto"
+            "use model.attention=auto"
         )
     n = config.data.row_tokens
     if kernel and (n % LANES or (whole and n > WHOLE_ROW)):
         raise ValueError(
-            f"model.attention={name} takes rows of a multiple of {LANES} tokens"
-            f"{f', up to {WHOLE_ROW}' if whole else ''}, and data.row_tokens={n}: "
-            "leave it at auto"
+            f"model.attention={name} needs data.row_tokens to be a multiple of {LANES}"
+            f"{f', at most {WHOLE_ROW}' if whole else ''}, and it is {n}: use "
+            "model.attention=auto"
         )
     _check_rows(config, rules.size("batch"))
     check_parameters(config, rules)
 
 
 def check_parameters(config: Config, rules: Rules) -> None:
-    """Raises ValueError for sizes that the devices cannot share."""
+    """Raises ValueError for sizes that cannot be split over the devices."""
     for tower in ("vision", "text"):
         sizes = getattr(config.model, tower)
         for axis, field, devices in (
@@ -166,7 +172,7 @@ def check_parameters(config: Config, rules: Rules) -> None:
             if sizes and getattr(sizes, field) % devices:
                 raise ValueError(
                     f"model.{tower}.{field}={getattr(sizes, field)} cannot be split "
-                    f"over mesh.{axis}={devices}: take a divisor"
+                    f"over mesh.{axis}={devices}: choose a divisor"
                 )
 
 
@@ -180,15 +186,15 @@ def _check_rows(config: Config, devices: int) -> None:
     parts = config.train.microbatches
     if rows // devices % ((group or 1) * parts) and parts > 1:
         raise ValueError(
-            f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
-            f"which train.microbatches={parts} cannot share in whole groups of "
+            f"data.rows={rows} over {devices} devices is {rows // devices} rows each, "
+            f"which train.microbatches={parts} cannot split into whole groups of "
             f"data.caption_rows={group or 1}: change one of them"
         )
     if rows // devices % (group or 1):
         raise ValueError(
-            f"data.rows={rows} over {devices} devices are {rows // devices} rows each, "
-            f"which is no whole number of groups of data.caption_rows={group}: change "
-            "one of them, or use fewer devices (mesh.data, mesh.fsdp)"
+            f"data.rows={rows} over {devices} devices is {rows // devices} rows each, "
+            f"which is not a multiple of data.caption_rows={group}: change one of "
+            "them, or use fewer devices (mesh.data, mesh.fsdp)"
         )
 
 
@@ -196,12 +202,12 @@ def check_finite(metrics: Metrics, step: int, saved: int | None) -> None:
     """Stops a run whose loss or gradient is not finite.
 
     Args:
-      saved: the step of the last checkpoint.
+      saved: the step of the latest checkpoint, if any.
     """
     last = "nothing was saved yet" if saved is None else f"step {saved} is saved"
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"the loss is {loss}, its gradient {norm}, at step {step}: lower optim.lr "
-            f"or model.init_scale; {last}"
+            f"the loss is {loss} and its gradient norm {norm} at step {step}: lower "
+            f"optim.lr or model.init_scale; {last}"
         )

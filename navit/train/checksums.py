@@ -1,4 +1,4 @@
-"""SHA-256 sums of a folder's files, kept in it, as `sha256sum --check` reads them."""
+"""SHA-256 checksums of a folder's files, in the format of `sha256sum --check`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ NAME = "SHA256SUMS"
 
 
 def write(folder: Path) -> None:
-    """Sums every file of `folder`."""
+    """Writes the checksums of every file in `folder`."""
     sums = _sums(folder, _files(folder))
     lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
     write_atomic(folder / NAME, "".join(lines).encode())
 
 
 def damage(folder: Path) -> str | None:
-    """Which file is missing, added or not as it was written; None if all are whole."""
+    """Describes a file that is missing, added or changed; None if all are intact."""
     if not (folder / NAME).is_file():
         return f"{NAME} is missing"
     expected = {}
@@ -35,15 +35,15 @@ def damage(folder: Path) -> str | None:
     for name in files:
         if name not in expected:
             return f"{name} is not in {NAME}"
-    found = _sums(folder, files)
-    changed = [name for name in expected if found[name] != expected[name]]
-    return f"{changed[0]} is not as it was written" if changed else None
+    actual = _sums(folder, files)
+    changed = [name for name in expected if actual[name] != expected[name]]
+    return f"{changed[0]} has changed since it was written" if changed else None
 
 
 def _files(folder: Path) -> list[str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    names = (path.relative_to(folder).as_posix() for path in found)
-    # A file manager or NFS leaves hidden files anywhere.
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    # File managers and NFS leave hidden files anywhere.
     return sorted(x for x in names if x != NAME and not Path(x).name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""Batches onto the device: the next one is under way while a step runs."""
+"""Moves batches to the device: the next one is on its way while a step runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Feed:
         self._watch.shutdown()
 
     def take(self) -> tuple[Batch, Any]:
-        """The next batch: as the host has it, and on the device."""
-        if self._next is None:  # the first
+        """The next batch, on the host and on the device."""
+        if self._next is None:  # the first batch
             self._put(next(self._batches))
         taken, self._next = self._next, None
         assert taken is not None
@@ -40,18 +40,18 @@ class Feed:
         """Fetches the next batch, if there is one, while a step runs.
 
         Args:
-          metrics: arrays that the step gives; it was dispatched, not waited for.
+          metrics: outputs of the step, which has been dispatched and may still run.
 
         Returns:
-          The seconds that the device waited for the batch, the step being over.
+          How many seconds the device waited for the batch after its step ended.
         """
-        before, running = self._running, self._watch.submit(_end, metrics)
+        previous, running = self._running, self._watch.submit(_end, metrics)
         self._running = running
         batch = next(self._batches, None)
         if batch is None:
             return 0.0
-        if before is not None:
-            before.result()  # its batch has left the device
+        if previous is not None:
+            previous.result()  # now its batch has left the device
         self._put(batch)
         return time.perf_counter() - running.result() if running.done() else 0.0
 
@@ -60,6 +60,6 @@ class Feed:
 
 
 def _end(metrics: Any) -> float:
-    """Waits for a step; returns when it ended."""
+    """Waits for a step to end; returns the time at which it did."""
     jax.block_until_ready(metrics)
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""Several processes that train one model: joining them, and what they agree on.
+"""Several processes that train one model: how they join, and what they agree on.
 
-Every process runs the same program on its own rows. What follows alone is theirs to
-settle; all of it is collective, so all processes call it at the same place.
+Every process runs the same program on its own rows. All functions here but `first` are
+collective: every process calls them at the same point.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from navit.config import Config
 
 log = logging.getLogger("navit")
 
-# How many processes a launcher started: Slurm (of this step), Open MPI, several slices.
+# How many processes were started: by Slurm (this step), Open MPI, over TPU slices.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 
@@ -36,21 +36,21 @@ def joined(
     process: int | None = None,
     debug: bool = False,
 ) -> Iterator[None]:
-    """Joins the processes of a run; nothing where there is one alone.
+    """Joins the processes of a run; does nothing if there is only one.
 
-    Without arguments they are found as jax finds them, on a Cloud TPU slice, in GKE,
-    under Slurm or Open MPI. An error in one process ends it at once, and so the others,
-    which would wait for it for ever.
+    Without arguments, jax finds them on a Cloud TPU slice, in GKE, under Slurm or Open
+    MPI. An error in one process ends it at once, and with it the others, which would
+    wait for it forever.
 
     Args:
-      coordinator: HOST:PORT of process 0, free there.
-      processes: how many there are; 1 looks for no others.
-      process: which of them this is.
+      coordinator: HOST:PORT on which process 0 listens; the port must be free.
+      processes: how many there are; 1 means that there are no others to find.
+      process: the index of this one.
       debug: show the traceback of any error.
 
     Raises:
       ValueError: if only some of the three are given.
-      ConnectionError: if the others cannot be found or reached.
+      ConnectionError: if the other processes cannot be found or reached.
     """
     given = (coordinator, processes, process)
     if processes == 1 or (given == (None,) * 3 and not _started_as_one_of_several()):
@@ -66,21 +66,23 @@ def joined(
         jax.distributed.initialize(coordinator, processes, process)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConnectionError(
-            f"cannot join the other processes: {error} (--coordinator HOST:PORT "
-            "--processes N --process I names them; --processes 1 looks for none)"
+            f"cannot join the other processes: {error} (name them with "
+            "--coordinator HOST:PORT --processes N --process I, or pass --processes 1 "
+            "to run alone)"
         ) from error
     try:
         if not first():
-            log.setLevel(logging.WARNING)  # process 0 speaks for all
+            log.setLevel(logging.WARNING)  # only process 0 reports progress
         log.info(
             "%d processes with %d devices each",
-            *(jax.process_count(), jax.local_device_count()),
+            jax.process_count(),
+            jax.local_device_count(),
         )
         yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        # Leaving in order would wait for the others, and they wait for this one.
+        # A clean exit would wait for the others, which wait for this one.
         expected = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)
         if debug or not isinstance(error, expected):
             traceback.print_exc()
@@ -97,8 +99,8 @@ def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
         return True
     if "TPU_WORKER_HOSTNAMES" in env:
         return "," in env["TPU_WORKER_HOSTNAMES"]
-    # A virtual machine with TPUs knows only from its metadata whether it is one of
-    # several, and jax reads that; one that is alone joins itself, at no cost.
+    # Only its metadata shows whether a TPU virtual machine is one of several, and jax
+    # reads it. A single machine joins itself, at no cost.
     return (
         env.get("JAX_PLATFORMS", "tpu") == "tpu"
         and "TPU_SKIP_MDS_QUERY" not in env
@@ -108,27 +110,27 @@ def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
 
 
 def first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this is process 0, which writes whatever is written only once."""
     return jax.process_index() == 0
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """`values` of every process, stacked."""
+    """Stacks the `values` of all processes: `[...]` -> `[processes, ...]`."""
     if jax.process_count() == 1:
         return values[None]
-    # jax without 64-bit types would round; bytes are bytes.
+    # Sent as bytes, since jax without 64-bit types would round.
     raw = np.ascontiguousarray(values)
-    found = multihost_utils.process_allgather(raw.view(np.uint8))
-    return np.asarray(found).view(values.dtype)
+    gathered = multihost_utils.process_allgather(raw.view(np.uint8))
+    return np.asarray(gathered).view(values.dtype)
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is true in any process."""
+    """Whether `flag` is true in any process. Also serves as a barrier."""
     return bool(gather(np.array([flag])).any())
 
 
 def gather_texts(value: str) -> list[str]:
-    """`value` of every process."""
+    """The `value` of every process, in order."""
     own = np.frombuffer(value.encode(), np.uint8)
     lengths = gather(np.array([own.size]))[:, 0].tolist()
     padded = np.zeros(max(lengths), np.uint8)
@@ -138,18 +140,18 @@ def gather_texts(value: str) -> list[str]:
 
 
 def check_same(what: str, value: str) -> None:
-    """Raises ValueError in every process unless all have the same `value`."""
+    """Raises ValueError in every process unless `value` is the same in all."""
     first, *others = gather_texts(value)
     for process, other in enumerate(others, 1):
         if other != first:
             raise ValueError(
                 f"{what} is {other} in process {process} and {first} in process 0: run "
-                "the same command with the same files on all"
+                "the same command with the same files on every host"
             )
 
 
 def check_same_config(config: Config) -> None:
-    """Raises ValueError in every process, naming the keys, unless all have it."""
+    """Raises ValueError in every process, naming the keys, if configs differ."""
     texts = gather_texts(json.dumps(config_lib.to_json(config)))
     first, *others = (config_lib.from_json(json.loads(text)) for text in texts)
     for process, other in enumerate(others, 1):
@@ -157,5 +159,5 @@ def check_same_config(config: Config) -> None:
             raise ValueError(
                 f"process 0 and process {process} have different configs "
                 f"({'; '.join(differences[:3])}): run the same command with the same "
-                "files on all"
+                "files on every host"
             )

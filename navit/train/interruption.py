@@ -1,4 +1,4 @@
-"""Ctrl-C, as a request to save and stop; of several processes, together."""
+"""Turns Ctrl-C into a request to save and stop, the same in all processes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from navit.train import hosts
 
 log = logging.getLogger("navit")
 
-# Seconds, and steps at most, between two questions of each process to the others. They
-# wait for the device, and a notice of 30 seconds must leave time to save.
+# How often the processes ask one another: after this many seconds, or at most this many
+# steps. Asking waits for the device, and a 30-second notice must leave time to save.
 _ASK_SECONDS = 5.0
 _ASK_STEPS = 10
 
@@ -29,7 +29,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self._ask_at = 0
-        self._asked: tuple[int, float] | None = None  # the step, and when
+        self._asked: tuple[int, float] | None = None  # step and time
 
     def __enter__(self) -> Interruption:
         self._before: dict[int, Any] = {}
@@ -50,9 +50,9 @@ class Interruption:
         if step < self._ask_at:
             return False
         stop, now, steps = hosts.any_of(self.requested), time.perf_counter(), 1
-        if self._asked is not None:  # before that, a step was compiled
+        if self._asked is not None:  # the first interval includes compilation
             last, then = self._asked
-            # The slowest clock's, so that all ask at the same step.
+            # From the slowest process, so that all ask at the same step.
             seconds = hosts.gather(np.array([now - then])).max() / (step - last)
             steps = int(np.clip(_ASK_SECONDS / seconds, 1, _ASK_STEPS))
         self._asked, self._ask_at = (step, now), step + steps
@@ -62,5 +62,5 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # A warning, as any one of several processes may be told.
-        log.warning("stopping soon, to save (again to stop at once)")
+        # A warning: any process may get the signal, and most log only warnings.
+        log.warning("stopping soon, after saving (interrupt again to stop at once)")

@@ -1,4 +1,4 @@
-"""One run at a time in a work directory."""
+"""Allows only one run at a time in a work directory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger("navit")
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Holds `workdir/lock`, which names the run that holds it.
+    """Holds the lock of `workdir`: the file `lock`, which names the run.
 
-    The kernel releases the lock when the process ends, however it ends. Of several
-    processes of a run, process 0 holds it. A file system without locks is warned about.
+    The kernel releases it when the process ends, however it ends. In a run of several
+    processes, process 0 holds it. Warns if the file system has no locks.
 
     Raises:
       ValueError: if another run holds it.
@@ -38,8 +38,8 @@ def held(workdir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise ValueError(
-                f"{holder} trains in {workdir} (it holds {path}): wait for it, stop "
-                "it, or choose another --workdir"
+                f"{holder} is training in {workdir} (it holds {path}): wait for it, "
+                "stop it, or choose another --workdir"
             ) from None
         except OSError as error:
             log.warning(

@@ -40,19 +40,19 @@ def train(
 ) -> bool:
     """Trains to `config.train.steps`, from the latest checkpoint if there is one.
 
-    Writes `config.json`, `metrics.jsonl` and `checkpoints/` in `workdir`, then the
+    Writes `config.json`, `metrics.jsonl` and `checkpoints/` to `workdir`, and then the
     evaluation over token budgets.
 
     Args:
-      initial: makes the model that step 0 starts from; None starts from random.
+      initial: makes the model for step 0; None initializes one randomly.
 
     Returns:
-      True when training and evaluation are done, False when it was interrupted (the
-      state is saved, and the same call goes on from there).
+      True when training and evaluation are done; False after an interruption, when the
+      state is saved and the same call resumes from it.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config or of other data, or if
-        another process trains in it; or if a batch takes more memory than is free.
+      ValueError: if `workdir` holds a run with another config or other data, if another
+        process is training in it, or if a batch takes more memory than is free.
       FloatingPointError: if the loss is not finite.
     """
     check_config(config)
@@ -81,17 +81,20 @@ def train(
                     config,
                     source,
                     data,
-                    *(rules, checkpoints, workdir, interruption),
+                    rules,
+                    checkpoints,
+                    workdir,
+                    interruption,
                 )
                 checkpoints.save(state, config, data)
                 checkpoints.close()  # a Ctrl-C waits for this too
         finally:
             checkpoints.close()
         step = int(state.step)
-        if hosts.any_of(interruption.requested):  # after the last step too
+        if hosts.any_of(interruption.requested):  # even after the last step
             log.info(
-                "interrupted; saved step %d in %s. Run the same command again to go on "
-                "from there",
+                "interrupted; saved step %d in %s. Run the same command again to "
+                "resume",
                 step,
                 workdir,
             )
@@ -111,7 +114,7 @@ def _steps(
     workdir: Path,
     interruption: Interruption,
 ) -> TrainState:
-    """Trains to the last step, or to the one after which a stop was asked for."""
+    """Trains to the last step, or until a stop is requested."""
     first_step, last_step = int(state.step), config.train.steps
     optimizer = make_optimizer(config.optim, last_step)
     schedule = make_schedule(config.optim, last_step)
@@ -141,7 +144,7 @@ def _steps(
                 meter.add(batch, feed.ahead(metrics))
             traced = profile.after(step, metrics)
 
-            if traced or step == first_step + 1:  # or compiled: no part of any rate
+            if traced or step == first_step + 1:  # traced or compiled: not in the rates
                 jax.block_until_ready(metrics)
                 meter.start_clock()
             stop = step == last_step or interruption.after(step)

@@ -1,4 +1,4 @@
-"""What a run reports: lines on the terminal, and the same numbers in metrics.jsonl."""
+"""The metrics of a run: lines on the terminal and the same in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MetricsWriter:
     """Appends one JSON object per logged step.
 
     A resumed run first drops what was logged after the step that it resumes from, so
-    that no step stands there twice.
+    that no step appears twice.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
@@ -41,49 +41,53 @@ class MetricsWriter:
         pass
 
 
-# What is counted of each batch.
+# What is counted in each batch.
 _NAMES = ("images", "rows", "slots", "tokens", "places", "squares", "unreadable")
 
 
 class Meter:
-    """Counts what went through since it was last read, for rates.
+    """Counts images, tokens and time since the last reading.
 
     Attributes:
       unreadable: ids of the images that this host could not read, over the whole run.
     """
 
     def __init__(self, config: Config, devices: int) -> None:
-        """Args: devices: how many train."""
+        """Args: devices: how many devices train."""
         self._config, self._devices = config, devices
         self.unreadable: set[int] = set()
         self._restart()
 
     def add(self, batch: Batch, waited: float) -> None:
-        """One host batch, and the seconds that the device waited for the next one."""
+        """Counts a host batch; `waited` is how long the device waited for the next."""
         planned = np.asarray(batch.id) >= 0
-        found = np.asarray(batch.images.grids)[..., 0] > 0
-        lengths = _lengths(np.asarray(batch.images.segment_ids), found.shape[1])
-        lost = np.asarray(batch.id)[planned & ~found]
+        filled = np.asarray(batch.images.grids)[..., 0] > 0
+        lengths = _lengths(np.asarray(batch.images.segment_ids), filled.shape[1])
+        unreadable = np.asarray(batch.id)[planned & ~filled]
         self._steps += 1
         self._counts += (
-            *(found.sum(), len(found), found.size),
-            *(lengths.sum(), batch.images.segment_ids.size),
-            *((lengths**2).sum(), lost.size),
+            filled.sum(),
+            len(filled),
+            filled.size,
+            lengths.sum(),
+            batch.images.segment_ids.size,
+            (lengths**2).sum(),
+            unreadable.size,
         )
         self._waited += waited
-        self.unreadable.update(lost.tolist())
+        self.unreadable.update(unreadable.tolist())
 
     def read(self, step: int) -> Values:
-        """All hosts' numbers since the last reading; no rates of a compiled step.
+        """All hosts' metrics since the last reading; the rates leave out compilation.
 
-        Every host calls it at the same step.
+        Collective: every host calls it at the same step.
         """
         seconds = time.perf_counter() - self._start
         timed_steps = self._steps - self._untimed_steps
         waited = [int(1e6 * self._waited)]
         sent = np.concatenate([self._counts, self._counts - self._untimed, waited])
-        found = hosts.gather(sent)
-        whole, timed = found.sum(0)[:-1].reshape(2, -1).tolist()
+        gathered = hosts.gather(sent)
+        whole, timed = gathered.sum(0)[:-1].reshape(2, -1).tolist()
         n = dict(zip(_NAMES, whole, strict=True))
         metrics: Values = {
             "images_per_step": round(n["images"] / max(self._steps, 1), 2),
@@ -99,8 +103,8 @@ class Meter:
                 "seconds_per_step": round(seconds / timed_steps, 4),
                 "images_per_second": round(n["images"] / seconds, 2),
                 "tokens_per_second": round(n["tokens"] / seconds, 1),
-                # The slowest host's: all wait for it.
-                "input_wait": round(int(found[:, -1].max()) / 1e6 / seconds, 4),
+                # Of the slowest host, since all wait for it.
+                "input_wait": round(int(gathered[:, -1].max()) / 1e6 / seconds, 4),
                 "eta_seconds": round(seconds / timed_steps * left, 1),
                 **self._utilization(n, timed_steps, seconds),
             }
@@ -108,13 +112,13 @@ class Meter:
         return metrics | _memory()
 
     def start_clock(self) -> None:
-        """What went through so far, the step that was compiled, is part of no rate."""
+        """Leaves what was counted so far out of the rates, as for a compiled step."""
         self._start, self._waited = time.perf_counter(), 0.0
         self._untimed_steps, self._untimed = self._steps, self._counts.copy()
 
     def _utilization(self, n: dict[str, int], steps: int, seconds: float) -> Values:
-        """Model operations a second, and their share of what the devices can do."""
-        pairs = round(n["images"] ** 2 / steps)  # batches hold nearly as many images
+        """Model FLOP/s, and their share of the devices' peak."""
+        pairs = round(n["images"] ** 2 / steps)  # batches differ little
         counts = flops.Counts(n["tokens"], n["squares"], n["images"])
         if self._config.train.loss != "classification":
             counts = counts._replace(captions=n["images"], pairs=pairs)
@@ -131,7 +135,7 @@ class Meter:
 
 
 def line(metrics: Values, total_steps: int) -> str:
-    """One logged step as the terminal shows it."""
+    """Formats a logged step for the terminal."""
     text = f"step {metrics['step']:>6}/{total_steps}  loss {metrics['loss']:8.4f}  "
     if "eta_seconds" in metrics:
         text += (
@@ -144,7 +148,7 @@ def line(metrics: Values, total_steps: int) -> str:
     if "eta_seconds" in metrics:
         minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
         text += f"  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    if metrics.get("input_wait", 0) >= 0.05:  # else the device is kept busy
+    if metrics.get("input_wait", 0) >= 0.05:  # below, the device is busy
         text += f"  waiting for input {metrics['input_wait']:.0%}"
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
@@ -152,7 +156,7 @@ def line(metrics: Values, total_steps: int) -> str:
 
 
 def _lengths(segment_ids: np.ndarray, slots: int) -> np.ndarray:
-    """Tokens of each slot, `[b, s]`."""
+    """Tokens in each slot: segment ids `[b, n]` -> `[b, s]`."""
     rows = len(segment_ids)
     places = segment_ids + (slots + 1) * np.arange(rows)[:, None]
     counts = np.bincount(places.reshape(-1), minlength=rows * (slots + 1))
@@ -160,7 +164,7 @@ def _lengths(segment_ids: np.ndarray, slots: int) -> np.ndarray:
 
 
 def _memory() -> Values:
-    """Of the fullest device of this host, in GiB; nothing where it does not say."""
+    """GiB on this host's fullest device; empty if a device does not report it."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"memory_gib": "bytes_in_use", "memory_peak_gib": "peak_bytes_in_use"}
     return {

@@ -15,19 +15,19 @@ from navit.config import OptimConfig
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate against step: linear warm-up, then a cosine to 0 at `steps`.
 
-    With `config.start`, the last part of a schedule so long that it ends at `steps`.
+    With `config.start`, only the last part of a longer schedule that ends at `steps`.
     """
     shape = _make_shape(config, steps)
     return lambda step: config.lr * shape(step)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam on clipped gradients, with weight decay as big_vision means it.
+    """Adam on clipped gradients, with big_vision's weight decay.
 
-    The decay is added after the learning rate and before the schedule, so that a step
-    takes `weight_decay * schedule` of a kernel, with the schedule between 0 and 1,
-    whatever the learning rate and the tower's factor are (`make` in big_vision's
-    big_vision/optax.py). Kernels alone decay: no bias, norm, embedding, position table
+    The decay is added after the learning rate and before the schedule, so each step
+    shrinks a kernel by `weight_decay * schedule` of itself, with the schedule between 0
+    and 1, whatever the learning rate and the tower's factor (`make` in big_vision's
+    big_vision/optax.py). Only kernels decay: no bias, norm, embedding, position table
     or probe. A frozen tower (factor 0) has no moments and no decay.
     """
     trained = functools.partial(_trained, config)
@@ -55,7 +55,7 @@ def _make_shape(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def _scale(config: OptimConfig, updates: Any, params: Any) -> Any:
-    """By the learning rate and the tower's factor."""
+    """Multiplies the updates by the learning rate and their tower's factor."""
     del params
 
     def scale(path: tuple, x: jax.Array) -> jax.Array:

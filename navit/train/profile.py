@@ -1,4 +1,4 @@
-"""A trace of a few steps, for TensorBoard, xprof or ui.perfetto.dev."""
+"""Traces a few steps for TensorBoard, xprof or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("navit")
 class Profile:
     """Traces the steps of `train.profile_steps` into a folder, on the first host.
 
-    As a context it ends a trace that is still open, whatever the reason.
+    As a context manager, it ends a trace that is still open, whatever the reason.
     """
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
@@ -37,12 +37,14 @@ class Profile:
             jax.profiler.stop_trace()
             log.info(
                 "wrote a trace of steps %d to %d to %s",
-                *(self._first, self._traced, self._folder),
+                self._first,
+                self._traced,
+                self._folder,
             )
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """What runs inside is this step."""
+        """Marks the code inside as this step."""
         if not self._first <= step < self._last:
             yield
             return
@@ -55,10 +57,10 @@ class Profile:
             yield
 
     def after(self, step: int, outputs: Any) -> bool:
-        """Ends the trace after its last step, once that step's outputs are there.
+        """Ends the trace after its last step, once that step's outputs are ready.
 
         Returns:
-          Whether it did, which takes seconds.
+          Whether a trace ended, which takes seconds.
         """
         ends = self._running and step + 1 >= self._last
         if ends:

@@ -1,4 +1,4 @@
-"""The state that a run starts from: step 0's, or the latest checkpoint's."""
+"""The state that a run starts from: a new one, or the latest checkpoint."""
 
 from __future__ import annotations
 
@@ -33,34 +33,32 @@ def start(
     checkpoints: Checkpoints,
     initial: Callable[[Rules], TwoTower] | None,
 ) -> TrainState:
-    """The state to go on from; writes `config.json` where there was none.
+    """The state to start or resume from; a new run's `config.json` is written too.
 
-    Settings that change numbers by rounding alone may differ from the checkpoint's:
-    `changes.jsonl` keeps which, and from which step.
+    Settings that affect only rounding may differ from the checkpoint's: `changes.jsonl`
+    records them, and from which step they apply.
 
     Args:
       data: the fingerprint of the training data.
-      initial: makes the model of step 0; None starts from random.
+      initial: makes the model for step 0; None initializes one randomly.
 
     Raises:
-      ValueError: if `workdir` holds a run of another config or of other data, or no
-        checkpoint in it is whole.
+      ValueError: if `workdir` holds a run with another config or other data, or only
+        damaged checkpoints.
     """
     make = functools.partial(
         init_state, config, make_optimizer(config.optim, config.train.steps), rules
     )
     latest = checkpoints.set_damaged_aside()
-    hosts.check_same(
-        f"the latest checkpoint in {workdir}, which all share,", f"{latest}"
-    )
+    hosts.check_same(f"the latest checkpoint in the shared {workdir}", f"{latest}")
     if latest is None:
         if hosts.first():
             saved = json.dumps(config_lib.to_json(config), indent=2) + "\n"
             write_atomic(workdir / "config.json", saved.encode())
             _keep_tokenizer(config, workdir)
-        hosts.any_of(False)  # now it is written
-        found = (workdir / "config.json").exists()
-        hosts.check_same(f"{workdir}, which all share, and its config.json", f"{found}")
+        hosts.any_of(False)  # a barrier: config.json is written now
+        is_shared = (workdir / "config.json").exists()
+        hosts.check_same(f"whether all hosts share {workdir}", f"{is_shared}")
         state = jax.jit(make)(model=initial(rules) if initial else None)
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
@@ -68,16 +66,16 @@ def start(
     before = checkpoints.config()
     if changed := changes(before, config):
         raise ValueError(
-            f"{workdir} holds a run of another config ({'; '.join(changed[:3])}): "
-            "choose another --workdir, delete that one, or go back to its settings"
+            f"{workdir} holds a run with another config ({'; '.join(changed[:3])}): "
+            "choose another --workdir, delete this one, or restore its settings"
         )
     if data != checkpoints.data():
         raise ValueError(
-            f"{workdir} was trained on {checkpoints.data()}, and data.train now has "
+            f"{workdir} was trained on {checkpoints.data()}, but data.train is now "
             f"{data}: put the data back as it was, or choose another --workdir"
         )
     if latest >= config.train.steps:
-        log.info("%s is trained to step %d already", workdir, latest)
+        log.info("%s is already trained to step %d", workdir, latest)
     else:
         log.info("resuming from step %d of %s", latest, workdir)
         if rounded := rounding_changes(before, config):
@@ -86,7 +84,7 @@ def start(
 
 
 def _record(changed: list[str], step: int, workdir: Path) -> None:
-    """Says what is computed another way from here on, and keeps it in the workdir."""
+    """Logs the changed settings and records them in `changes.jsonl`."""
     log.info("from here on %s", "; ".join(changed))
     if hosts.first():
         line = json.dumps({"step": step, "changes": changed}) + "\n"
@@ -95,7 +93,7 @@ def _record(changed: list[str], step: int, workdir: Path) -> None:
 
 
 def _keep_tokenizer(config: Config, workdir: Path) -> None:
-    """Copies a tokenizer's file, so that the work directory stands alone."""
+    """Copies the tokenizer's file, so that the work directory is self-contained."""
     tokenizer = Path(config.model.text.tokenizer if config.model.text else "")
     if tokenizer.expanduser().is_file():
         shutil.copyfile(tokenizer.expanduser(), workdir / tokenizer.name)

@@ -1,4 +1,4 @@
-"""What training changes, and nothing else."""
+"""The state that training updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from navit.sharding import Rules
 
 
 class TrainState(NamedTuple):
-    """Attributes: steps taken, the model, and the optimizer's state."""
+    """The number of steps taken (a scalar), the model and the optimizer state."""
 
     step: jax.Array
     model: TwoTower
@@ -31,7 +31,7 @@ def init_state(
     """The state at step 0; under `jax.eval_shape`, its shapes and shardings.
 
     Args:
-      model: what to start from; random where there is none.
+      model: the model to start from; None initializes one randomly.
     """
     if model is None:
         model = TwoTower(config.model, rules, rngs=nnx.Rngs(config.train.seed))

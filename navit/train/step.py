@@ -25,8 +25,8 @@ Metrics = dict[str, Array]
 def batch_loss(
     model: TwoTower, batch: Batch, config: Config, rules: Rules = Rules()
 ) -> Array:
-    """The configured loss of a batch; empty slots count for nothing."""
-    # What is frozen needs no backward pass.
+    """The configured loss of a batch; empty slots do not count."""
+    # A frozen tower needs no backward pass.
     vision, text = model.vision, model.text
     if config.optim.vision_lr == 0:
         vision = jax.lax.stop_gradient(vision)
@@ -58,19 +58,21 @@ def batch_loss(
 
     pooled, real = with_captions(in_parts(embed_images, batch.images), batch, rules)
     images = normalize(pooled)
-    # No more parts of text than keep each as short as one of images, as every part
-    # gathers the vocabulary's table.
+    # As few parts of text as keep each no longer than a part of images, because every
+    # part gathers the vocabulary table.
     needed = -(-count * batch.text.size // batch.images.segment_ids.size)
-    fewer = next(
+    text_count = next(
         x for x in range(1, count + 1) if count % x == 0 and x >= min(needed, count)
     )
-    texts = in_parts(embed_texts, batch.text, count=fewer)
+    texts = in_parts(embed_texts, batch.text, count=text_count)
     texts = normalize(texts.reshape(real.size, -1, out_sharding=rules.rows(2)))
     scale, bias = model.scale[...], model.bias[...]
     if config.train.loss == "softmax":
         return softmax_loss(images, texts, real, scale=scale, rules=rules)
     return sigmoid_loss(
-        *(images, texts, real),
+        images,
+        texts,
+        real,
         scale=scale,
         bias=bias,
         rules=rules,
@@ -81,15 +83,15 @@ def batch_loss(
 def by_microbatch(
     f: Callable[[Any], Array], rows: Any, *, count: int, rules: Rules
 ) -> Array:
-    """`f` of a share of each device's rows after another.
+    """Applies `f` to one share of each device's rows after the other.
 
-    Each share's activations are made anew for its backward pass, so that they are
-    there for one share at a time, and the loss still sees all (GradCache, arXiv
+    Each share's activations are recomputed in its backward pass, so memory holds those
+    of one share at a time, and the loss still sees all rows (GradCache, arXiv
     2101.06983; open_clip's --accum-freq).
 
     Args:
       rows: arrays `[b, ...]`.
-      count: of shares.
+      count: the number of shares.
     """
     if count == 1:
         return f(rows)
@@ -113,9 +115,9 @@ def by_microbatch(
 def with_captions(
     pooled: Float[Array, "b s e"], batch: Batch, rules: Rules = Rules()
 ) -> tuple[Float[Array, "m e"], Bool[Array, " m"]]:
-    """The images of `batch.text`, caption by caption, and which are there.
+    """The image of each caption in `batch.text`, and whether it is real.
 
-    No row leaves its device.
+    There are `m = g * c` captions. No row leaves its device.
     """
     groups, places, _ = batch.text.shape
     real = batch.images.grids[..., 0] > 0
@@ -128,19 +130,19 @@ def with_captions(
 
     planned = grouped(batch.id >= 0)
     place = jnp.where(planned, jnp.cumsum(planned, 1) - 1, -1)
-    # A product with ones and zeros, as its gradient is one too and no scatter.
+    # A product with a one-hot matrix: its gradient is a product too, not a scatter.
     chosen = place[:, None, :] == jnp.arange(places)[:, None]
-    there = (chosen & grouped(real)[:, None, :]).any(-1)
+    present = (chosen & grouped(real)[:, None, :]).any(-1)
     highest = jax.lax.Precision.HIGHEST
     ones = chosen.astype(pooled.dtype)
     pooled = jnp.einsum("gcs,gse->gce", ones, grouped(pooled), precision=highest)
-    return pooled.reshape(-1, pooled.shape[-1]), there.reshape(-1)
+    return pooled.reshape(-1, pooled.shape[-1]), present.reshape(-1)
 
 
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, rules: Rules
 ) -> Any:
-    """`jax.jit` of (state, batch) -> (state, metrics); it consumes the state."""
+    """The jitted step (state, batch) -> (state, metrics); it donates the state."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, config, rules)

@@ -1,4 +1,4 @@
-"""The training log in TensorBoard and Weights & Biases, beside metrics.jsonl."""
+"""Sends the training log to TensorBoard and Weights & Biases too."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from navit.config import Config
 from navit.files import write_atomic
 from navit.train.metrics import MetricsWriter, Values
 
-# What `train.log_to` may name, and the package that it needs.
+# The values of `train.log_to`, and the package that each needs.
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the values of a logged step, "step" among them."""
+    """Takes the values of a logged step, including "step"."""
 
     def write(self, metrics: Values) -> None: ...
 
@@ -26,7 +26,7 @@ class Writer(Protocol):
 
 
 def check_installed(config: Config) -> None:
-    """Raises ValueError if what `train.log_to` names is not installed."""
+    """Raises ValueError if a package that `train.log_to` needs is not installed."""
     for name in config.train.log_to:
         package = _PACKAGES[name]
         if importlib.util.find_spec(package) is None:
@@ -37,7 +37,7 @@ def check_installed(config: Config) -> None:
 
 
 def open_writers(config: Config, workdir: Path, start_step: int) -> list[Writer]:
-    """metrics.jsonl, and what `train.log_to` names."""
+    """Opens metrics.jsonl and the trackers in `train.log_to`."""
     writers: list[Writer] = [MetricsWriter(workdir / "metrics.jsonl", start_step)]
     if "tensorboard" in config.train.log_to:
         writers.append(_TensorBoard(workdir / "tensorboard", start_step))
@@ -50,7 +50,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
-        # Hides what was logged after the step that a run goes on from.
+        # Hides what was logged after the step that the run resumes from.
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Values) -> None:
@@ -64,18 +64,18 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run named after the work directory, which keeps its id to go on under it.
+    """A run named after the work directory, which keeps its id to resume it.
 
-    Project, entity and mode are wandb's own: WANDB_PROJECT, WANDB_ENTITY,
-    WANDB_MODE=offline.
+    Project, entity and mode come from wandb's own variables: WANDB_PROJECT,
+    WANDB_ENTITY, WANDB_MODE=offline.
     """
 
     def __init__(self, config: Config, workdir: Path, start_step: int) -> None:
         import wandb
 
-        kept = workdir / "wandb_id"
-        # A run that starts anew is another one there.
-        old = kept.read_text().strip() if start_step and kept.exists() else None
+        id_file = workdir / "wandb_id"
+        # A run that starts from step 0 gets a new id.
+        old = id_file.read_text().strip() if start_step and id_file.exists() else None
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "navit"),
             name=workdir.resolve().name,
@@ -84,7 +84,7 @@ class _WandB:
             dir=str(workdir),
             config=config_lib.to_json(config),
         )
-        write_atomic(kept, f"{self._run.id}\n".encode())
+        write_atomic(id_file, f"{self._run.id}\n".encode())
 
     def write(self, metrics: Values) -> None:
         step = int(metrics["step"])

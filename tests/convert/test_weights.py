@@ -121,7 +121,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(
     shutil.rmtree(folder)
     tokens.open_tokenizer.cache_clear()
     assert main(command) == 0
-    assert "is trained to step 1 already" in caplog.text
+    assert "is already trained to step 1" in caplog.text
     assert main([*command, "model.vision.patch_size=16"]) == 1
     assert "(model.vision.patch_size: 3 -> 16)" in capsys.readouterr().err
     fresh = [*command, "--workdir", str(tmp_path / "other")]

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is damaged is named, and what is whole is kept."""
+"""Checkpoints on disk: damaged ones are named, and intact ones are kept."""
 
 import errno
 import os
@@ -70,7 +70,7 @@ def remove(file):
     file.unlink()
 
 
-def test_what_is_saved_comes_back(saved, state):
+def test_a_saved_state_is_restored(saved, state):
     checkpoints = Checkpoints(saved)
     found = checkpoints.restore(jax.eval_shape(make_state))
     assert checkpoints.config() == CONFIG and checkpoints.data() == "data"
@@ -83,7 +83,7 @@ def test_what_is_saved_comes_back(saved, state):
 
 
 @pytest.mark.parametrize("damage", [truncate, zero, flip, remove])
-def test_a_damaged_checkpoint_is_named_and_training_takes_the_one_before(
+def test_a_damaged_checkpoint_is_named_and_training_uses_the_one_before(
     damage, saved, tmp_path, caplog
 ):
     for i, original in enumerate(files_of(saved)):
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_named_and_training_takes_the_one_before(
         caplog.clear()
         assert checkpoints.set_damaged_aside() == 2
         assert "step 3 is damaged (" in caplog.text
-        assert "going on from step 2" in caplog.text
+        assert "): resuming from step 2" in caplog.text
         assert checkpoints.data() == "data"
         checkpoints.close()
         assert (workdir / "damaged/3").is_dir()
@@ -112,24 +112,24 @@ def test_a_stray_empty_step_is_set_aside(saved, tmp_path, caplog):
         checkpoints = Checkpoints(workdir)
         assert checkpoints.set_damaged_aside() == 3
         checkpoints.close()
-    assert "step 7 is damaged (SHA256SUMS is missing): going on from step 3" in (
+    assert "step 7 is damaged (SHA256SUMS is missing): resuming from step 3" in (
         caplog.text
     )
     assert {x.name for x in (workdir / "damaged").iterdir()} == {"7", "7.1"}
 
 
-def test_where_no_checkpoint_is_whole_training_does_not_begin_anew(saved, tmp_path):
+def test_training_does_not_start_over_if_no_checkpoint_is_intact(saved, tmp_path):
     workdir = shutil.copytree(saved, tmp_path / "run")
     for step in (2, 3):
         zero(files_of(workdir, step)[-1])
     checkpoints = Checkpoints(workdir)
-    with pytest.raises(ValueError, match="and there is no earlier one that is whole"):
+    with pytest.raises(ValueError, match="and no earlier checkpoint is intact"):
         checkpoints.set_damaged_aside()
     checkpoints.close()
     assert (workdir / "checkpoints/3").is_dir()
 
 
-def test_what_is_not_finite_is_refused_by_name(state, tmp_path):
+def test_values_that_are_not_finite_are_refused_by_name(state, tmp_path):
     model = jax.tree.map(lambda x: x, state.model)
     model.vision.head.probe[...] = model.vision.head.probe[...].at[0, 3].set(jnp.nan)
     write(tmp_path, state._replace(model=model), 1)
@@ -144,7 +144,9 @@ def test_what_is_not_finite_is_refused_by_name(state, tmp_path):
     checkpoints.close()
 
 
-def test_a_full_disk_is_one_line_that_says_what_is_safe(state, tmp_path, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_that_names_the_safe_step(
+    state, tmp_path, monkeypatch
+):
     write(tmp_path, state, 1)
 
     def full(folder):
@@ -159,5 +161,5 @@ def test_a_full_disk_is_one_line_that_says_what_is_safe(state, tmp_path, monkeyp
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() == 1 and checkpoints.data() == "data"
     checkpoints.close()
-    write(tmp_path, state, 2)  # what was left of it is in no one's way
+    write(tmp_path, state, 2)  # the partial checkpoint is not in the way
     assert sorted(x.name for x in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

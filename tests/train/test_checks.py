@@ -1,4 +1,4 @@
-"""navit.train.checks: what is looked at before a run."""
+"""navit.train.checks: checks before a run."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from navit.train.checks import _some_captions, check_devices
 
 
 class Counted(SyntheticSource):
-    """Says which records it was asked for, of as many as it claims to have."""
+    """Notes which records are requested; claims any number of records."""
 
     def __len__(self) -> int:
         return self.claimed
@@ -24,7 +24,7 @@ class Counted(SyntheticSource):
 
 
 @pytest.mark.parametrize("size", [1, 31, 40, 100_000])
-def test_captions_are_looked_at_in_few_stretches_from_end_to_end(size):
+def test_captions_are_sampled_in_few_runs_over_the_whole_source(size):
     source = Counted(size=3)
     source.claimed, source.asked = size, []
     assert _some_captions(source) == [str(i) for i in source.asked]
@@ -50,7 +50,7 @@ def test_captions_are_looked_at_in_few_stretches_from_end_to_end(size):
         (["model.attention=splash"], "splash is a TPU kernel, and this runs on a cpu"),
     ],
 )
-def test_what_the_devices_cannot_share_or_run_is_an_error(options, words):
+def test_settings_that_the_devices_cannot_share_or_run_are_errors(options, words):
     few = ["data.rows=8", "model.vision.width=24", "model.text.width=24"]
     config = override(tiny_config(), [*few, *options])
     mesh, rules = make_mesh(config.mesh)
@@ -58,7 +58,7 @@ def test_what_the_devices_cannot_share_or_run_is_an_error(options, words):
         check_devices(config, rules)
 
 
-def test_a_config_is_refused_before_data_is_looked_for(tmp_path):
+def test_a_config_is_refused_before_data_is_opened(tmp_path):
     config = override(tiny_config(), ["mesh.data=8", "data.rows=3"])
     nowhere = dataclasses.replace(config.data, train=Folder(str(tmp_path / "no")))
     with pytest.raises(ValueError, match="not divisible by 8 devices"):

@@ -70,7 +70,7 @@ def test_the_next_batch_is_read_while_a_step_runs_and_no_more(device):
         second["end"].set()
 
 
-def test_only_what_the_device_waits_for_counts(device):
+def test_only_the_time_that_the_device_waits_counts(device):
     with Feed(stream(3, seconds=0.4), Rules()) as feed:
         step = device()
         feed.take()
@@ -82,7 +82,7 @@ def test_only_what_the_device_waits_for_counts(device):
         longer["end"].set()
 
 
-def test_what_fails_while_reading_reaches_the_caller():
+def test_a_read_error_reaches_the_caller():
     def broken():
         yield batch(0)
         raise OSError("the storage is gone")

@@ -28,9 +28,13 @@ ROOT = Path(__file__).parents[2]
 STEPS = 5
 # Widths that 8 devices can share, fewer images than rows: some devices stay empty.
 OPTIONS = [
-    *("data.rows=8", "data.train.size=14", "train.log_every=1"),
-    *("model.vision.width=32", "model.text.width=32"),
-    *("model.vision.depth=1", "eval.budgets=16"),
+    "data.rows=8",
+    "data.train.size=14",
+    "train.log_every=1",
+    "model.vision.width=32",
+    "model.text.width=32",
+    "model.vision.depth=1",
+    "eval.budgets=16",
 ]
 PRESETS = {
     "replicate": ["mesh.data=8"],
@@ -84,8 +88,18 @@ def start(workdir, *options, step=0, process=-1, mishap="pass"):
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
     command = [
-        *(sys.executable, "-c", code, "train", __file__, *options),
-        *("--workdir", str(workdir), "--coordinator", address, "--processes", "2"),
+        sys.executable,
+        "-c",
+        code,
+        "train",
+        __file__,
+        *options,
+        "--workdir",
+        str(workdir),
+        "--coordinator",
+        address,
+        "--processes",
+        "2",
     ]
     return [
         subprocess.Popen(
@@ -144,7 +158,7 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
     codes, outputs = finish(start(tmp_path, *PRESETS[preset]))
     assert codes == [0, 0], "\n".join(outputs)
     assert "2 processes with 4 devices each" in outputs[0]
-    assert "step " not in outputs[1]  # process 0 speaks for both
+    assert "step " not in outputs[1]  # only process 0 logs steps
     assert_same(tmp_path, one_device)
     found, expected = (
         json.loads((x / "budgets.json").read_text()) for x in (tmp_path, one_device)
@@ -152,15 +166,18 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
     assert found["images"] == expected["images"] and found["budgets"]
 
 
-def test_what_one_process_cannot_read_is_left_out_by_all(tmp_path):
-    """Of a model with classes, whose logits are made on all devices."""
+def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
+    """With a classifier, whose logits are computed on all devices."""
     mishap = (
         "from navit.input.synthetic import SyntheticSource as S; draw = S.image; "
         "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
     )
     options = [
-        *("train.loss=classification", "model.vision.num_classes=7"),
-        *("model.text=none", "train.steps=1", "mesh.data=8"),
+        "train.loss=classification",
+        "model.vision.num_classes=7",
+        "model.text=none",
+        "train.steps=1",
+        "mesh.data=8",
     ]
     codes, outputs = finish(start(tmp_path, *options, step=1, process=1, mishap=mishap))
     assert codes == [0, 0], "\n".join(outputs)
@@ -172,7 +189,7 @@ def test_what_one_process_cannot_read_is_left_out_by_all(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
-    """And the same command goes on to the same end."""
+    """The same command then resumes, to the same result."""
     mishap = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
     options = [*PRESETS["fsdp"], "eval.max_images=2"]
     codes, outputs = finish(start(tmp_path, *options, step=3, process=1, mishap=mishap))
@@ -238,7 +255,7 @@ def test_half_an_address_is_an_error():
         ({"JAX_PLATFORMS": "cpu"}, False),
     ],
 )
-def test_one_of_several_is_told_by_its_environment(env, several):
+def test_the_environment_shows_whether_to_join_others(env, several):
     assert hosts._started_as_one_of_several(env) == several
 
 
@@ -271,7 +288,7 @@ def as_processes(monkeypatch, *calls):
     return raised
 
 
-def test_what_differs_between_processes_is_named(monkeypatch):
+def test_differences_between_processes_are_named(monkeypatch):
     same, other = get_config(), override(get_config(), ["optim.lr=0.5", "data.seed=3"])
     check = functools.partial(hosts.check_same_config, same)
     assert as_processes(monkeypatch, check, check) == [None, None]

@@ -101,10 +101,10 @@ def test_interrupted_after_the_last_step_does_not_evaluate(tmp_path, monkeypatch
     assert (tmp_path / "budgets.json").exists()
 
 
-def test_killed_run_goes_on_from_the_last_checkpoint(
+def test_killed_run_resumes_from_the_last_checkpoint(
     uninterrupted, tmp_path, monkeypatch
 ):
-    """What was logged after that checkpoint is logged once in the end."""
+    """Steps logged after that checkpoint appear once in the end."""
     config = tiny_config()
     real = pipeline.train_batches
 
@@ -128,7 +128,7 @@ def test_killed_run_goes_on_from_the_last_checkpoint(
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     uninterrupted, tmp_path, caplog
 ):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     with pytest.raises(ValueError, match=r"opt_state/manifest.ocdbt is missing"):
         navit.load(workdir)
     assert loop.train(tiny_config(), workdir)
-    assert "(opt_state/manifest.ocdbt is missing): going on from step 3" in caplog.text
+    assert "(opt_state/manifest.ocdbt is missing): resuming from step 3" in caplog.text
     a, b = restored(uninterrupted, tiny_config()), restored(workdir, tiny_config())
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -158,7 +158,7 @@ def test_finished_run_only_evaluates_again(uninterrupted, caplog):
     caplog.set_level("INFO", "navit")
     before = (uninterrupted / "metrics.jsonl").read_text()
     assert loop.train(tiny_config(), uninterrupted)
-    assert "is trained to step 6 already" in caplog.text
+    assert "is already trained to step 6" in caplog.text
     assert (uninterrupted / "metrics.jsonl").read_text() == before
 
 
@@ -245,13 +245,13 @@ def test_a_checkpoint_of_another_format_is_refused(uninterrupted, monkeypatch):
         navit.load(uninterrupted)
 
 
-def test_the_format_before_loads_and_does_not_train_on(uninterrupted, monkeypatch):
+def test_the_previous_format_loads_but_does_not_resume(uninterrupted, monkeypatch):
     """Its model is the same; its optimizer is not."""
     monkeypatch.setattr("navit.train.checkpoint._SAME_MODEL", checkpoint.FORMAT)
     monkeypatch.setattr("navit.train.checkpoint.FORMAT", 99)
     assert navit.load(uninterrupted).step == 6
     with pytest.raises(
-        ValueError, match=r"format 99: init=\S+ starts from its weights"
+        ValueError, match=r"format 99: start from its weights with init=\S+"
     ):
         loop.train(tiny_config(), uninterrupted)
 
@@ -264,7 +264,7 @@ def test_the_first_step_is_logged_without_rates(tmp_path, caplog):
     assert "images_per_second" not in first and second["images_per_second"] > 0
 
 
-def test_what_is_legal_and_rarely_meant_is_said(caplog):
+def test_unlikely_settings_are_warned_about(caplog):
     options = ["optim.warmup_steps=9", "model.text.length=6"]
     config = override(tiny_config(steps=2), options)
     check_config(config)
@@ -275,20 +275,26 @@ def test_what_is_legal_and_rarely_meant_is_said(caplog):
     )
 
 
-def test_what_decides_nothing_may_change(uninterrupted):
+def test_settings_that_do_not_affect_the_run_may_change(uninterrupted):
     config = override(
         tiny_config(), ["eval.budgets=4", "train.log_every=1", "data.workers=1"]
     )
     assert loop.train(config, uninterrupted)
 
 
-def test_what_only_rounds_may_change_and_is_recorded(uninterrupted, tmp_path, caplog):
+def test_settings_that_affect_rounding_may_change_and_are_recorded(
+    uninterrupted, tmp_path, caplog
+):
     caplog.set_level("INFO", "navit")
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/6")
     options = [
-        *("mesh.gradients=bfloat16", "model.remat=full", "train.microbatches=2"),
-        *("model.attention=xla", "model.fused=false", "model.scan_unroll=2"),
+        "mesh.gradients=bfloat16",
+        "model.remat=full",
+        "train.microbatches=2",
+        "model.attention=xla",
+        "model.fused=false",
+        "model.scan_unroll=2",
         "train.loss_implementation=dense",
     ]
     config = override(tiny_config(), options)
@@ -305,11 +311,11 @@ def test_what_only_rounds_may_change_and_is_recorded(uninterrupted, tmp_path, ca
 @pytest.mark.parametrize(
     "option", ["data.rows=2", "model.vision.pool=mean", "optim.b1=0.8", "train.seed=1"]
 )
-def test_what_changes_the_model_or_its_data_is_refused(option):
+def test_changes_to_the_model_or_its_data_are_refused(option):
     assert changes(tiny_config(), override(tiny_config(), [option]))
 
 
-def test_where_the_data_lies_may_change_and_nothing_else_of_it():
+def test_only_the_location_of_the_data_may_change():
     def config(path, **options):
         source = Folder(path, **options)
         data = dataclasses.replace(tiny_config().data, train=Mixture((source,)))
@@ -400,7 +406,7 @@ def test_embedding_enlarges_to_min_tokens_as_training_does(uninterrupted):
     enlarged = model.embed_images(small, 16)
     floor = ["data.max_upscale=1.0", "data.min_tokens=16", "data.budgets=16,"]
     model.config = override(model.config, floor)
-    # In a longer row, so compiled anew.
+    # In a longer row, so compiled again.
     np.testing.assert_allclose(model.embed_images(small, 36), enlarged, atol=1e-5)
 
 
@@ -443,11 +449,11 @@ def test_classification_trains_and_evaluates(tmp_path):
         ("data.rows=3", r"data.rows=3 is not divisible by 8 devices"),
         (
             "data.rows=8 data.caption_rows=2",
-            r"rows=8 over 8 devices are 1 rows each, .* of data.caption_rows=2",
+            r"rows=8 over 8 devices is 1 rows each, .* of data.caption_rows=2",
         ),
     ],
 )
-def test_what_would_fail_later_fails_before_training(tmp_path, change, message):
+def test_settings_that_would_fail_later_fail_before_training(tmp_path, change, message):
     devices = 8 if "rows" in change else 1
     options = ["model.vision.position.kind=learned_2d", f"mesh.data={devices}"]
     config = override(tiny_config(), [*options, *change.split()])

@@ -1,4 +1,4 @@
-"""navit.train.step: the loss of a batch whose captions stand in lists."""
+"""navit.train.step: the loss of a batch with lists of captions."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def batch() -> Batch:
     config = make_config()
     source = pipeline.open_source(config.data.train)
     batch = next(iter(pipeline.train_batches(config, source)))
-    # One image could not be read; its caption stands where it is.
+    # One image could not be read; its caption keeps its place.
     grids, segment_ids = batch.images.grids.copy(), batch.images.segment_ids.copy()
     grids[1, 0] = 0
     segment_ids[1][segment_ids[1] == 1] = 0

@@ -71,12 +71,12 @@ def test_counts_and_utilization(rng, monkeypatch):
     assert found["model_tflops_per_second"] == pytest.approx(expected / 1e12, rel=1e-3)
     line = metrics.line({"step": 2, "loss": 1.0, **found, "mfu": 0.414}, 6)
     assert "MFU 41.4%" in line and "waiting for input 25%" in line
-    # So small a model uses nothing of two such chips: 275e12 each.
+    # Two such chips, of 275e12 each, are far too fast for so small a model.
     monkeypatch.setattr(flops, "peak", lambda kind: expected if "v4" in kind else None)
     assert read_after(batches, monkeypatch)[1]["mfu"] == 0.5
 
 
-def test_an_image_that_is_unreadable_at_every_read_is_one(rng):
+def test_an_image_unreadable_at_every_read_counts_once(rng):
     meter = Meter(tiny_config(), devices=1)
     for _ in range(3):
         meter.add(a_batch(rng, seen=(0, 2)), 0.0)
@@ -85,7 +85,7 @@ def test_an_image_that_is_unreadable_at_every_read_is_one(rng):
 
 
 def test_all_hosts_are_counted(rng, monkeypatch):
-    """This one and another, which saw as much and waited longer."""
+    """Two hosts with the same counts; the other waited longer."""
 
     def with_another(mine):
         other = mine.copy()
@@ -131,7 +131,7 @@ def test_log_to_is_checked():
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A run without any of it, to compare with."""
+    """A run without trackers and traces, to compare with."""
     workdir = tmp_path_factory.mktemp("plain") / "run"
     assert loop.train(tiny_config(), workdir)
     return workdir
@@ -167,7 +167,7 @@ def test_tensorboard(plain, tmp_path):
 
 
 class FakeWandB:
-    """As much of wandb as is used."""
+    """The part of wandb that is used."""
 
     def __init__(self):
         self.runs, self.logged, self.finished = [], [], 0
@@ -184,7 +184,7 @@ class FakeWandB:
         self.finished += 1
 
 
-def test_wandb_goes_on_under_its_id(plain, tmp_path, monkeypatch):
+def test_wandb_resumes_under_its_id(plain, tmp_path, monkeypatch):
     fake = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(trackers, "check_installed", lambda config: None)
@@ -225,7 +225,7 @@ def test_a_trace_of_some_steps_changes_nothing(plain, tmp_path):
     config = override(tiny_config(), ["train.profile_steps=3:5", "eval.max_images=2"])
     assert loop.train(config, tmp_path)
     assert losses(tmp_path) == losses(plain)
-    # Writing it is part of no rate.
+    # The rates leave out the time to write it.
     assert ["eta_seconds" in x for x in logged(tmp_path)] == [True, False, True]
     (trace,) = traces(tmp_path)
     events = trace.read_bytes()
@@ -251,7 +251,7 @@ def test_an_interrupted_trace_is_closed(tmp_path, monkeypatch):
     assert not loop.train(config, tmp_path)
     assert [line["step"] for line in logged(tmp_path)] == [2]
     assert len(traces(tmp_path)) == 1
-    # Another one can start: none is open.
+    # Another trace can start, so none is open.
     with Profile(TrainConfig(profile_steps="1:2"), Path(tmp_path / "other")) as profile:
         with profile.step(1):
             pass
