@@ -1,1 +1,1 @@
-"""Evaluations over embeddings, and over token budgets."""
+"""Evaluations of embeddings, at any token budgets."""

@@ -13,7 +13,7 @@ class Classification:
     """Accuracy on the task that a model was trained to classify.
 
     Args:
-      classify: pooled vectors, before normalisation, -> class logits.
+      classify: pooled vectors `[m, e]`, before normalisation, -> class logits `[m, c]`.
     """
 
     def __init__(

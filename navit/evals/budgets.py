@@ -40,10 +40,10 @@ def run(
     A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens.
 
     Args:
-      config: says the budgets and the prompts.
+      config: gives the budgets and the prompts.
       source: the images to evaluate on.
       out: the folder to write to.
-      tasks: only these of the source's classification tasks; empty for all.
+      tasks: which of the source's classification tasks to run; empty for all.
 
     Raises:
       ValueError: for a task that the source does not have, or a budget beyond the
@@ -70,7 +70,7 @@ def run(
 def evaluate(
     embedder: Embedder, config: Config, source: Source, *, tasks: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Metrics by budget, and what guessing would give; see `run`."""
+    """Metrics by budget, and the metrics of guessing; see `run`."""
     count = _count(config, source)
     chosen = _choose(source.tasks, tasks)
     evaluators: list[Any]
@@ -78,7 +78,7 @@ def evaluate(
     if classifies:
         name, task = next(iter(source.tasks.items()))
         if set(chosen) - {name} and tasks:
-            raise ValueError(f"this model was trained to tell {name!r} only: no --task")
+            raise ValueError(f"this model classifies {name!r} only: leave out --task")
         evaluators = [Classification(embedder.classify, name, task)]
     else:
         captions = [source.captions(i) for i in range(count)]
@@ -142,11 +142,11 @@ def check_memory(config: Config) -> None:
 
 
 def check(config: Config, train: Source | StreamSource, evaluation: Source) -> None:
-    """Finds before training what would stop the evaluation after it.
+    """Checks before training whether the evaluation after it can run.
 
     Raises:
-      ValueError: for a budget beyond the position table or this host's memory, or
-        classes that the model or the two sources do not agree on.
+      ValueError: if a budget exceeds the position table or this host's memory, or the
+        model and the two sources have different classes.
     """
     vision = config.model.vision
     for budget in _budgets(config):
@@ -159,7 +159,7 @@ def check(config: Config, train: Source | StreamSource, evaluation: Source) -> N
             raise ValueError(
                 f"model.vision.num_classes={vision.num_classes}, data.train has "
                 f"{len(classes[0])} classes and data.eval {len(classes[1])}: all three "
-                "must be the same classes"
+                "must have the same classes"
             )
 
 
@@ -184,7 +184,7 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(results: dict[str, Any]) -> bytes:
     """The results as a PNG: each metric against the token budget."""
-    from matplotlib.figure import Figure  # slow to import, and only wanted here
+    from matplotlib.figure import Figure  # slow to import, and only needed here
 
     budgets = sorted(results["budgets"], key=int)
     figure = Figure(figsize=(6.0, 3.8), layout="constrained")
@@ -207,7 +207,7 @@ def plot(results: dict[str, Any]) -> bytes:
 
 
 def _budgets(config: Config) -> tuple[int, ...]:
-    """Where to evaluate; a model of one resolution has only one budget."""
+    """The budgets to evaluate at; a model of one resolution has only one."""
     vision = config.model.vision
     return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
 

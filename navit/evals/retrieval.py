@@ -1,4 +1,4 @@
-"""Retrieval: recall at 1 from image to text and from text to image."""
+"""Retrieval: recall@1 from image to text and from text to image."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class Retrieval:
 
     An image may have several captions and a caption several images; any right one
     counts.
+
+    Args:
+      embed_texts: captions -> unit vectors `[len, e]`.
+      captions: the captions of each image.
     """
 
     def __init__(

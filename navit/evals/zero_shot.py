@@ -13,10 +13,10 @@ class ZeroShot:
     """Accuracy on each task of a source.
 
     Args:
-      embed_texts: captions -> unit vectors.
+      embed_texts: captions -> unit vectors `[len, e]`.
       tasks: class names and labels (-1: the image does not count) by task name.
       prompts: templates with one "{}" for the class name; a class is the mean of its
-        prompts' vectors, as CLIP does it.
+        prompts' vectors, as in CLIP.
     """
 
     def __init__(

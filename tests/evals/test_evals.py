@@ -144,7 +144,7 @@ def test_a_budget_beyond_the_free_memory_is_refused(
 
 
 def test_small_images_are_evaluated_at_the_plans_tokens():
-    """`data.min_tokens` holds here too, and the table counts what was embedded."""
+    """`data.min_tokens` applies here too, and the table counts what was embedded."""
     data = dict(max_upscale=0.01, min_tokens=36)
     found, sizes = evaluated("siglip2_a", (49, 64), **data)
     for budget in (49, 64):

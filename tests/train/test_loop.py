@@ -438,7 +438,7 @@ def test_classification_trains_and_evaluates(tmp_path):
     assert set(results["budgets"]["16"]) >= {"coarse_accuracy", "tokens_per_image"}
     model = navit.load(tmp_path)
     source = pipeline.open_eval_source(config.data)
-    with pytest.raises(ValueError, match=r"trained to tell 'coarse' only"):
+    with pytest.raises(ValueError, match=r"classifies 'coarse' only"):
         budgets.evaluate(model, config, source, tasks=("fine",))
 
 
