@@ -1,1 +1,1 @@
-"""Released weights, in and out."""
+"""Reads and writes released weights."""

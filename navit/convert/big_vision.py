@@ -1,4 +1,4 @@
-"""big_vision's two-tower `.npz`, NaFlex or of a fixed size, scanned or not."""
+"""big_vision's two-tower `.npz` files: NaFlex or one resolution, scanned or not."""
 
 from __future__ import annotations
 
@@ -31,27 +31,32 @@ log = logging.getLogger("navit")
 
 _IMG, _TXT = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/encoderblock"
 
-# What zipfile raises for a file that is damaged, encrypted or packed by unknown means.
+# What zipfile raises if a file is damaged, encrypted or compressed in an unknown way.
 _DAMAGED = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError),
-    *(RuntimeError, UnicodeDecodeError),
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    UnicodeDecodeError,
 )
 
 
 def is_big_vision(path: Path) -> bool:
-    """By content; a damaged file is known by its name."""
+    """Whether `path` is an .npz, by content or, for a damaged file, by suffix."""
     return path.is_file() and (path.suffix == ".npz" or zipfile.is_zipfile(path))
 
 
 def read(path: Path) -> Weights:
     """Opens a file; every size comes from its tensors.
 
-    They do not say how large images were, where that is no whole number of patches:
-    load so400m-patch14-384 with `model.vision.image_size=384`.
+    They do not show the size of images that are not a whole number of patches: load
+    so400m-patch14-384 with `model.vision.image_size=384`.
 
     Raises:
-      ValueError: names the tensor that is missing, surplus, of another shape or type,
-        or pickled.
+      ValueError: names a tensor that is missing, surplus, pickled, or of another shape
+        or type.
     """
     stored = _shapes(path)
     model = _model(path, stored)
@@ -81,16 +86,16 @@ def read(path: Path) -> Weights:
 
 
 def write(weights: Weights, out: Path) -> None:
-    """Writes the layout of the public NaFlex files: text scanned, images not.
+    """Writes the layout of the public NaFlex files: only the text tower is scanned.
 
     Raises:
-      ValueError: names the setting that the format does not have.
+      ValueError: names a setting that the format lacks.
     """
     model = weights.model
     v = model.vision
     if model.text is None or v.pool != "map" or v.position.kind != "siglip2":
         raise ValueError(
-            "big_vision's two-tower files hold a text tower, pool='map' and the "
+            "big_vision's two-tower files have a text tower, pool='map' and the "
             f"position table of SigLIP 2; this model has pool={v.pool!r} and "
             f"position.kind={v.position.kind!r}"
         )
@@ -102,9 +107,11 @@ def write(weights: Weights, out: Path) -> None:
         )
     if v.image_size:
         log.warning(
-            "an .npz does not say that images have %d pixels a side: load %s with "
+            "an .npz does not record that images are %d pixels a side: load %s with "
             "model.vision.image_size=%d",
-            *(v.image_size, out, v.image_size),
+            v.image_size,
+            out,
+            v.image_size,
         )
     shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
@@ -127,15 +134,16 @@ def write(weights: Weights, out: Path) -> None:
             write_atomic(tokenizer, data)
         elif tokenizer.read_bytes() != data:
             log.warning(
-                "%s is another tokenizer than this model's, %s, and stays as it is",
-                *(tokenizer, model.text.tokenizer),
+                "%s differs from this model's tokenizer, %s, and is not overwritten",
+                tokenizer,
+                model.text.tokenizer,
             )
 
 
 def _stored(
     model: ModelConfig, t: Tensor, shape: tuple[int, ...]
 ) -> list[tuple[int | None, str, tuple[int, ...]]]:
-    """(layer or None, name, shape) of what one of our tensors is stored as."""
+    """The stored tensors of one of ours: (layer or None, name, shape)."""
     layers = layers_of(model, t.ours)
     one = shape if layers is None else shape[1:]
     one = _shape_there(model, t.ours, one)
@@ -174,7 +182,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
             raise ValueError(f"{path} lacks the tensor {name}")
         if len(stored[name]) not in ndims:
             raise ValueError(
-                f"{path}: {name} is {stored[name]}, and should have "
+                f"{path}: {name} is {stored[name]}, but should have "
                 f"{' or '.join(map(str, ndims))} axes"
             )
         return stored[name]
@@ -186,8 +194,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
         name = f"{first}/MultiHeadDotProductAttention_0/query/kernel"
         query = shape(name, 3 + scanned)
         depth = up[0] if scanned else depth_of(stored, rf"{prefix}_(\d+)/")
-        sizes = dict(width=up[-2], depth=depth, mlp_dim=up[-1], num_heads=query[-2])
-        return sizes
+        return dict(width=up[-2], depth=depth, mlp_dim=up[-1], num_heads=query[-2])
 
     kernel = shape("params/img/embedding/kernel", 2, 4)
     fixed = len(kernel) == 4
@@ -215,14 +222,14 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the members' headers, without reading the tensors."""
-    found = {}
+    """Reads names and shapes from the members' headers, without the tensors."""
+    shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
             if {"names.npy", "embeddings.npy"} == set(archive.namelist()):
                 raise ValueError(
-                    f"{path} holds embeddings, as navit embed writes them, and no "
-                    "model: name the weights that they were made with"
+                    f"{path} holds embeddings from navit embed, and no model: "
+                    "name the weights that computed them"
                 )
             for member in archive.namelist():
                 name = member.removesuffix(".npy")
@@ -235,13 +242,13 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
                     )
                 if dtype.name not in ("float32", "float16", "bfloat16", "void16"):
                     raise ValueError(
-                        f"{path}: {name} is {dtype}, and weights are float32, float16 "
-                        "or bfloat16"
+                        f"{path}: {name} is {dtype}, but weights must be float32, "
+                        "float16 or bfloat16"
                     )
-                found[name] = shape
+                shapes[name] = shape
     except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged or no .npz file: {error}") from None
-    return found
+        raise ValueError(f"{path} is damaged or not an .npz file: {error}") from None
+    return shapes
 
 
 def _header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:

@@ -37,7 +37,7 @@ from navit.convert.stored import (
 )
 from navit.files import replacing, write_atomic
 
-# What a checkpoint may be stored in; all of them are read to float32 exactly.
+# The types that a checkpoint may have; each converts to float32 exactly.
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": None}
 _SHARD_BYTES = 2 * 2**30
 
@@ -47,18 +47,18 @@ def is_huggingface(path: Path) -> bool:
 
 
 def read(path: Path) -> Weights:
-    """Opens a directory; sizes come from the tensors, only heads from config.json.
+    """Opens a directory; sizes come from its tensors, only heads from config.json.
 
     Raises:
-      ValueError: names the tensor or the setting that is missing, surplus, of another
-        shape or type, or not known here.
+      ValueError: names a tensor or setting that is missing, surplus, not supported, or
+        of another shape or type.
     """
     where = _locate(path)
     config = read_json(path / "config.json")
     if config.get("model_type") not in ("siglip", "siglip2"):
         raise ValueError(
-            f"{path / 'config.json'} is of a {config.get('model_type')!r}; navit reads "
-            "'siglip2' and 'siglip'"
+            f"{path / 'config.json'} has model_type={config.get('model_type')!r}, but "
+            "navit reads 'siglip2' and 'siglip'"
         )
     stored = {n: _shape(file, n) for n, file in where.items() if not is_buffer(n)}
     model = model_of(path, config, stored)
@@ -83,10 +83,10 @@ def read(path: Path) -> Weights:
 
 
 def write(weights: Weights, out: Path) -> None:
-    """Writes what `Siglip2Model.from_pretrained` opens, and its processor.
+    """Writes a directory that `from_pretrained` opens, with its processor.
 
     Raises:
-      ValueError: names the setting that transformers' class does not have.
+      ValueError: names a setting that transformers' classes lack.
     """
     model = weights.model
     check_expressible(model)
@@ -121,7 +121,7 @@ def _write_tensors(weights: Weights, out: Path) -> None:
         size, total = size + value.nbytes, total + value.nbytes
     flush()
     index: dict[str, str] = {}
-    mode = (out / "config.json").stat().st_mode  # safetensors makes them the owner's
+    mode = (out / "config.json").stat().st_mode  # safetensors restricts it
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
@@ -138,7 +138,7 @@ def _write_tensors(weights: Weights, out: Path) -> None:
 def _tensors(
     weights: Weights, table: list[Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every stored tensor, one of ours in memory at a time."""
+    """Yields every stored tensor, with one of ours in memory at a time."""
     model = weights.model
     parts: dict[str, dict[int, np.ndarray]] = {}
     for t in table:
@@ -150,14 +150,14 @@ def _tensors(
             continue
         for i, name, shape in _stored(model, t, shapes[t.ours]):
             yield name, to_theirs(value if i is None else value[i], t.axes, shape)
-    for name, found in parts.items():
-        yield name, np.concatenate([found[i] for i in sorted(found)])
+    for name, pieces in parts.items():
+        yield name, np.concatenate([pieces[i] for i in sorted(pieces)])
 
 
 def _stored(
     model: ModelConfig, t: Tensor, shape: tuple[int, ...]
 ) -> list[tuple[int | None, str, tuple[int, ...]]]:
-    """(layer or None, name, shape) of what one of our tensors is stored as."""
+    """The stored tensors of one of ours: (layer or None, name, shape)."""
     layers = layers_of(model, t.ours)
     if layers is None:
         return [(None, t.theirs, _stored_shape(t, shape))]
@@ -166,7 +166,7 @@ def _stored(
 
 
 def _stored_shape(t: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape there of one of our tensors (of one layer)."""
+    """The stored shape of one of our tensors, or of one layer of it."""
     if t.axes == "conv":
         side = math.isqrt(shape[0] // 3)
         return (shape[1], 3, side, side)
@@ -180,9 +180,9 @@ def _stored_shape(t: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _part(value: np.ndarray, t: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    which, many = t.part
-    size = len(value) // many
-    return to_ours(value[which * size : (which + 1) * size], t.axes, shape)
+    index, count = t.part
+    size = len(value) // count
+    return to_ours(value[index * size : (index + 1) * size], t.axes, shape)
 
 
 def _check(
@@ -207,14 +207,14 @@ def _write_tokenizer(weights: Weights, out: Path) -> None:
 
 
 def _locate(path: Path) -> dict[str, Path]:
-    """Tensor name -> file, of one file or of several with an index."""
+    """Tensor name -> file, from a single file or from several with an index."""
     index = path / "model.safetensors.index.json"
     files = sorted(path.glob("*.safetensors"))
     if index.is_file():
-        found = member(index, read_json(index), "weight_map", dict, "an object")
-        listed = sorted({member(index, found, x, str, "a file's name") for x in found})
+        names = member(index, read_json(index), "weight_map", dict, "an object")
+        listed = sorted({member(index, names, x, str, "a file's name") for x in names})
         if not listed:
-            raise ValueError(f"{index}: weight_map is empty, and should name the files")
+            raise ValueError(f"{index}: weight_map is empty, but should name the files")
         for name in listed:
             if Path(name).name != name or not (path / name).is_file():
                 raise ValueError(f"{index} names {name!r}, which is not in {path}")
@@ -228,13 +228,13 @@ def _locate(path: Path) -> dict[str, Path]:
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
     with _open(file) as opened:
-        found = opened.get_slice(name)
-        if found.get_dtype() not in _DTYPES:
+        tensor = opened.get_slice(name)
+        if tensor.get_dtype() not in _DTYPES:
             raise ValueError(
-                f"{file}: {name} is {found.get_dtype()}, and weights are "
+                f"{file}: {name} is {tensor.get_dtype()}, but weights must be "
                 f"{', '.join(_DTYPES)}"
             )
-        return tuple(found.get_shape())
+        return tuple(tensor.get_shape())
 
 
 def _load(where: dict[str, Path], name: str) -> np.ndarray:
@@ -248,7 +248,9 @@ def _open(file: Path) -> Iterator[Any]:
         with safetensors.safe_open(file, framework="numpy") as opened:
             yield opened
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
+        raise ValueError(
+            f"{file} is damaged or not a safetensors file: {error}"
+        ) from None
 
 
 def _any_tensors(path: Path) -> bool:

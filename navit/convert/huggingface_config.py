@@ -1,4 +1,4 @@
-"""The JSON beside a Hugging Face directory's tensors: config and preprocessor."""
+"""The JSON files of a Hugging Face directory: config and preprocessor."""
 
 from __future__ import annotations
 
@@ -14,40 +14,46 @@ from navit.files import write_atomic
 
 log = logging.getLogger("navit")
 
-# What config.json states and the tensors decide.
+# Sizes in config.json, which must agree with the tensors.
 _SIZES = {
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("patch_size", "num_patches", "image_size"),
-    *("vocab_size", "max_position_embeddings"),
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "num_patches",
+    "image_size",
+    "vocab_size",
+    "max_position_embeddings",
 }
-# Only these are understood, so a config.json that states another is refused.
+# Settings with only one supported value; a config.json with another is refused.
 _FIXED = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
     "vision_use_head": True,
     "num_channels": 3,
 }
-# What preprocessor_config.json must say, if it says it, as `preprocessor_of` does.
+# Settings that, if preprocessor_config.json has them, must equal `preprocessor_of`'s.
 _PIXELS = (
-    *(
-        "do_resize",
-        "do_rescale",
-        "rescale_factor",
-        "do_normalize",
-        "image_mean",
-        "image_std",
-    ),
-    *("size", "patch_size"),
+    "do_resize",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "size",
+    "patch_size",
 )
 
 
 def model_of(
     path: Path, config: dict[str, Any], stored: dict[str, tuple[int, ...]]
 ) -> ModelConfig:
-    """A model's sizes from its tensors' shapes; only heads from config.json.
+    """A model's config: sizes from its tensors' shapes, only heads from config.json.
 
     Raises:
-      ValueError: names what config.json states otherwise, or what is not known here.
+      ValueError: names a setting of config.json that contradicts the tensors or is not
+        supported.
     """
     file = path / "config.json"
     vision, texts = (
@@ -67,7 +73,7 @@ def model_of(
             raise ValueError(f"{path} lacks the tensor {name}")
         if len(stored[name]) != ndim:
             raise ValueError(
-                f"{path}: {name} is {stored[name]}, and should have {ndim} axes"
+                f"{path}: {name} is {stored[name]}, but should have {ndim} axes"
             )
         return stored[name]
 
@@ -81,7 +87,7 @@ def model_of(
     length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
     image_size = vision.get("image_size") if fixed else None
     if not isinstance(image_size, int) or image_size // patch_size != side:
-        image_size = None  # and `_agree` says so, if it is stated
+        image_size = None  # `_agree` refuses it if config.json states it
     elif image_size == side * patch_size:
         image_size = None
     model = ModelConfig(
@@ -109,33 +115,33 @@ def model_of(
     return model
 
 
-def _agree(path: Path, stated: dict[str, Any], found: dict[str, Any]) -> None:
-    """A size that config.json states must be the tensors'."""
+def _agree(path: Path, stated: dict[str, Any], actual: dict[str, Any]) -> None:
+    """Checks that the sizes in config.json are those of the tensors."""
     for part in ("vision_config", "text_config"):
-        for key in _SIZES & found[part].keys():
-            value = found[part][key]
-            said = stated.get(part, {}).get(key, value)
-            if said != value:
+        for key in _SIZES & actual[part].keys():
+            value = actual[part][key]
+            stated_value = stated.get(part, {}).get(key, value)
+            if stated_value != value:
                 raise ValueError(
-                    f"{path}: config.json says {part}.{key}={said!r}, and the tensors "
-                    f"make it {value!r}"
+                    f"{path}: config.json has {part}.{key}={stated_value!r}, but the "
+                    f"tensors make it {value!r}"
                 )
 
 
 def _heads(file: Path, part: dict[str, Any], name: str) -> int:
     key = "num_attention_heads"
-    if key not in part:  # transformers leaves out what is its default
-        log.info("%s does not say %s.%s: 12 is assumed", file, name, key)
+    if key not in part:  # transformers omits its default
+        log.info("%s does not state %s.%s: assuming 12", file, name, key)
     heads = member(file, part, key, int, "a number of at least 1", 12)
     if isinstance(heads, bool) or heads < 1:
         raise ValueError(
-            f"{file}: {key} is {heads!r}, and should be a number of at least 1"
+            f"{file}: {key} is {heads!r}, but should be a number of at least 1"
         )
     return heads
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
-    """config.json, as transformers writes it itself."""
+    """config.json, as transformers itself writes it."""
     v, t = model.vision, model.text
     assert t is not None
     shared = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
@@ -178,7 +184,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def preprocessor_of(model: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: the pixels that navit gives a model."""
+    """preprocessor_config.json, for the pixels that navit gives the model."""
     v = model.vision
     kind = "Siglip" if v.fixed_grid else "Siglip2"
     side = v.image_size or v.position.size * v.patch_size
@@ -203,31 +209,33 @@ def preprocessor_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_preprocessor(path: Path, model: ModelConfig) -> None:
-    """Refuses other pixels than navit makes; another resize is only said."""
+    """Refuses other pixels than navit makes; only warns about another resize."""
     want = preprocessor_of(model)
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = path / name
         if not file.is_file():
             continue
-        said = read_json(file)
-        said = member(file, said, "image_processor", dict, "an object", said)
+        stated = read_json(file)
+        stated = member(file, stated, "image_processor", dict, "an object", stated)
         for key in _PIXELS:
-            if key in want and said.get(key) not in (None, want[key]):
+            if key in want and stated.get(key) not in (None, want[key]):
                 raise ValueError(
-                    f"{file} says {key}={said[key]!r}, and navit gives this model "
-                    f"images with {want[key]!r}: correct the file, if it is wrong, or "
+                    f"{file} has {key}={stated[key]!r}, but navit gives this model "
+                    f"images with {want[key]!r}: correct the file if it is wrong, or "
                     "fold the difference into the patch embedding's weights"
                 )
-        if said.get("resample") not in (None, want["resample"]):
+        if stated.get("resample") not in (None, want["resample"]):
             log.warning(
-                "%s says resample=%s; navit resizes bilinearly (%s), as big_vision did "
-                "when it trained the model",
-                *(file, said["resample"], want["resample"]),
+                "%s has resample=%s, but navit resizes bilinearly (%s), as big_vision "
+                "did when it trained the model",
+                file,
+                stated["resample"],
+                want["resample"],
             )
 
 
 def check_expressible(model: ModelConfig) -> None:
-    """Raises ValueError for a setting that transformers' classes do not have."""
+    """Raises ValueError for a setting that transformers' classes lack."""
     v = model.vision
     wrong = {
         "text": model.text is None,
@@ -244,34 +252,34 @@ def check_expressible(model: ModelConfig) -> None:
             for part in name.split("."):
                 value = getattr(value, part)
             raise ValueError(
-                f"model.{name}={value!r} has no place in transformers' Siglip2Model"
+                f"transformers' Siglip2Model does not support model.{name}={value!r}"
             )
 
 
 def member(
     file: Path, data: dict[str, Any], key: str, kind: type, what: str, *default: Any
 ) -> Any:
-    """`data[key]` of a file, or the default if there is one.
+    """Returns `data[key]`, or the default if there is one.
 
     Raises:
-      ValueError: if it is missing without a default, or of another type.
+      ValueError: if it is missing and has no default, or has another type.
     """
     if key not in data and not default:
         raise ValueError(f"{file} lacks {key}, which should be {what}")
     value = data.get(key, *default)
     if not isinstance(value, kind):
-        raise ValueError(f"{file}: {key} is {value!r}, and should be {what}")
+        raise ValueError(f"{file}: {key} is {value!r}, but should be {what}")
     return value
 
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        data = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         raise ValueError(f"{file} is not a JSON object")
-    return found
+    return data
 
 
 def write_json(file: Path, data: dict[str, Any]) -> None:

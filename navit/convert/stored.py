@@ -1,6 +1,6 @@
-"""What every format is turned into and made from: a config, and tensors by our names.
+"""The common form of all formats: a config, and tensors under our names.
 
-A tensor is read when it is asked for, so that a conversion holds one at a time.
+Tensors are read on demand, so a conversion keeps only one in memory at a time.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class Weights:
     """A model on disk.
 
     Attributes:
-      model: its sizes, as the file has them.
-      get: our name of a tensor -> float32, every layer stacked; `read` checks it too.
-      files: tokenizer files that belong to it.
+      model: its config, with the sizes in the file.
+      get: our name of a tensor -> float32, all layers stacked; `read` also checks it.
       where: what it was read from, for messages.
+      files: its tokenizer files.
     """
 
     model: ModelConfig
@@ -46,8 +46,8 @@ class Weights:
         if wrong:
             raise ValueError(
                 f"{self.where}: {wrong} of the {value.size} values of {name} are NaN "
-                "or infinite: get the file again, or one from before the training that "
-                "made it diverged"
+                "or infinite: get the file again, or take one from before its training "
+                "diverged"
             )
         return value
 
@@ -56,11 +56,11 @@ class Tensor(NamedTuple):
     """How one of our tensors is stored elsewhere.
 
     Attributes:
-      ours: our name; a tensor of the blocks holds all layers, stacked.
-      theirs: the name there; "{}" stands for the layer's number.
+      ours: our name; a tensor of the blocks stacks all layers.
+      theirs: the stored name; "{}" stands for the layer's number.
       axes: "same" up to reshaping, "transpose" for a linear layer stored
         `[out, in]`, "conv" for a patch kernel stored `[out, channel, row, column]`.
-      part: (which, of how many) parts of the first axis there, when several of ours
+      part: (index, count) of its part of the stored first axis, if several of ours
         are stored as one.
     """
 
@@ -72,7 +72,7 @@ class Tensor(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def shapes_of(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Our tensors' names and shapes for a config; nothing is allocated."""
+    """Our tensors' names and shapes for a config, without allocating them."""
     like = jax.eval_shape(lambda: TwoTower(model, rngs=nnx.Rngs(0)))
     leaves, _ = jax.tree_util.tree_flatten_with_path(like)
     return MappingProxyType({name_of(path): leaf.shape for path, leaf in leaves})
@@ -84,7 +84,7 @@ def name_of(path: tuple) -> str:
 
 
 def to_ours(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
-    """One stored tensor (of one layer) -> our layout."""
+    """Brings a stored tensor, or one layer of it, into our layout."""
     if axes == "transpose":
         value = value.T
     elif axes == "conv":
@@ -93,7 +93,7 @@ def to_ours(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def to_theirs(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The way back from `to_ours`, to the stored `shape`."""
+    """The inverse of `to_ours`, to the stored `shape`."""
     if axes == "transpose":
         value = value.T
     elif axes == "conv":
@@ -103,7 +103,7 @@ def to_theirs(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def layers_of(model: ModelConfig, ours: str) -> int | None:
-    """How many layers a tensor stacks; None for one that is not of the blocks."""
+    """How many layers a tensor stacks; None if it is not one of the blocks'."""
     if ".blocks." not in ours:
         return None
     if ours.startswith("vision."):
@@ -113,7 +113,7 @@ def layers_of(model: ModelConfig, ours: str) -> int | None:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether transformers once saved it with the weights, though it holds none."""
+    """Whether it is a buffer, without weights, that older transformers saved."""
     return name.endswith(".position_ids")
 
 
@@ -128,7 +128,7 @@ def check_shapes(
             raise ValueError(f"{path} lacks the tensor {name}")
         if stored[name] != shape:
             raise ValueError(
-                f"{path}: {name} is {stored[name]}, and the other tensors make it "
+                f"{path}: {name} is {stored[name]}, but the other tensors make it "
                 f"{shape}"
             )
     surplus = [n for n in stored if n not in expected and not is_buffer(n)]
@@ -140,12 +140,12 @@ def check_shapes(
 
 
 def depth_of(stored: Iterable[str], pattern: str) -> int:
-    """How many layers the names count that start with `pattern`, `(\\d+)` the layer's.
+    """Counts the layers in the names that match `pattern`, whose `(\\d+)` is the layer.
 
-    If they leave one out, the tensors do not fit this depth.
+    If a layer is missing, the tensors do not fit this depth.
     """
-    found = (re.match(pattern, name) for name in stored)
-    return max(1, len({int(x[1]) for x in found if x}))
+    matches = (re.match(pattern, name) for name in stored)
+    return max(1, len({int(x[1]) for x in matches if x}))
 
 
 def square_side(path: Path, name: str, positions: int) -> int:
@@ -158,7 +158,7 @@ def square_side(path: Path, name: str, positions: int) -> int:
 
 
 def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:
-    """Makes the module and puts every tensor in its place, one after the other.
+    """Makes the module and puts the tensors in their places, one at a time.
 
     Raises:
       ValueError: names a tensor that is not finite.

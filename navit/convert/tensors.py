@@ -1,4 +1,4 @@
-"""Where each of our tensors is in the two formats."""
+"""Maps our tensors to those of the two formats."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _POOL = {
 
 
 def huggingface(*, conv: bool) -> list[Tensor]:
-    """transformers' Siglip2Model; with `conv`, its SiglipModel."""
-    found = [
+    """The tensors of transformers' Siglip2Model or, with `conv`, its SiglipModel."""
+    table = [
         Tensor("scale", "logit_scale"),
         Tensor("bias", "logit_bias"),
         Tensor("text.embedding", "text_model.embeddings.token_embedding.weight"),
@@ -48,24 +48,24 @@ def huggingface(*, conv: bool) -> list[Tensor]:
         for ours, (theirs, _) in _BLOCK.items():
             to = f"{tower}_model.encoder.layers.{{}}.{theirs}"
             make = _norm if "norm" in ours else _linear
-            found += make(f"{tower}.encoder.blocks.{ours}", to)
+            table += make(f"{tower}.encoder.blocks.{ours}", to)
     for ours, (theirs, _) in _POOL.items():
         make = _norm if "norm" in ours else _linear
-        found += make(f"vision.head.{ours}", f"vision_model.head.{theirs}")
+        table += make(f"vision.head.{ours}", f"vision_model.head.{theirs}")
     for i, ours in enumerate(("query", "key", "value")):
         to = "vision_model.head.attention.in_proj_"
-        found += [
+        table += [
             Tensor(f"vision.head.{ours}.kernel", to + "weight", "transpose", (i, 3)),
             Tensor(f"vision.head.{ours}.bias", to + "bias", "same", (i, 3)),
         ]
-    return found
+    return table
 
 
 def big_vision(
     model: ModelConfig, *, scanned_vision: bool, scanned_text: bool
 ) -> list[Tensor]:
-    """big_vision's two_towers; all of it is ours up to reshaping."""
-    found = [
+    """The tensors of big_vision's two_towers, which are ours up to reshaping."""
+    table = [
         Tensor("scale", "params/t"),
         Tensor("bias", "params/b"),
         Tensor("text.embedding", "params/txt/Embed_0/embedding"),
@@ -78,14 +78,14 @@ def big_vision(
         Tensor("vision.head.probe", "params/img/MAPHead_0/probe"),
     ]
     if model.vision.embed_dim is not None:
-        found += _both("vision.projection", "params/img/head", "kernel")
+        table += _both("vision.projection", "params/img/head", "kernel")
     for tower, encoder, scanned in (
         ("vision", "img/Transformer", scanned_vision),
         ("text", "txt/Encoder_0", scanned_text),
     ):
         for ours, (_, theirs) in _BLOCK.items():
             block = "encoderblock" if scanned else "encoderblock_{}"
-            found += _both(
+            table += _both(
                 f"{tower}.encoder.blocks.{ours}",
                 f"params/{encoder}/{block}/{theirs}",
                 "scale" if "norm" in ours else "kernel",
@@ -94,12 +94,12 @@ def big_vision(
     for ours in ("query", "key", "value"):
         pool[ours] = f"MultiHeadDotProductAttention_0/{ours}"
     for ours, theirs in pool.items():
-        found += _both(
+        table += _both(
             f"vision.head.{ours}",
             f"params/img/MAPHead_0/{theirs}",
             "scale" if "norm" in ours else "kernel",
         )
-    return found
+    return table
 
 
 def _linear(ours: str, theirs: str) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The tokenizer files that lie beside weights: which, under what names."""
+"""The tokenizer files beside weights: which ones, and under which names."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 from navit.convert.stored import Weights
 from navit.input.tokens import EOS, PAD, open_tokenizer
 
-# What they are called in released repositories, of either format. SigLIP 1's have a
-# tokenizer.json too, and transformers opens the pieces.
+# Their names in released repositories of either format, the preferred first: SigLIP 1's
+# have both spiece.model and tokenizer.json, and transformers opens the former.
 _NAMES = (
-    *("spiece.model", "tokenizer.json", "tokenizer.model", "gemma.model"),
-    *("gemma_tokenizer.model", "sentencepiece.model"),
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "gemma.model",
+    "gemma_tokenizer.model",
+    "sentencepiece.model",
 )
 
 
@@ -22,7 +26,7 @@ def found_in(folder: Path) -> tuple[Path, ...]:
 
 
 def contents(weights: Weights) -> dict[str, bytes]:
-    """Name -> content to write: each under the name that it is looked for by."""
+    """Name -> content of each file to write, under the names that readers expect."""
     if _is_bytes(weights):
         return {"tokenizer.json": _bytes_json()}
     out: dict[str, bytes] = {}
@@ -38,7 +42,7 @@ def contents(weights: Weights) -> dict[str, bytes]:
 def config(weights: Weights) -> bytes | None:
     """tokenizer_config.json for transformers: the one beside the files, or a new one.
 
-    None where the tokenizer is not known.
+    None if the tokenizer is not known.
     """
     files, text = weights.files, weights.model.text
     if text is None or not (files or _is_bytes(weights)):
@@ -52,7 +56,7 @@ def config(weights: Weights) -> bytes | None:
     if beside.is_file():
         return beside.read_bytes()
     if open_tokenizer(str(files[0])).is_siglip1:
-        # Its class opens the pieces only; a tokenizer.json says all of itself.
+        # SiglipTokenizer opens only the pieces; a tokenizer.json is complete by itself.
         pieces = any(file.suffix != ".json" for file in files)
         name = "SiglipTokenizer" if pieces else "PreTrainedTokenizerFast"
         about |= {"tokenizer_class": name, "unk_token": "<unk>"}
@@ -69,7 +73,7 @@ def _is_bytes(weights: Weights) -> bool:
 
 
 def _bytes_json() -> bytes:
-    """The byte tokenizer as a tokenizer.json: no piece but `<0x00>` to `<0xFF>`."""
+    """The byte tokenizer as a tokenizer.json, with the pieces `<0x00>` to `<0xFF>`."""
     special = {"<pad>": PAD, "<eos>": EOS}
     vocab = special | {f"<0x{i:02X}>": i + len(special) for i in range(256)}
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)

@@ -71,7 +71,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_are_those_of_transformers(naflex, layout):
+def test_images_equal_transformers(naflex, layout):
     model, want, images = naflex
     rows = LAYOUTS[layout]
     packed = pack(images, rows, max(map(len, rows)))
@@ -86,7 +86,7 @@ def test_images_are_those_of_transformers(naflex, layout):
             start += len(images[i][0])
 
 
-def test_texts_and_logits_are_those_of_transformers(naflex):
+def test_texts_and_logits_equal_transformers(naflex):
     model, want, images = naflex
     t = np.asarray(model.text(want["ids"]))
     np.testing.assert_allclose(t, want["text"], atol=5e-5)
@@ -96,7 +96,7 @@ def test_texts_and_logits_are_those_of_transformers(naflex):
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_fixed_resolution_is_that_of_transformers(name):
+def test_fixed_resolution_equals_transformers(name):
     model, want = navit.load(GOLDEN / name), expected(name)
     assert model.config.model.vision.fixed_grid
     z = model.embed_images(list(want["pixels"]))
@@ -147,13 +147,13 @@ def test_round_trip_changes_no_bit(name, way, tmp_path):
         assert main(["convert", str(GOLDEN / name), str(between), *options]) == 0
         assert main(["convert", str(between), str(back)]) == 0
     assert_same(tensors_of(back), tensors_of(GOLDEN / name))
-    # What transformers wrote itself, but for what it takes for granted.
+    # As transformers wrote it, except for its default.
     want, found = (
         json.loads((folder / "config.json").read_text())
         for folder in (GOLDEN / name, back)
     )
     assert want["vision_config"].pop("vision_use_head") is True
-    if way == "big_vision" and name == "siglip_cut":  # which an .npz cannot say
+    if way == "big_vision" and name == "siglip_cut":  # which an .npz cannot record
         want["vision_config"]["image_size"] = 20
     assert found == want
 
@@ -166,12 +166,12 @@ def test_big_vision_layouts_scanned_or_not(scanned, tmp_path):
     with np.load(file, allow_pickle=False) as found:
         arrays = dict(found)
     img, txt = "params/img/Transformer/encoderblock", "params/txt/Encoder_0/"
-    assert arrays[f"{img}_0/MultiHeadDotProductAttention_0/query/kernel"].shape == (
-        *(30, 3, 10),
+    query, out = (
+        f"{img}_{i}/MultiHeadDotProductAttention_0/{name}/kernel"
+        for i, name in ((0, "query"), (2, "out"))
     )
-    assert arrays[f"{img}_2/MultiHeadDotProductAttention_0/out/kernel"].shape == (
-        *(3, 10, 30),
-    )
+    assert arrays[query].shape == (30, 3, 10)
+    assert arrays[out].shape == (3, 10, 30)
     assert arrays["params/img/pos_embedding"].shape == (7, 7, 30)
     assert arrays["params/img/embedding/kernel"].shape == (27, 30)
     assert arrays[f"{txt}encoderblock/LayerNorm_0/scale"].shape == (1, 21)
@@ -238,7 +238,7 @@ TABLE = "vision_model.embeddings.position_embedding.weight"
         ),
         (
             lambda t: t.update({PROBE: t[PROBE].astype(np.int32)}),
-            rf"{PROBE} is I32, and weights are F32, F16, BF16",
+            rf"{PROBE} is I32, but weights must be F32, F16, BF16",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_wrong_tensors_are_named(edit, message, tmp_path):
         navit.load(folder)
 
 
-def test_names_that_are_nearly_known_are_named(tmp_path):
+def test_nearly_right_names_are_named(tmp_path):
     """Depth is counted in whole names only."""
     folder = copy("siglip2_b", tmp_path)
     for name, message in [
@@ -281,15 +281,15 @@ def test_buffers_of_old_files_are_left_out(tmp_path):
         ({}, "index.json lacks weight_map"),
         (
             {"weight_map": []},
-            r"index.json: weight_map is \[\], and should be an object",
+            r"index.json: weight_map is \[\], but should be an object",
         ),
         ({"weight_map": {}}, "index.json: weight_map is empty"),
-        ({"weight_map": {"a": 3}}, "index.json: a is 3, and should be a file's name"),
+        ({"weight_map": {"a": 3}}, "index.json: a is 3, but should be a file's name"),
         ({"weight_map": {"a": "../x"}}, r"index.json names '\.\./x', which is not in"),
         ({"weight_map": {"a": "gone"}}, r"index.json names 'gone', which is not in"),
     ],
 )
-def test_an_index_that_is_none_is_an_error(index, message, tmp_path):
+def test_an_invalid_index_is_an_error(index, message, tmp_path):
     folder = copy("siglip2_b", tmp_path)
     shutil.copyfile(folder / "model.safetensors", tmp_path / "x")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -303,10 +303,10 @@ HEADS = "num_attention_heads"
 @pytest.mark.parametrize(
     "part, message",
     [
-        (None, "config.json: vision_config is None, and should be an object"),
-        ([], r"config.json: vision_config is \[\], and should be an object"),
+        (None, "config.json: vision_config is None, but should be an object"),
+        ([], r"config.json: vision_config is \[\], but should be an object"),
         *(
-            ({HEADS: value}, f"config.json: {HEADS} is {value!r}, and should be a num")
+            ({HEADS: value}, f"config.json: {HEADS} is {value!r}, but should be a num")
             for value in (None, "3", 3.0, 0, True)
         ),
         ({HEADS: 3, "layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05 is not supported"),
@@ -323,8 +323,8 @@ def test_a_config_json_of_other_types_or_settings_is_an_error(part, message, tmp
         read(folder)
 
 
-def test_heads_that_are_not_stated_are_said(tmp_path, caplog):
-    """transformers leaves out what is its default, 12."""
+def test_assumed_heads_are_logged(tmp_path, caplog):
+    """transformers omits its default, 12."""
     caplog.set_level("INFO", "navit")
     folder = copy("siglip2_a", tmp_path)
     file = folder / "config.json"
@@ -333,7 +333,7 @@ def test_heads_that_are_not_stated_are_said(tmp_path, caplog):
     file.write_text(json.dumps(config))
     with contextlib.suppress(ValueError):  # 12 may not divide the width
         assert read(folder).model.vision.num_heads == 12
-    assert f"config.json does not say vision_config.{HEADS}: 12 is assumed" in (
+    assert f"config.json does not state vision_config.{HEADS}: assuming 12" in (
         caplog.text
     )
 
@@ -352,7 +352,7 @@ def test_an_npz_is_known_by_content_and_a_damaged_one_by_name(tmp_path):
     (tmp_path / "a.npz").rename(tmp_path / "checkpoint.zip")
     assert read(tmp_path / "checkpoint.zip").model.vision.width == 30
     (tmp_path / "a.npz").write_text("nothing")
-    with pytest.raises(ValueError, match=r"a.npz is damaged or no .npz file"):
+    with pytest.raises(ValueError, match=r"a.npz is damaged or not an .npz file"):
         read(tmp_path / "a.npz")
 
 
@@ -381,7 +381,7 @@ def test_truncated_files_are_clear_errors(tmp_path, capsys):
     npz = tmp_path / "a.npz"
     navit.save(navit.load(GOLDEN / "siglip2_b"), npz, "big_vision")
     npz.write_bytes(npz.read_bytes()[:-2000])
-    with pytest.raises(ValueError, match=r"a.npz is damaged or no .npz file"):
+    with pytest.raises(ValueError, match=r"a.npz is damaged or not an .npz file"):
         navit.load(npz)
 
 
@@ -398,7 +398,7 @@ def test_pickled_objects_are_never_opened(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_big_vision_tensor_that_is_wrong_is_named(tmp_path):
+def test_a_wrong_big_vision_tensor_is_named(tmp_path):
     file = tmp_path / "a.npz"
     navit.save(navit.load(GOLDEN / "siglip2_b"), file, "big_vision")
     with np.load(file) as found:
@@ -416,7 +416,7 @@ def test_big_vision_tensor_that_is_wrong_is_named(tmp_path):
             navit.load(file)
 
 
-def test_big_vision_names_and_axes_that_are_wrong_are_named(tmp_path):
+def test_wrong_big_vision_names_and_axes_are_named(tmp_path):
     file = tmp_path / "a.npz"
     write(read(GOLDEN / "siglip2_b"), file)
     with np.load(file) as found:
@@ -426,7 +426,7 @@ def test_big_vision_names_and_axes_that_are_wrong_are_named(tmp_path):
     for name, message in [
         (
             "params/img/head/kernel",
-            r"params/img/head/kernel is \(\), and should have 2",
+            r"params/img/head/kernel is \(\), but should have 2",
         ),
         (f"{block}_x/LayerNorm_0/bias", f"not know, first {block}_x"),
         (f"{block}_99999999999/LayerNorm_0/bias", f"lacks the tensor {block}_3/"),
@@ -503,7 +503,7 @@ def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
     vision = dataclasses.replace(model.config.model.vision, pool="mean")
     changed = dataclasses.replace(model.config.model, vision=vision)
     model.config = dataclasses.replace(model.config, model=changed)
-    with pytest.raises(ValueError, match=r"vision.pool='mean' has no place"):
+    with pytest.raises(ValueError, match=r"not support model.vision.pool='mean'"):
         navit.save(model, tmp_path / "a")
     with pytest.raises(ValueError, match=r"pool='mean'"):
         navit.save(model, tmp_path / "a.npz", "big_vision")
@@ -522,7 +522,7 @@ def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
         ("embed_dim", 8, ("huggingface",)),
     ],
 )
-def test_settings_without_a_place_are_named(setting, value, formats, tmp_path):
+def test_settings_that_a_format_lacks_are_named(setting, value, formats, tmp_path):
     weights = read(GOLDEN / "siglip2_b")
     vision = dataclasses.replace(weights.model.vision, **{setting: value})
     model = dataclasses.replace(weights.model, vision=vision)
@@ -563,7 +563,7 @@ def test_save_takes_its_format_from_the_path_or_by_name(tmp_path):
     assert not list(tmp_path.glob("[bc]*"))
 
 
-def test_token_ids_of_a_resaved_config_say_nothing_of_sizes(tmp_path):
+def test_token_ids_of_a_resaved_config_do_not_matter(tmp_path):
     """transformers' defaults, which a model saved again may state."""
     folder = copy("siglip2_b", tmp_path)
     file = folder / "config.json"
@@ -573,8 +573,8 @@ def test_token_ids_of_a_resaved_config_say_nothing_of_sizes(tmp_path):
     assert navit.load(folder).config.model.text.vocab_size == 61
 
 
-def test_images_of_no_whole_number_of_patches_are_cut(tmp_path, caplog):
-    """Resized to image_size; what its last whole patch does not reach is left out."""
+def test_images_that_are_not_a_whole_number_of_patches_are_cut(tmp_path, caplog):
+    """Resized to image_size; the rest beyond the last whole patch is left out."""
     model = navit.load(GOLDEN / "siglip_cut")
     assert model.config.model.vision.image_size == 23
     image = np.random.default_rng(0).integers(0, 256, (40, 61, 3)).astype(np.uint8)
@@ -584,7 +584,7 @@ def test_images_of_no_whole_number_of_patches_are_cut(tmp_path, caplog):
     want = model.embed_images([image])
     np.testing.assert_array_equal(model.embed_images([np.asarray(small)]), want)
     np.testing.assert_array_equal(model.embed_images([rest]), want)
-    # An .npz cannot say so.
+    # An .npz cannot record the size.
     file = tmp_path / "a.npz"
     navit.save(model, file)
     assert "load" in caplog.text and "model.vision.image_size=23" in caplog.text
@@ -593,7 +593,7 @@ def test_images_of_no_whole_number_of_patches_are_cut(tmp_path, caplog):
     np.testing.assert_array_equal(named.embed_images([image]), want)
 
 
-def test_an_image_size_that_the_table_does_not_have_is_refused(tmp_path):
+def test_an_image_size_that_contradicts_the_table_is_refused(tmp_path):
     folder = copy("siglip_cut", tmp_path)
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -620,14 +620,14 @@ def test_an_image_size_that_the_table_does_not_have_is_refused(tmp_path):
         ("siglip_cut", dict(size=dict(height=20, width=20))),
     ],
 )
-def test_other_pixels_than_the_models_are_refused(name, said, tmp_path):
+def test_preprocessing_that_differs_from_the_models_is_refused(name, said, tmp_path):
     folder = tmp_path / "a"
     write(read(GOLDEN / name), folder)
     read(folder)
     file = folder / "preprocessor_config.json"
     right = json.loads(file.read_text())
     ((key, value),) = said.items()
-    message = re.escape(f"{file} says {key}={value!r}, ")
+    message = re.escape(f"{file} has {key}={value!r}, ")
     for changed in (right | said, dict(image_processor=right | said)):
         file.write_text(json.dumps(changed))
         with pytest.raises(
@@ -639,7 +639,7 @@ def test_other_pixels_than_the_models_are_refused(name, said, tmp_path):
     read(folder)
 
 
-def test_another_resize_is_said_once(tmp_path, caplog):
+def test_another_resize_is_logged_once(tmp_path, caplog):
     folder = copy("siglip_fixed", tmp_path)
     file = folder / "preprocessor_config.json"
     for resample, count in ((2, 0), (3, 1)):
@@ -650,22 +650,26 @@ def test_another_resize_is_said_once(tmp_path, caplog):
         assert len(said) == count and all("resample=3" in x for x in said)
 
 
-# The file in a folder: (what it is a copy of, its name when written, its class there)
+# File in a folder: (the file it copies, its name when written, its class)
 NAMES = {
     "tokenizer.json": (
-        *("siglip2_b/tokenizer.json", "tokenizer.json", "Siglip2Tokenizer"),
+        "siglip2_b/tokenizer.json",
+        "tokenizer.json",
+        "Siglip2Tokenizer",
     ),
     "gemma.model": ("gemma/gemma.model", "tokenizer.model", "Siglip2Tokenizer"),
     "spiece.model": ("siglip_cut/spiece.model", "spiece.model", "SiglipTokenizer"),
     "sentencepiece.model": (
-        *("siglip_cut/spiece.model", "spiece.model", "SiglipTokenizer"),
+        "siglip_cut/spiece.model",
+        "spiece.model",
+        "SiglipTokenizer",
     ),
 }
 
 
 @pytest.mark.parametrize("release", NAMES)
-def test_tokenizers_are_written_under_the_names_that_are_looked_for(release, tmp_path):
-    """Into every format; a tokenizer_config.json says to transformers what it is."""
+def test_tokenizers_are_written_under_the_names_that_readers_expect(release, tmp_path):
+    """In every format; tokenizer_config.json names its class to transformers."""
     source, written, kind = NAMES[release]
     folder = copy("siglip2_b", tmp_path)
     (folder / "tokenizer.json").unlink()
@@ -685,8 +689,8 @@ def test_tokenizers_are_written_under_the_names_that_are_looked_for(release, tmp
     assert (tmp_path / "own/tokenizer_config.json").read_text() == '{"its": "own"}'
 
 
-def test_the_pieces_come_before_the_tokenizer_json(tmp_path):
-    """As transformers takes them, in the repositories of SigLIP 1, which have both."""
+def test_the_pieces_are_preferred_to_tokenizer_json(tmp_path):
+    """As transformers prefers them; the repositories of SigLIP 1 have both."""
     write(read(GOLDEN / "siglip_fixed"), tmp_path / "a")
     for name in ("spiece.model", "tokenizer.json"):
         golden = GOLDEN / "siglip_fixed" / name
@@ -699,7 +703,7 @@ def test_the_pieces_come_before_the_tokenizer_json(tmp_path):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("name", ["new", "a.npz", "empty", "workdir"])
 def test_a_write_that_fails_leaves_nothing(name, error, tmp_path):
-    """Whatever it wrote until then; an empty directory stays, and stays empty."""
+    """However much was written; an empty directory stays, and stays empty."""
     weights = read(GOLDEN / "siglip2_b")
     (tmp_path / "empty").mkdir()
     done = []
@@ -738,8 +742,8 @@ def compressed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_damage_in_an_npz_is_seen_or_harmless(compressed, seed, tmp_path):
-    """Of ten bytes changed: a ValueError that names the file, or the same tensors."""
+def test_damage_in_an_npz_is_detected_or_harmless(compressed, seed, tmp_path):
+    """Ten changed bytes give a ValueError with the file, or the same tensors."""
     _, data, want = compressed
     rng = np.random.default_rng(seed)
     # Half of them where the headers are, at the end.
@@ -763,7 +767,7 @@ def test_damage_in_an_npz_is_seen_or_harmless(compressed, seed, tmp_path):
     "offset, value, message",
     [(6, 1, "encrypted"), (8, 99, "compression"), (30 + 40, 255, "")],
 )
-def test_npz_members_that_cannot_be_unpacked_are_clear_errors(
+def test_npz_members_that_cannot_be_decompressed_are_clear_errors(
     compressed, offset, value, message, tmp_path
 ):
     """zipfile's RuntimeError, NotImplementedError and zlib.error."""

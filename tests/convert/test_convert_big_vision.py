@@ -149,7 +149,7 @@ def case(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_are_those_of_big_vision(case, layout):
+def test_images_equal_big_vision(case, layout):
     """Beyond 64 patches a side too, where its own model gives NaN."""
     model, _, patches, _, out, _ = case
     images = [(p[0], g) for p, g in zip(patches, GRIDS, strict=True)]
@@ -166,7 +166,7 @@ def test_images_are_those_of_big_vision(case, layout):
             start += len(patches[i][0])
 
 
-def test_texts_scale_and_bias_are_those_of_big_vision(case):
+def test_texts_scale_and_bias_equal_big_vision(case):
     model, flat, _, ids, _, texts = case
     np.testing.assert_allclose(model.text(ids), texts, atol=5e-5)
     t, b = flat["params/t"][0], flat["params/b"][0]
@@ -174,7 +174,7 @@ def test_texts_scale_and_bias_are_those_of_big_vision(case):
     np.testing.assert_allclose(model.logits(one, one), [[np.exp(t) + b]], rtol=1e-6)
 
 
-def test_the_file_comes_back_tensor_for_tensor(case, tmp_path):
+def test_the_file_is_reproduced_tensor_for_tensor(case, tmp_path):
     """In the public layout: the image tower unscanned, the text tower scanned."""
     model, flat, *_ = case
     flat = dict(flat)

@@ -1,4 +1,4 @@
-"""Training on from released weights: sizes, freezing, tokenizers."""
+"""Training from released weights: sizes, freezing, tokenizers."""
 
 import contextlib
 import dataclasses
@@ -69,26 +69,41 @@ def test_the_image_tower_is_taken_alone(init_towers):
     assert starting_from(config, weights) == config
 
 
-def test_one_resolution_goes_on_with_the_aspect_kept(caplog):
+def test_training_from_one_resolution_keeps_the_aspect(caplog):
     caplog.set_level("INFO", "navit")
     config = starting(read(GOLDEN / "siglip_fixed"))
     assert not config.model.vision.fixed_grid
     assert "one size, 5x5 patches; from here on images keep their aspect" in caplog.text
 
 
+SMALL = [
+    "data.train.path=data/sample",
+    "data.rows=4",
+    "mesh.data=1",
+    "data.budgets=16,36",
+    "data.row_tokens=64",
+    "eval.budgets=16",
+    "optim.warmup_steps=0",
+]
+
+
 @pytest.mark.parametrize("frozen", ["vision", "text"])
-def test_training_on_moves_what_is_not_frozen(frozen, tmp_path, monkeypatch):
+def test_only_towers_that_are_not_frozen_train(frozen, tmp_path, monkeypatch):
     """Through the command: step 0 is the file's weights; a frozen tower stays."""
     monkeypatch.chdir(ROOT)
     before = navit.load(GOLDEN / "siglip2_b").model
     code = main(
         [
-            *("train", "configs/siglip2_naflex_finetune.py"),
-            *("--workdir", str(tmp_path), f"init={GOLDEN / 'siglip2_b'}"),
-            *("data.train.path=data/sample", "data.rows=4", "mesh.data=1"),
-            *("data.budgets=16,36", "data.row_tokens=64", "eval.budgets=16"),
-            *("train.steps=2", "optim.warmup_steps=0", "optim.lr=0.01"),
-            *("optim.text_lr=1", f"optim.{frozen}_lr=0"),
+            "train",
+            "configs/siglip2_naflex_finetune.py",
+            f"init={GOLDEN / 'siglip2_b'}",
+            *SMALL,
+            "train.steps=2",
+            "optim.lr=0.01",
+            "optim.text_lr=1",
+            f"optim.{frozen}_lr=0",
+            "--workdir",
+            str(tmp_path),
         ]
     )
     assert code == 0
@@ -104,18 +119,21 @@ def test_training_on_moves_what_is_not_frozen(frozen, tmp_path, monkeypatch):
     assert (tmp_path / "tokenizer.json").is_file()
 
 
-def test_a_run_goes_on_without_the_weights_that_it_began_with(
+def test_a_run_resumes_without_its_initial_weights(
     tmp_path, monkeypatch, caplog, capsys
 ):
-    """A frozen tower's state is restored, and the file is read no more."""
+    """A frozen tower's state is restored, and the file is not read again."""
     monkeypatch.chdir(ROOT)
     caplog.set_level("INFO", "navit")
     folder = shutil.copytree(GOLDEN / "siglip2_b", tmp_path / "hf")
     command = [
-        *("train", "configs/siglip2_naflex_finetune.py", f"init={folder}"),
-        *("--workdir", str(tmp_path / "run"), "data.train.path=data/sample"),
-        *("data.rows=4", "mesh.data=1", "data.budgets=16,36", "data.row_tokens=64"),
-        *("eval.budgets=16", "train.steps=1", "optim.warmup_steps=0"),
+        "train",
+        "configs/siglip2_naflex_finetune.py",
+        f"init={folder}",
+        *SMALL,
+        "train.steps=1",
+        "--workdir",
+        str(tmp_path / "run"),
     ]
     assert main(command) == 0
     shutil.rmtree(folder)
@@ -139,14 +157,14 @@ def test_settings_that_the_weights_were_not_trained_with_are_refused():
             read(GOLDEN / "siglip2_b", overrides=[setting])
 
 
-def test_how_it_is_computed_is_free_to_choose():
+def test_settings_of_the_computation_are_free_to_choose():
     options = ["model.fused=false", "model.dtype=bfloat16", "model.remat=full"]
     model = navit.load(GOLDEN / "siglip2_b", overrides=options)
     assert not model.config.model.fused
 
 
-def test_an_evaluation_of_released_weights_names_where_to_write(tmp_path, capsys):
-    """Before the model is read: the file is no model at all."""
+def test_an_evaluation_of_released_weights_needs_out(tmp_path, capsys):
+    """Checked before the model is read: the file is not a model."""
     file = tmp_path / "a.npz"
     file.write_text("")
     assert main(["eval", str(file)]) == 1
@@ -156,8 +174,8 @@ def test_an_evaluation_of_released_weights_names_where_to_write(tmp_path, capsys
     assert file.read_text() == ""
 
 
-def test_settings_of_a_file_can_be_said_to_every_command(tmp_path, caplog):
-    """That images are 23 pixels a side, which an .npz cannot say."""
+def test_every_command_takes_settings_that_a_file_lacks(tmp_path, caplog):
+    """Such as images of 23 pixels a side, which an .npz cannot record."""
     caplog.set_level("INFO", "navit")
     golden, file = GOLDEN / "siglip_cut", tmp_path / "a.npz"
     size = "model.vision.image_size=23"
@@ -192,7 +210,7 @@ def test_a_tokenizer_that_is_named_is_written(tmp_path):
     assert (tmp_path / "a/spiece.model").is_file()
 
 
-def test_a_wrong_path_is_said_for_what_it_is(tmp_path):
+def test_errors_explain_wrong_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone does not exist$"):
         navit.load(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"hf download org/name --local-dir n"):
@@ -260,7 +278,7 @@ def test_a_work_directory_keeps_its_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_with_more_ids_than_the_table_is_refused():
-    """Where it would read another token's vector, or none."""
+    """It would read another token's vector, or none."""
     named = f"model.text.tokenizer={GOLDEN / 'gemma/gemma.model'}"
     for vocab_size, refused in ((40, False), (39, True)):
         config = override(tiny_config(), [named, f"model.text.vocab_size={vocab_size}"])
