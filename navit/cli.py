@@ -10,7 +10,7 @@ from pathlib import Path
 
 from navit import stopping
 
-# What a user can cause and mend: shown in one line; --debug shows the traceback.
+# Errors that users can cause and fix: one line, or a traceback with --debug.
 _USER_ERRORS = (
     ValueError,
     OSError,
@@ -21,9 +21,9 @@ log = logging.getLogger("navit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status.
+    """Runs one command and returns its exit status.
 
-    When it is interrupted, it ends the process instead, with 130.
+    If interrupted, it ends the process with 130 instead.
     """
     stopping.watch()
     try:
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse gives up on positionals that follow an option; overrides may.
+    # argparse rejects positionals that follow an option, but overrides may.
     if rest and hasattr(args, "overrides") and not any(x.startswith("-") for x in rest):
         args.overrides += rest
     elif rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
-    from navit import commands  # late, so that --help and mistakes answer at once
+    from navit import commands  # late, so that --help and usage errors are fast
 
     try:
         return getattr(commands, args.run)(args)
@@ -80,24 +80,24 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a config, then evaluate it over token budgets",
         description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
-        "same command again to go on after an interruption.",
+        "same command again to resume after an interruption.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="several hosts: run the same command on each, with a --workdir and data "
-        "that all of\nthem see. On a Cloud TPU slice, in GKE, under Slurm or Open MPI "
-        "they find one another;\nelsewhere, on two hosts:\n"
+        "that all\nof them share. On a Cloud TPU slice, in GKE, under Slurm or Open "
+        "MPI they find one\nanother; elsewhere, on two hosts:\n"
         "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 0\n"
         "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 1",
     )
     _add_config(
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
-        "folder, tars, tfds, array_record, parquet or stream (--print-config shows "
-        "them all; navit/config/experiment.py explains them)",
+        "folder, tars, tfds, array_record, parquet or stream (--print-config lists "
+        "all fields; navit/config/experiment.py explains them)",
     )
     train.add_argument(
         "--print-config",
         action="store_true",
-        help="print the config, overrides applied, and stop",
+        help="print the config with its overrides, and exit",
     )
     train.add_argument(
         "--workdir", type=_local, help="where to write (default: runs/NAME_OF_CONFIG)"
@@ -105,16 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="of several processes: where process 0 listens",
+        help="with several processes: where process 0 listens",
     )
     train.add_argument(
         "--processes",
         type=int,
         metavar="N",
-        help="how many there are (1: do not look for others)",
+        help="how many processes there are (1: do not look for others)",
     )
     train.add_argument(
-        "--process", type=int, metavar="I", help="which one this is, from 0"
+        "--process", type=int, metavar="I", help="the index of this process, from 0"
     )
     train.set_defaults(run="train")
 
@@ -132,24 +132,25 @@ def _parser() -> argparse.ArgumentParser:
         help="a work directory, a Hugging Face directory or a big_vision .npz",
     )
     evaluate.add_argument(
-        "--budgets", type=_integers, help="token budgets, as 256,729,1024"
+        "--budgets", type=_integers, help="token budgets, such as 256,729,1024"
     )
     evaluate.add_argument(
         "--task",
         action="append",
         default=[],
-        help="only this task of the data (repeatable): coarse, fine or finest of the "
-        "drawn dataset, label of a table with that column",
+        help="run only this task of the data (repeatable): coarse, fine or finest for "
+        "the drawn dataset, label for a table with that column",
     )
     evaluate.add_argument(
         "--out",
         type=_local,
-        help="folder to write (default: the work directory; released weights need one)",
+        help="folder to write to (default: the work directory; required for released "
+        "weights)",
     )
     _add_overrides(
         evaluate,
-        "fields of the saved config to change, as data.eval.path=~/other; with "
-        "released weights model.* too, as model.vision.image_size=384",
+        "fields of the saved config to change, such as data.eval.path=~/other; with "
+        "released weights also model.*, such as model.vision.image_size=384",
     )
     evaluate.set_defaults(run="evaluate")
 
@@ -159,9 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Embeds images of any sizes into OUT, an .npz with `names` and\n"
         "`embeddings` (float32, unit norm), in the order given. IMAGE is an image\n"
         "file; a folder, for all images in and below it, sorted; a .csv, .jsonl or\n"
-        ".parquet table, for the files it names; a .tar or a pattern of them, as\n"
+        ".parquet table, for the files it names; a .tar or a pattern of tars, such as\n"
         "'x/{000..010}.tar', whose images are named TAR: KEY; or - for names from\n"
-        "standard input, one a line.",
+        "standard input, one per line.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  navit embed runs/photos ~/photos --out z.npz\n"
@@ -184,34 +185,36 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--skip-unreadable",
         action="store_true",
-        help="leave out files that cannot be read, naming them, instead of stopping",
+        help="leave out and name files that cannot be read, instead of stopping",
     )
     embed.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="key.path=value",
-        help="a field of the config (repeatable), as model.vision.image_size=384",
+        help="a field of the config (repeatable), such as model.vision.image_size=384",
     )
     embed.set_defaults(run="embed")
 
     index = parsers.add_parser(
         "index",
-        help="read the sizes of a config's images and keep them",
+        help="read and store the sizes of a config's images",
         description="Reads the header of every image of data.train and data.eval, "
-        "keeps the sizes beside the data (or in ~/.cache/navit), and prints them. "
-        "Training does so too; an interrupted pass goes on where it was.",
+        "stores the sizes beside the data (or in ~/.cache/navit), and prints a "
+        "summary. Training does this too; an interrupted pass resumes.",
     )
     _add_config(index, "data.train.path=~/photos")
     index.add_argument(
-        "--again", action="store_true", help="read every header, whatever is kept"
+        "--again",
+        action="store_true",
+        help="read every header again, even if its size is stored",
     )
     index.set_defaults(run="index")
 
     convert = parsers.add_parser(
         "convert",
         help="convert weights between Hugging Face, big_vision and navit",
-        description="Writes the model at IN, of any format that navit reads, to OUT. "
+        description="Writes the model at IN, in any format that navit reads, to OUT. "
         "No bit of a float32 weight changes.",
     )
     convert.add_argument("path", type=_local, metavar="IN")
@@ -219,11 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--format",
         choices=("huggingface", "big_vision", "navit"),
-        help="of OUT (default: big_vision for an .npz, else huggingface)",
+        help="format of OUT (default: big_vision for an .npz, otherwise huggingface)",
     )
     _add_overrides(
         convert,
-        "what IN does not say, as model.vision.image_size=384 or "
+        "settings that IN does not record, such as model.vision.image_size=384 or "
         "model.text.tokenizer=gemma.model",
     )
     convert.set_defaults(run="convert")
@@ -232,11 +235,11 @@ def _parser() -> argparse.ArgumentParser:
         "compile",
         help="compile the training step for a TPU slice, without a TPU",
         description="Compiles CONFIG's training step (or its image tower) with the "
-        "TPU compiler for a slice that need not be there, and says whether it fits, "
-        "how long a step takes by the compiler's own schedule and where, and what the "
-        "devices send one another. Exit code 1: it does not fit; 2: it could not be "
-        "told. Takes minutes, and some 3 GB of memory; needs pip install "
-        "'jax[tpu]'.",
+        "TPU compiler, for a slice that need not exist. Shows whether it fits in "
+        "memory, how long a step and its parts take by the compiler's own schedule, "
+        "and what the devices send one another. Exit code 1: it does not fit; 2: it "
+        "could not be determined. Takes minutes and about 3 GB of memory; needs pip "
+        "install 'jax[tpu]'.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit compile configs/siglip2_b16_naflex.py --topology "
         "v5e:4x4 \\\n      data.rows=1024 mesh.fsdp=16 mesh.data=1",
@@ -245,29 +248,31 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--topology",
         required=True,
-        help="v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1, ...; mesh.slices=2 is two of "
-        "them",
+        help="v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1, ...; mesh.slices=2 means two "
+        "of them",
     )
     compile_.add_argument(
         "--evaluate",
         action="store_true",
-        help="the forward pass of the image tower, at each of eval.budgets",
+        help="compile the image tower's forward pass instead, at each of eval.budgets",
     )
     compile_.add_argument(
         "--quick",
         action="store_true",
-        help="compile in a fraction of the time: whether it fits, and no times",
+        help="only check whether it fits, in a fraction of the time",
     )
-    compile_.add_argument("--json", type=_local, help="write the figures here too")
+    compile_.add_argument(
+        "--json", type=_local, help="also write the results to this file"
+    )
     compile_.set_defaults(run="compile_", failed=2)
 
     plan = parsers.add_parser(
         "plan",
         help="show how images would pack into rows of several lengths",
         description="Reads the sizes of CONFIG's images, plans an epoch in rows of "
-        "several\nlengths, and prints padding, images a row, slots filled, the share "
-        "of the text\ntower's work that is captions, and steps an epoch (* marks the "
-        "config's own row\nlength). No pixel is read.",
+        "several\nlengths, and prints padding, images per row, slots filled, the share "
+        "of the text\ntower's work that is captions, and steps per epoch (* marks the "
+        "config's own row\nlength). No pixels are read.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit plan configs/photos.py data.train.path=~/photos "
         "--rows 1024,4096 --out plan.png",
@@ -279,13 +284,13 @@ def _parser() -> argparse.ArgumentParser:
         default=(1024, 2048, 4096, 8192),
         help="row lengths in tokens (default: 1024,2048,4096,8192)",
     )
-    plan.add_argument("--out", type=_local, help="write the plot here (a .png)")
+    plan.add_argument("--out", type=_local, help="write a plot to this .png")
     plan.set_defaults(run="plan")
 
     bench = parsers.add_parser(
         "bench",
         help="measure the input pipeline of a config",
-        description="Measures the input pipeline of CONFIG alone, stage by stage.\n"
+        description="Measures only the input pipeline of CONFIG, stage by stage.\n"
         "Other measurements: python -m "
         "navit.bench.{plan,attention,embed,convert} --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -305,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a python file: configs/*.py")
-    _add_overrides(parser, f"any field of the config, as {example}")
+    _add_overrides(parser, f"any field of the config, such as {example}")
 
 
 def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
@@ -316,10 +321,10 @@ def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
 
 def _local(text: str) -> Path:
     if "://" in text:
-        # A Path would take it for a folder named `gs:`.
+        # Path would take it for a folder named `gs:`.
         raise argparse.ArgumentTypeError(
-            f"{text} is a URL, and only local files are read and written here: name a "
-            "local path (a mounted bucket has one), or copy the files yourself"
+            f"{text} is a URL, but this must be a local file or folder: name a local "
+            "path (a mounted bucket has one), or copy the files yourself"
         )
     return Path(text)
 
@@ -331,6 +336,6 @@ def _integers(text: str) -> tuple[int, ...]:
         values = ()
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(
-            f"expected numbers of at least 1, as 256,729, not {text!r}"
+            f"expected numbers of at least 1, such as 256,729, not {text!r}"
         )
     return values

@@ -1,4 +1,4 @@
-"""A trained model as its users hold it: images and texts in, unit vectors out."""
+"""A trained model for its users: images and texts in, unit vectors out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from navit.batch import PackedImages
@@ -64,7 +64,7 @@ class Embedder:
         """Embeds images of any sizes: float32 `[len, e]`, unit norm, in order.
 
         Args:
-          images: arrays `(h, w, 3)` uint8 (of numpy, jax or torch), PIL images, paths,
+          images: arrays `(h, w, 3)` uint8 (numpy, jax or torch), PIL images, paths,
             open files, or files' contents.
           max_tokens: the token budget of each.
 
@@ -90,19 +90,22 @@ class Embedder:
         normalized: bool = True,
         progress: bool = False,
     ) -> np.ndarray:
-        """`embed_images` for images that are loaded one by one, as they are needed.
+        """Embeds images as `embed_images` does, but loads them on demand.
 
         Args:
           load: index -> image, from several threads.
           sizes: `[m, 2]` (height, width) of each.
           on_error: called with (index, error); unless it raises, that vector is 0. Of
             several processes, only the one that decodes the image calls it.
-          normalized: to unit norm; else as pooled.
-          progress: show a bar with rate and remaining time on the terminal.
+          normalized: return vectors of unit norm; if False, as they are pooled.
+          progress: show a progress bar on the terminal.
+
+        Returns:
+          float32 `[m, e]`.
 
         Raises:
-          ValueError: if a grid reaches beyond the model's position table, or as
-            `check_budget`.
+          ValueError: if a grid extends beyond the model's position table, or the budget
+            needs more memory than is free.
         """
         data, patch_size = self.config.data, self.vision.config.patch_size
         if self.vision.config.fixed_grid:
@@ -162,8 +165,8 @@ class Embedder:
         """Embeds captions: float32 `[len, e]`, unit norm, in order.
 
         Raises:
-          FileNotFoundError, ValueError: if there is no tokenizer, or one with more ids
-            than the model knows.
+          FileNotFoundError, ValueError: if there is no tokenizer, or it has more ids
+            than the model.
         """
         if isinstance(texts, str):
             raise ValueError("embed_texts takes a list of texts, not one text")
@@ -174,22 +177,25 @@ class Embedder:
         if cut:
             log.warning(
                 "%.1f %% of %d texts are longer than the %d tokens that this model "
-                "takes, and lose their end",
-                *(100 * cut, len(texts), c.length),
+                "takes, and are truncated",
+                100 * cut,
+                len(texts),
+                c.length,
             )
         at_once = _shared_by_devices(min(256, max(len(texts), 1)))
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
             ids = tokens.encode(
                 [*part, *[""] * (at_once - len(part))],
-                *(c.length, c.tokenizer),
+                c.length,
+                c.tokenizer,
             )
             vectors = np.asarray(_embed_ids(self.text, self._place(ids)))
             out[start : start + len(part)] = vectors[: len(part)]
         return out
 
     def logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """`[images, texts]`: exp(scale) * images @ texts.T + bias."""
+        """`[m, len]`: exp(scale) * images `[m, e]` @ texts `[len, e]`.T + bias."""
         if self.model.scale is None or self.model.bias is None:
             raise ValueError("this model was trained without a text tower")
         scale, bias = float(self.model.scale[...]), float(self.model.bias[...])
@@ -286,20 +292,20 @@ def _slots(config: Config) -> int:
 def embed_packed(
     vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
 ) -> Float[Array, "b s e"]:
-    """A vector for each slot, on every device."""
+    """A vector for each slot, replicated to every device."""
     pooled = vision(packed, max_image_tokens=max_tokens).pooled
     assert pooled is not None
     return vision.rules.replicate(normalize(pooled) if normalized else pooled)
 
 
 @jax.jit
-def _classify(vision: Vision, pooled: jax.Array) -> jax.Array:
+def _classify(vision: Vision, pooled: Float[Array, "m e"]) -> Float[Array, "m c"]:
     assert vision.classifier is not None
     return vision.rules.replicate(vision.classifier(pooled))
 
 
 @jax.jit
-def _embed_ids(tower: Text, token_ids: jax.Array) -> jax.Array:
+def _embed_ids(tower: Text, token_ids: Int[Array, "m t"]) -> Float[Array, "m e"]:
     return tower.rules.replicate(normalize(tower(token_ids)))
 
 
@@ -313,15 +319,15 @@ def embed_files(
 ) -> int:
     """Embeds images into an .npz with `names` and `embeddings`, in order.
 
-    They are read as they are needed, so there may be any number of them.
+    The images are read on demand, so there may be any number of them.
 
     Returns:
-      How many were embedded.
+      The number of embedded images.
 
     Raises:
-      ValueError: names the first image that cannot be read, unless they are skipped.
+      ValueError: names the first unreadable image, unless they are skipped.
     """
-    kept, sizes, failed = [], [], set()
+    readable, sizes, failed = [], [], set()
 
     def fail(name: str, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -336,18 +342,18 @@ def embed_files(
         try:
             with image.open() as file:
                 sizes.append(size_of(file))
-            kept.append(image)
+            readable.append(image)
         except (ValueError, OSError) as error:
             fail(image.name, error)
-    if not kept:
-        raise ValueError(f"not one of the {len(images)} images is readable")
+    if not readable:
+        raise ValueError(f"none of the {len(images)} images is readable")
 
     def load(index: int) -> bytes:
-        with kept[index].open() as file:
+        with readable[index].open() as file:
             return file.read()
 
     def skip(index: int, error: ValueError) -> None:
-        fail(kept[index].name, error)
+        fail(readable[index].name, error)
         failed.add(index)
 
     vectors = embedder.embed_source(
@@ -357,9 +363,9 @@ def embed_files(
         on_error=skip,
         progress=True,
     )
-    good = [i for i in range(len(kept)) if i not in failed]
+    embedded = [i for i in range(len(readable)) if i not in failed]
     buffer = io.BytesIO()
-    names = np.array([kept[i].name for i in good])
-    np.savez(buffer, names=names, embeddings=vectors[good])
+    names = np.array([readable[i].name for i in embedded])
+    np.savez(buffer, names=names, embeddings=vectors[embedded])
     write_atomic(out, buffer.getvalue())
-    return len(good)
+    return len(embedded)

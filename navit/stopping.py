@@ -13,20 +13,20 @@ from typing import NoReturn
 
 EXIT_CODE = 130
 
-# Seconds that the main thread has to stop after the first Ctrl-C.
+# How many seconds the main thread has to stop after the first Ctrl-C.
 _GRACE = 5.0
 
 
 def watch() -> None:
-    """Makes Ctrl-C end this process, even where Python does not hear it.
+    """Makes Ctrl-C end this process even if Python does not react to it.
 
     The first Ctrl-C raises KeyboardInterrupt in the main thread. If the main thread is
-    still there after 5 seconds, the process ends all the same: Python may be waiting
-    for a compilation in C++, or the exception may have been raised where Python drops
-    it, as in `__del__`. While another handler is installed (training saves first), the
-    first Ctrl-C is left to it. The second one ends the process at once.
+    still running after 5 seconds, the process ends anyway: Python may be waiting for a
+    compilation in C++, or the exception may have been raised where Python drops it, as
+    in `__del__`. If another handler is installed (training saves first), it handles the
+    first Ctrl-C. The second one ends the process at once.
 
-    Does nothing outside the main thread, or where SIGINT is ignored (`nohup`).
+    Does nothing outside the main thread, or if SIGINT is ignored (`nohup`).
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -40,10 +40,10 @@ def watch() -> None:
 
 
 def leave() -> NoReturn:
-    """Ends the process with 130, without the interpreter's shutdown.
+    """Ends the process with exit code 130, without the interpreter's shutdown.
 
-    Threads of jax and grain may still be running, and crash when their interpreter is
-    taken away. The caller has saved what is to be saved.
+    Threads of jax and grain may still be running, and would crash during a shutdown.
+    The caller must have saved everything.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -63,7 +63,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 def _listen(reader: int) -> None:
     heard = 0
     while heard < 2:
-        # With our own handler in place, nothing waits to be saved.
+        # With our own handler in place, there is nothing to save.
         ours = signal.getsignal(signal.SIGINT) in (_interrupt, _ignore)
         patience = _GRACE if heard and ours else None
         if not select.select([reader], [], [], patience)[0]:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "navit").rglob("*.py"))
 
-# What each part may import of navit, itself aside: the arrows point one way.
+# What each part may import from navit besides itself: the arrows point one way.
 HOST = ("navit.config", "navit.batch", "navit.files")
 DEVICE = ("navit.config", "navit.batch", "navit.sharding")
 ALLOWED = {
@@ -27,7 +27,7 @@ ALLOWED = {
     "navit.sources": HOST,
     "navit.input": (*HOST, "navit.plan", "navit.sources"),
 }
-# Parts that may import nearly all, and what they may not.
+# Parts that may import nearly everything, and what they may not import.
 FORBIDDEN = {
     "navit.evals": ("navit.train", "navit.losses"),
     "navit.embed": ("navit.train", "navit.evals", "navit.losses"),
@@ -51,7 +51,7 @@ def is_in(module: str, parts: tuple[str, ...]) -> bool:
 
 
 def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Every node below, also in functions, but not under `if TYPE_CHECKING:`."""
+    """All nodes below, in functions too, but not under `if TYPE_CHECKING:`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
             continue
@@ -117,15 +117,15 @@ def test_the_host_side_does_not_import_jax(part):
 )
 def test_nothing_imports_the_ends(part):
     for module in MODULES:
-        # The command line calls on the tools, a benchmark measures what is compiled,
-        # and each tool has several files.
+        # The command line calls the tools, a benchmark measures compiled code, and each
+        # tool has several files.
         ends = (part, "navit.cli", "navit.commands", "navit.bench")
         if not is_in(module, ends):
             for name in imports(module):
                 assert not is_in(name, (part,)), f"{module} imports {name}"
 
 
-def test_only_one_file_knows_orbax():
+def test_only_one_file_imports_orbax():
     knowing = {m for m in MODULES if any(is_in(n, ("orbax",)) for n in imports(m))}
     assert knowing == {"navit.train.checkpoint"}
 

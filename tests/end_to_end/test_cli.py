@@ -30,7 +30,7 @@ SMALL = [
 ]
 
 
-# What one process compiled, the next need not.
+# Later processes reuse what the first one compiled.
 _cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
 ENV = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": _cache.name,
@@ -79,7 +79,7 @@ def test_train_on_photographs_leaves_its_results(workdir):
     assert logged[-1]["images_per_step"] == 17
 
 
-def test_eval_repeats_it_from_the_checkpoint_alone(workdir, tmp_path):
+def test_eval_repeats_the_evaluation_from_the_checkpoint(workdir, tmp_path):
     alone = tmp_path / "moved"
     shutil.copytree(workdir / "checkpoints", alone / "checkpoints")
     done = run("eval", alone, "--budgets", "64,150", "--task", "label")
@@ -124,7 +124,7 @@ def test_embed_photographs_of_all_sizes(workdir, tmp_path):
 
     model = navit.load(workdir)
     arrays = [np.asarray(Image.open(f).convert("RGB")) for f in files]
-    arrays[1] = np.rot90(arrays[1], -1)  # what its EXIF tag says
+    arrays[1] = np.rot90(arrays[1], -1)  # as its EXIF tag says
     # Decoded by Pillow here and by another JPEG transform there, hence the tolerance.
     np.testing.assert_allclose(model.embed_images(arrays, max_tokens=729), z, atol=0.02)
     pictures = [Image.open(f) for f in files]
@@ -144,7 +144,7 @@ def test_public_names_work_together(workdir):
     scale = float(np.exp(model.model.scale[...]))
     bias = float(model.model.bias[...])
     np.testing.assert_allclose(logits, scale * z @ t.T + bias, rtol=1e-5)
-    # Alone or in company, in any order.
+    # Alone or together, in any order.
     np.testing.assert_allclose(model.embed_images(images[::-1])[::-1], z, atol=1e-5)
     np.testing.assert_allclose(model.embed_images(images[:1]), z[:1], atol=1e-5)
     packed, index = navit.pack(
@@ -209,7 +209,7 @@ def test_ctrl_c_in_the_closing_evaluation(workdir):
         for line in process.stdout:
             if "17 images at" in line:
                 break
-        time.sleep(1)  # a shutdown in order crashes about here
+        time.sleep(1)  # an orderly shutdown crashes about here
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
     assert (process.returncode, stderr.strip()[-14:]) == (130, "navit: stopped")
@@ -218,7 +218,7 @@ def test_ctrl_c_in_the_closing_evaluation(workdir):
 
 
 def test_killed_while_saving_and_the_same_command_again(tmp_path):
-    """Nearly always a save is under way here when the kill comes."""
+    """The kill nearly always comes during a save."""
     command = ["train", "configs/photos.py", *SMALL, "train.steps=40"]
     command += ["train.log_every=1", "train.checkpoint_every=1"]
     command += ["--workdir", str(tmp_path)]
@@ -254,7 +254,7 @@ def folder(tmp_path, table="file,caption\ncat.jpg,a cat\n", files=("cat.jpg",)):
     return f"data.train.path={tmp_path}"
 
 
-def test_mistakes_get_one_line_that_names_the_thing(workdir, tmp_path):
+def test_mistakes_give_one_line_that_names_the_cause(workdir, tmp_path):
     train = ["train", "configs/photos.py", *SMALL, "--workdir", tmp_path / "run"]
     one_line(run(*train, "optim.lrr=1"), "optim.lrr", "did you mean 'lr'")
     one_line(run("train", "configs/photo.py"), "configs/photo.py", "photos.py")
@@ -298,7 +298,7 @@ def test_a_url_where_a_local_path_belongs_is_refused(command, capsys):
     assert "://bucket" in error and "name a local path" in error
 
 
-def test_unreadable_photograph_is_named_and_the_run_goes_on(tmp_path):
+def test_unreadable_photograph_is_named_and_the_run_continues(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     table = (
@@ -317,7 +317,7 @@ def test_unreadable_photograph_is_named_and_the_run_goes_on(tmp_path):
     assert "unreadable 2" in done.stdout  # once in each of the two steps logged
 
 
-def test_help_teaches():
+def test_help_shows_examples():
     done = run("--help")
     assert done.returncode == 0
     assert "navit train configs/quickstart.py" in done.stdout
@@ -340,7 +340,7 @@ def test_plan_and_bench_show_the_input_of_a_config(tmp_path):
     assert re.search(r"as trained +[\d.]+ images/s of wall time", done.stdout)
 
 
-def test_killed_with_workers_leaves_nothing_running_and_goes_on_the_same(tmp_path):
+def test_killed_with_workers_leaves_nothing_running_and_resumes_the_same(tmp_path):
     """Workers held the pipe of a killed run for minutes, and it never seemed to end."""
     config = [
         "train",
@@ -366,7 +366,7 @@ def test_killed_with_workers_leaves_nothing_running_and_goes_on_the_same(tmp_pat
     process.kill()
     process.communicate(timeout=30)  # returns when the last holder of the pipe is gone
     assert process.returncode == -signal.SIGKILL
-    # On with another number of workers.
+    # Resume with another number of workers.
     assert run(*config, "data.workers=1", "--workdir", killed).returncode == 0
     logs = [(path / "metrics.jsonl").read_text() for path in (whole, killed)]
     losses = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
