@@ -2,8 +2,8 @@
 
   navit train configs/photos.py data.train.path=~/photos
 
-Without a path it reads data/sample. About a fifth of the images, by a hash of their
-names, is held out to evaluate on (7 of data/sample's 17 files).
+Without a path it reads data/sample. About a fifth of the images, chosen by a hash of
+their names, is held out for evaluation (7 of data/sample's 17 files).
 """
 
 from navit.config import (

@@ -2,9 +2,9 @@
 
   navit train configs/quickstart.py
 
-Three minutes on 2 CPU cores; expect coarse accuracy (a large figure's colour, chance
-14.3 %) around 99 % at every budget. Too short for the fine tasks (the colour of dots);
-budgets_demo.py learns those.
+Takes three minutes on 2 CPU cores. Expect a coarse accuracy (a large figure's colour,
+chance 14.3 %) of about 99 % at every budget. The run is too short for the fine tasks
+(the colour of dots); budgets_demo.py learns those.
 """
 
 from navit.config import (

@@ -3,7 +3,7 @@
   navit train configs/siglip2_naflex_finetune.py init=PATH data.train.path=~/photos
 
 PATH is a Hugging Face directory (siglip2-base-patch16-naflex, ...) or a big_vision
-.npz, its tokenizer beside it. The run takes both towers from it (`init_towers`). The
+.npz with its tokenizer beside it. The run takes both towers from it (`init_towers`). The
 text tower is frozen; optim.text_lr=1 trains it too.
 """
 
@@ -30,7 +30,7 @@ def get_config() -> Config:
             slots=4,
             caption_rows=4,
         ),
-        # Weights that others trained are not decayed, and move slowly.
+        # Pretrained weights do not decay, and change slowly.
         optim=OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.0, text_lr=0.0),
         train=TrainConfig(steps=2000, loss="sigmoid", checkpoint_every=500),
         eval=EvalConfig(budgets=(256, 729, 1024)),

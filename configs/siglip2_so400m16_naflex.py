@@ -4,10 +4,10 @@
       model.text.tokenizer=gemma.model
 
 PATH holds the weights at 90 % of the run that trains captions and sigmoid at 256
-tokens; this is the rest of it, stretched 3.75 times: 40e9 examples / 32,768 * 10 % *
-3.75 steps. One budget for each image, where the paper has one for each batch: rows
-are of one length here, so a batch at 128 tokens would hold 8 times the images of one at
-1024 (data.budget_per=batch does that).
+tokens. This config is the rest of that run, stretched 3.75 times: 40e9 examples /
+32,768 * 10 % * 3.75 steps. It draws a budget per image, while the paper draws one per
+batch: rows have one length here, so a batch at 128 tokens would hold 8 times the images
+of one at 1024 (data.budget_per=batch does that).
 """
 
 import math
@@ -34,17 +34,17 @@ def get_config() -> Config:
             text=variants.text(
                 "So400m", vocab_size=256_000, length=64, tokenizer="gemma.model"
             ),
-            # log(p / (1 - p)) with p = 1 / BATCH; init=PATH brings its own.
+            # log(p / (1 - p)) with p = 1 / BATCH; init=PATH replaces it.
             init_bias=-math.log(BATCH - 1),
             remat="attention",
         ),
         data=DataConfig(
             train=Folder(),
             budgets=LENGTHS,
-            # The least padding of what one attention kernel takes at once: 576 + 576,
-            # 1024 + 128. 6.4 %, where rows of 1024 have 11.5.
+            # The row length with the least padding among those that fit one attention
+            # kernel (576 + 576, 1024 + 128): 6.4 %, against 11.5 % in rows of 1024.
             row_tokens=1152,
-            # BATCH images, 1.98 to a row (navit plan), in whole groups of caption_rows
+            # BATCH images at 1.98 per row (navit plan), in whole groups of caption_rows
             # for up to 256 devices.
             rows=16_384,
             slots=4,

@@ -1,12 +1,12 @@
-"""Flickr30k as a TFDS dataset, from the files that its authors hand out.
+"""Flickr30k as a TFDS dataset, from the files that its authors distribute.
 
     python data/builders/flickr30k.py DIR [DATA_DIR]
 
-`DIR` holds what the archives of https://shannon.cs.illinois.edu/DenotationGraph unpack
-to: the folder `flickr30k-images` and `results_20130124.token`, of lines
+`DIR` holds the unpacked archives of https://shannon.cs.illinois.edu/DenotationGraph: the
+folder `flickr30k-images`, and `results_20130124.token` with lines of
 `FILE#NUMBER<TAB>CAPTION`. With Karpathy's `dataset_flickr30k.json` beside them, the
 splits are those of the retrieval literature (29,000 train, 1,014 val, 1,000 test), and
-the images that it does not name are left out; without it there is one split, `full`.
+images that it does not name are left out. Without it there is one split, `full`.
 """
 
 import collections
@@ -64,15 +64,15 @@ class Flickr30k(tfds.core.GeneratorBasedBuilder):
 
 def _captions(path):
     """File name -> its captions, in the order of their numbers."""
-    found = collections.defaultdict(dict)
+    captions = collections.defaultdict(dict)
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line:
             name, caption = line.split("\t", 1)
             file, number = name.rsplit("#", 1)
-            found[file][int(number)] = caption.strip()
+            captions[file][int(number)] = caption.strip()
     return {
-        file: [caption for _, caption in sorted(numbered.items())]
-        for file, numbered in found.items()
+        file: [text for _, text in sorted(numbered.items())]
+        for file, numbered in captions.items()
     }
 
 

@@ -3,9 +3,8 @@
     python data/builders/textcaps.py DIR [DATA_DIR]
 
 `DIR` holds the annotations `TextCaps_0.1_train.json` and `TextCaps_0.1_val.json`, and
-`train_images`, the folder that `train_val_images.zip` unpacks to and that holds the
-images of both. A split whose annotations are not there is left out. The test set's
-captions are not published.
+`train_images`, the folder with the images of both that `train_val_images.zip` unpacks
+to. A split without annotations is left out. The test set's captions are not published.
 """
 
 import json
@@ -15,7 +14,7 @@ import tensorflow_datasets as tfds
 
 
 class Textcaps(tfds.core.GeneratorBasedBuilder):
-    """Photographs with writing in them, and captions that need it read."""
+    """Photographs that contain text, with captions that refer to it."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = __doc__
@@ -31,26 +30,26 @@ class Textcaps(tfds.core.GeneratorBasedBuilder):
             description=self.__doc__,
             features=tfds.features.FeaturesDict(features),
             homepage="https://textvqa.org/textcaps",
-            license="captions CC BY 4.0; the images are of Open Images, CC BY 2.0",
+            license="captions CC BY 4.0; the images come from Open Images, CC BY 2.0",
         )
 
     def _split_generators(self, dl_manager):
         root = dl_manager.manual_dir
         files = {s: root / f"TextCaps_0.1_{s}.json" for s in ("train", "val")}
-        found = {
+        splits = {
             split: self._generate_examples(file, root / "train_images")
             for split, file in files.items()
             if file.exists()
         }
-        if not found:
+        if not splits:
             raise FileNotFoundError(f"there is no TextCaps_0.1_train.json in {root}")
-        return found
+        return splits
 
     def _generate_examples(self, annotations, folder):
         captions = {}
         for row in json.loads(annotations.read_text(encoding="utf-8"))[
             "data"
-        ]:  # a row a caption
+        ]:  # one row per caption
             captions.setdefault(row["image_id"], []).append(row["caption_str"])
         for image, texts in captions.items():
             yield (
