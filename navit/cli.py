@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a config, then evaluate it over token budgets",
         description="Trains CONFIG and evaluates the result at eval.budgets. Run the "
-        "same command again to resume after an interruption.",
+        "same\ncommand again to resume after an interruption.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="several hosts: run the same command on each, with a --workdir and data "
         "that all\nof them share. On a Cloud TPU slice, in GKE, under Slurm or Open "
@@ -235,10 +235,10 @@ def _parser() -> argparse.ArgumentParser:
         "compile",
         help="compile the training step for a TPU slice, without a TPU",
         description="Compiles CONFIG's training step (or its image tower) with the "
-        "TPU compiler, for a slice that need not exist. Shows whether it fits in "
-        "memory, how long a step and its parts take by the compiler's own schedule, "
-        "and what the devices send one another. Exit code 1: it does not fit; 2: it "
-        "could not be determined. Takes minutes and about 3 GB of memory; needs pip "
+        "TPU compiler, for a\nslice that need not exist. Shows whether it fits in "
+        "memory, how long a step and its\nparts take by the compiler's own schedule, "
+        "and what the devices send one another.\nExit code 1: it does not fit; 2: it "
+        "could not be determined. Takes minutes and\nabout 3 GB of memory; needs pip "
         "install 'jax[tpu]'.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit compile configs/siglip2_b16_naflex.py --topology "

@@ -1,6 +1,6 @@
-"""What each command does with the arguments of `navit/cli.py`; returns its exit code.
+"""The commands of `navit/cli.py`. Each takes its arguments and returns its exit code.
 
-A command imports what it needs, so that a mistake in a config is told at once.
+Imports are inside the commands, so that mistakes in a config are reported at once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def train(args: argparse.Namespace) -> int:
         quiet_orbax()
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
-    of_several = (args.coordinator, args.processes, args.process)
-    with hosts.joined(*of_several, debug=args.debug):
+    with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
         if config.init:
             from navit.weights import start
 
@@ -53,15 +52,15 @@ def evaluate(args: argparse.Namespace) -> int:
     from navit.train.checkpoint import is_workdir
     from navit.weights import load
 
-    weights, of_model = args.weights.expanduser(), []
+    weights, model_overrides = args.weights.expanduser(), []
     if not is_workdir(weights):
-        if not args.out and weights.exists():  # before the model takes its time
+        if not args.out and weights.exists():  # before the slow loading
             raise ValueError(
-                f"{weights} is no work directory to write into: name a folder for "
+                f"{weights} is not a work directory to write to: name a folder for "
                 "budgets.json and budgets.png with --out"
             )
-        of_model = [x for x in args.overrides if x.startswith("model.")]
-    embedder = load(weights, overrides=of_model)
+        model_overrides = [x for x in args.overrides if x.startswith("model.")]
+    embedder = load(weights, overrides=model_overrides)
     config = config_lib.override(embedder.config, args.overrides)
     if args.budgets:
         evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
@@ -69,8 +68,8 @@ def evaluate(args: argparse.Namespace) -> int:
     for difference in config_lib.differences(embedder.config, config):
         if not difference.startswith(("data.", "eval.")):
             raise ValueError(
-                f"{difference}: the checkpoint was trained otherwise; an evaluation "
-                "may change data.* and eval.*"
+                f"{difference}: the checkpoint was trained with the former; an "
+                "evaluation may change only data.* and eval.*"
             )
     embedder = Embedder(embedder.model, config, step=embedder.step)
     budgets.check_memory(config)
@@ -86,7 +85,7 @@ def embed(args: argparse.Namespace) -> int:
     from navit.input.named import images_of
     from navit.weights import load
 
-    # Before the model takes its time.
+    # Checked before the slow loading of the model.
     images = images_of(args.images, sys.stdin, must_exist=not args.skip_unreadable)
     if not images:
         raise ValueError("there are no names on standard input")
@@ -111,7 +110,7 @@ def index(args: argparse.Namespace) -> int:
     train = pipeline.open_source(data.train, again=args.again)
     print(summary.describe("data.train", train))
     if data.eval is not None:
-        # One index serves all parts of a folder: it is not read twice.
+        # One index serves all parts of a folder, so it is not read twice.
         same = ("", getattr(data.train, "path", ""))
         again = args.again and getattr(data.eval, "path", None) not in same
         source = pipeline.open_eval_source(data, again=again)
@@ -155,7 +154,7 @@ def plan(args: argparse.Namespace) -> int:
             f"not shown: rows of {', '.join(map(str, short))} tokens, as an image may "
             f"take {most}"
         )
-    found = plan_report.report(
+    results = plan_report.report(
         source.sizes,
         config.data,
         patch_size=patch_size,
@@ -166,9 +165,9 @@ def plan(args: argparse.Namespace) -> int:
         f"{len(source)} images, global batch of {config.data.rows} rows of "
         f"{config.data.row_tokens} tokens"
     )
-    print(plan_report.table(found, config.data.row_tokens), end="")
+    print(plan_report.table(results, config.data.row_tokens), end="")
     if args.out:
-        plan_report.plot(found, args.out)
+        plan_report.plot(results, args.out)
         print(f"wrote {args.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""A path -> a model ready to use, and the way back."""
+"""Loads models from every supported format, and saves them."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ def load(
     overrides: Sequence[str] = (),
     rules: Rules = Rules(),
 ) -> Embedder:
-    """Loads a model, whatever it is stored as; told apart by content.
+    """Loads a model; its format is detected by content.
 
     Args:
       path: a work directory of `navit train`, a Hugging Face directory of a
         `Siglip2Model` or `SiglipModel`, or a big_vision `.npz`.
-      overrides: settings that decide how it runs, as `"model.dtype=bfloat16"` or
+      overrides: settings that decide how it runs, such as `"model.dtype=bfloat16"` or
         `"model.text.tokenizer=gemma.model"`.
-      rules: how to place the parameters on the mesh in use; one device without.
+      rules: how to split the parameters over the current mesh; by default, on one
+        device.
 
     Raises:
-      FileNotFoundError: if there is nothing, or no checkpoint in it.
-      ValueError: names what in it is damaged, missing or not known.
+      FileNotFoundError: if `path` does not exist, or has no model.
+      ValueError: names what is damaged, missing or unknown.
     """
     path = Path(path).expanduser()
     if is_workdir(path):
@@ -62,7 +63,7 @@ def load(
 
 
 def read(path: str | Path, *, overrides: Sequence[str] = ()) -> Weights:
-    """What `load` takes, to be read tensor by tensor; raises as `load`."""
+    """Opens what `load` takes, to read it tensor by tensor; raises the same errors."""
     path = Path(path).expanduser()
     if is_workdir(path):
         return weights_of(_load_workdir(path, overrides))
@@ -81,7 +82,8 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
         log.info(
             "%s: assuming images of %d pixels a side; model.vision.image_size=... if "
             "not",
-            *(path, side),
+            path,
+            side,
         )
     if text != weights.model.text:  # another tokenizer: the sizes are the same
         assert text is not None
@@ -108,18 +110,18 @@ def _open(path: Path) -> Weights:
             )
         raise FileNotFoundError(message)
     raise FileNotFoundError(
-        f"{path} is not a navit work directory (it has no checkpoints/), no Hugging "
-        "Face directory (config.json and *.safetensors), and no big_vision .npz"
+        f"{path} is not a navit work directory (it has no checkpoints/), a Hugging "
+        "Face directory (config.json and *.safetensors) or a big_vision .npz"
     )
 
 
 def weights_of(model: Embedder) -> Weights:
-    """A loaded model as any format's writer takes it."""
+    """A loaded model in the form that every writer takes."""
     leaves = jax.tree_util.tree_flatten_with_path(model.model)[0]
-    found = {name_of(path): leaf for path, leaf in leaves}
+    tensors = {name_of(path): leaf for path, leaf in leaves}
     return Weights(
         model.config.model,
-        lambda name: np.asarray(found[name]),
+        lambda name: np.asarray(tensors[name]),
         where="the model",
         files=_files(model.config.model.text),
     )
@@ -131,15 +133,15 @@ def _files(text: TextConfig | None) -> tuple[Path, ...]:
 
 
 def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
-    """Writes a model for others to open: the way back from `load`.
+    """Writes a model in any supported format: the inverse of `load`.
 
     Args:
       path: a directory, or an `.npz` for "big_vision".
-      format: "huggingface", "big_vision" or "navit"; None is big_vision for a path that
-        ends in .npz, else huggingface.
+      format: "huggingface", "big_vision" or "navit"; None means big_vision for a path
+        that ends in .npz, otherwise huggingface.
 
     Raises:
-      ValueError: if the format cannot hold this model; names the setting.
+      ValueError: names a setting of the model that the format lacks.
     """
     write(weights_of(model), Path(path).expanduser(), format, config=model.config)
 
@@ -151,24 +153,26 @@ def write(
     *,
     config: Config | None = None,
 ) -> str:
-    """Writes weights, tensor by tensor where the format allows it; see `save`.
+    """Writes weights, tensor by tensor if the format allows it; see `save`.
 
     Args:
-      config: what else a work directory is to say of itself.
+      config: the rest of the config to store in a work directory.
 
     Returns:
-      The format that it chose.
+      The format that was written.
     """
     format = format or ("big_vision" if out.suffix == ".npz" else "huggingface")
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     if out.suffix in (".safetensors", ".bin", ".pt"):
         raise ValueError(
-            f"{out} names one file, and a Hugging Face model is a directory: write to "
+            f"{out} names one file, but a Hugging Face model is a directory: write to "
             f"one, such as {out.with_suffix('')}, or to an .npz for big_vision"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already: choose another, or delete it")
+        raise FileExistsError(
+            f"{out} already exists: choose another path, or delete it"
+        )
     if format == "huggingface":
         huggingface.write(weights, out)
     elif format == "big_vision":
@@ -191,33 +195,35 @@ def check_sizes(
     model: ModelConfig,
     remedy: str = "leave model.vision and model.text to the weights",
 ) -> None:
-    """Raises ValueError if a config would make another model than the weights are."""
-    found = [
+    """Raises ValueError unless `model` has the sizes and settings of the weights."""
+    changed = [
         difference
         for difference in config_lib.differences(weights.model, model, "model")
         if not difference.startswith(FREE)
     ]
-    if found:
+    if changed:
         raise ValueError(
-            f"{weights.where} was trained otherwise ({'; '.join(found[:3])}): {remedy}"
+            f"{weights.where} was trained otherwise ({'; '.join(changed[:3])}): "
+            f"{remedy}"
         )
 
 
 def start(
     config: Config, workdir: Path, overrides: Sequence[str] = ()
 ) -> tuple[Config, Callable[[Rules], TwoTower] | None]:
-    """`config` as a run of it in `workdir` has it, and what makes its first model.
+    """The config with the towers of `config.init`, and a function that makes the model.
 
-    A run that has a checkpoint goes on without reading `config.init`.
+    A run that has a checkpoint resumes without reading `config.init`: it gets the
+    towers of the checkpoint, and None.
 
     Args:
-      overrides: as of `starting_from`.
+      overrides: as in `starting_from`.
     """
     if is_workdir(workdir):
         checkpoints = Checkpoints(workdir)
         try:
             if checkpoints.set_damaged_aside() is not None:
-                none: dict[str, np.ndarray] = {}  # its sizes are what is asked for
+                none: dict[str, np.ndarray] = {}  # only its sizes are read
                 model = checkpoints.config().model
                 kept = Weights(model, none.__getitem__, str(workdir))
                 return starting_from(config, kept, overrides), None
@@ -231,7 +237,7 @@ def start(
 def starting_from(
     config: Config, weights: Weights, overrides: Sequence[str] = ()
 ) -> Config:
-    """`config` as a run has it that trains `weights` further.
+    """The config of a run that trains `weights` further.
 
     Args:
       overrides: the `key.path=value`s that `config` was loaded with. With
@@ -240,7 +246,7 @@ def starting_from(
     Raises:
       ValueError: if the config states other towers than the weights have.
     """
-    if config.model.text is None:  # the image tower is all that is asked for
+    if config.model.text is None:  # the run needs only the image tower
         image_tower = dataclasses.replace(weights.model, text=None)
         weights = dataclasses.replace(weights, model=image_tower)
     if config.init_towers:
@@ -248,14 +254,16 @@ def starting_from(
             config.model, vision=weights.model.vision, text=weights.model.text
         )
         config = dataclasses.replace(config, model=model)
-        of_towers = [x for x in overrides if x.startswith(TOWERS)]
-        config = config_lib.override(config, of_towers)
+        tower_overrides = [x for x in overrides if x.startswith(TOWERS)]
+        config = config_lib.override(config, tower_overrides)
     vision = config.model.vision
     if weights.model.vision.fixed_grid:
         log.info(
             "%s was trained at one size, %dx%d patches; from here on images keep their "
             "aspect",
-            *(weights.where, *[vision.position.size] * 2),
+            weights.where,
+            vision.position.size,
+            vision.position.size,
         )
     vision = dataclasses.replace(vision, fixed_grid=False, image_size=None)
     model = dataclasses.replace(config.model, vision=vision)
@@ -271,8 +279,10 @@ TOWERS = ("model.vision.", "model.text.")
 # Settings of a model that its weights do not depend on.
 FREE = (
     *ROUNDING,
-    *("model.init_", "model.text.tokenizer"),
-    *("model.vision.fixed_grid", "model.vision.image_size"),
+    "model.init_",
+    "model.text.tokenizer",
+    "model.vision.fixed_grid",
+    "model.vision.image_size",
 )
 
 
@@ -291,7 +301,7 @@ def _load_workdir(
 
 
 def _with_tokenizer(weights: Weights) -> Weights:
-    """A tokenizer found beside the weights is the model's."""
+    """Takes a tokenizer found beside the weights as the model's."""
     if not weights.files or weights.model.text is None:
         return weights
     text = dataclasses.replace(weights.model.text, tokenizer=str(weights.files[0]))

@@ -2,8 +2,8 @@
 
     python data/builders/flickr30k.py DIR [DATA_DIR]
 
-`DIR` holds the unpacked archives of https://shannon.cs.illinois.edu/DenotationGraph: the
-folder `flickr30k-images`, and `results_20130124.token` with lines of
+`DIR` holds the unpacked archives of https://shannon.cs.illinois.edu/DenotationGraph:
+the folder `flickr30k-images`, and `results_20130124.token` with lines of
 `FILE#NUMBER<TAB>CAPTION`. With Karpathy's `dataset_flickr30k.json` beside them, the
 splits are those of the retrieval literature (29,000 train, 1,014 val, 1,000 test), and
 images that it does not name are left out. Without it there is one split, `full`.

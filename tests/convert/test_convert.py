@@ -509,7 +509,7 @@ def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
         navit.save(model, tmp_path / "a.npz", "big_vision")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/x").touch()
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="b already exists"):
         navit.save(model, tmp_path / "b")
 
 

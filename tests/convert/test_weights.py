@@ -168,7 +168,7 @@ def test_an_evaluation_of_released_weights_needs_out(tmp_path, capsys):
     file = tmp_path / "a.npz"
     file.write_text("")
     assert main(["eval", str(file)]) == 1
-    assert "a.npz is no work directory to write into" in capsys.readouterr().err
+    assert "a.npz is not a work directory to write to" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "b")]) == 1
     assert f"{tmp_path / 'b'} does not exist" in capsys.readouterr().err
     assert file.read_text() == ""
