@@ -3,7 +3,7 @@
   navit train configs/siglip2_b16_naflex.py init=PATH data.train.path=...  \\
       model.text.tokenizer=gemma.model
 
-PATH holds the weights at 90 % of the run that trains captions and sigmoid at 256
+PATH holds the weights after 90 % of the run with captioning and sigmoid losses at 256
 tokens. This config is the rest of that run, stretched 3.75 times: 40e9 examples /
 32,768 * 10 % * 3.75 steps. It draws a budget per image, while the paper draws one per
 batch: rows have one length here, so a batch at 128 tokens would hold 8 times the images

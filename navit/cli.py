@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="with several processes: where process 0 listens",
+        help="with several processes: the address that process 0 listens on",
     )
     train.add_argument(
         "--processes",

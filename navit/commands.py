@@ -151,8 +151,8 @@ def plan(args: argparse.Namespace) -> int:
     rows = [x for x in args.rows if x >= most]
     if short := sorted(set(args.rows) - set(rows)):
         print(
-            f"not shown: rows of {', '.join(map(str, short))} tokens, as an image may "
-            f"take {most}"
+            f"not shown: rows of {', '.join(map(str, short))} tokens, since an image "
+            f"may take {most}"
         )
     results = plan_report.report(
         source.sizes,

@@ -195,7 +195,7 @@ class Embedder:
         return out
 
     def logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """`[m, len]`: exp(scale) * images `[m, e]` @ texts `[len, e]`.T + bias."""
+        """`[m, e]`, `[len, e]` -> `[m, len]`: exp(scale) * images @ texts.T + bias."""
         if self.model.scale is None or self.model.bias is None:
             raise ValueError("this model was trained without a text tower")
         scale, bias = float(self.model.scale[...]), float(self.model.bias[...])

@@ -223,10 +223,10 @@ def start(
         checkpoints = Checkpoints(workdir)
         try:
             if checkpoints.set_damaged_aside() is not None:
-                none: dict[str, np.ndarray] = {}  # only its sizes are read
+                none: dict[str, np.ndarray] = {}  # only its config is used
                 model = checkpoints.config().model
-                kept = Weights(model, none.__getitem__, str(workdir))
-                return starting_from(config, kept, overrides), None
+                saved = Weights(model, none.__getitem__, str(workdir))
+                return starting_from(config, saved, overrides), None
         finally:
             checkpoints.close()
     weights = read(config.init)

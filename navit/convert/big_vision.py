@@ -143,7 +143,7 @@ def write(weights: Weights, out: Path) -> None:
 def _stored(
     model: ModelConfig, t: Tensor, shape: tuple[int, ...]
 ) -> list[tuple[int | None, str, tuple[int, ...]]]:
-    """The stored tensors of one of ours: (layer or None, name, shape)."""
+    """What one of our tensors is stored as: (layer or None, name, shape)."""
     layers = layers_of(model, t.ours)
     one = shape if layers is None else shape[1:]
     one = _shape_there(model, t.ours, one)

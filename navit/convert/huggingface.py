@@ -53,14 +53,14 @@ def read(path: Path) -> Weights:
       ValueError: names a tensor or setting that is missing, surplus, not supported, or
         of another shape or type.
     """
-    where = _locate(path)
+    file_of = _locate(path)
     config = read_json(path / "config.json")
     if config.get("model_type") not in ("siglip", "siglip2"):
         raise ValueError(
             f"{path / 'config.json'} has model_type={config.get('model_type')!r}, but "
             "navit reads 'siglip2' and 'siglip'"
         )
-    stored = {n: _shape(file, n) for n, file in where.items() if not is_buffer(n)}
+    stored = {n: _shape(file, n) for n, file in file_of.items() if not is_buffer(n)}
     model = model_of(path, config, stored)
     check_preprocessor(path, model)
     table = tensors.huggingface(conv=model.vision.fixed_grid)
@@ -73,10 +73,10 @@ def read(path: Path) -> Weights:
         layers = layers_of(model, ours)
         shape = shapes[ours]
         if layers is None:
-            return _part(_load(where, t.theirs), t, shape)
+            return _part(_load(file_of, t.theirs), t, shape)
         out = np.empty(shape, np.float32)
         for i in range(layers):
-            out[i] = _part(_load(where, t.theirs.format(i)), t, shape[1:])
+            out[i] = _part(_load(file_of, t.theirs.format(i)), t, shape[1:])
         return out
 
     return Weights(model, get, str(path), tokenizers.found_in(path))
@@ -157,7 +157,7 @@ def _tensors(
 def _stored(
     model: ModelConfig, t: Tensor, shape: tuple[int, ...]
 ) -> list[tuple[int | None, str, tuple[int, ...]]]:
-    """The stored tensors of one of ours: (layer or None, name, shape)."""
+    """What one of our tensors is stored as: (layer or None, name, shape)."""
     layers = layers_of(model, t.ours)
     if layers is None:
         return [(None, t.theirs, _stored_shape(t, shape))]
@@ -219,11 +219,11 @@ def _locate(path: Path) -> dict[str, Path]:
             if Path(name).name != name or not (path / name).is_file():
                 raise ValueError(f"{index} names {name!r}, which is not in {path}")
         files = [path / name for name in listed]
-    where: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for file in files:
         with _open(file) as opened:
-            where |= dict.fromkeys(opened.keys(), file)
-    return where
+            file_of |= dict.fromkeys(opened.keys(), file)
+    return file_of
 
 
 def _shape(file: Path, name: str) -> tuple[int, ...]:
@@ -237,8 +237,8 @@ def _shape(file: Path, name: str) -> tuple[int, ...]:
         return tuple(tensor.get_shape())
 
 
-def _load(where: dict[str, Path], name: str) -> np.ndarray:
-    with _open(where[name]) as opened:
+def _load(file_of: dict[str, Path], name: str) -> np.ndarray:
+    with _open(file_of[name]) as opened:
         return opened.get_tensor(name).astype(np.float32)
 
 

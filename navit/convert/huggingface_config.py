@@ -209,7 +209,7 @@ def preprocessor_of(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_preprocessor(path: Path, model: ModelConfig) -> None:
-    """Refuses other pixels than navit makes; only warns about another resize."""
+    """Refuses preprocessing other than navit's; only warns about the resize filter."""
     want = preprocessor_of(model)
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = path / name

@@ -60,8 +60,8 @@ class Tensor(NamedTuple):
       theirs: the stored name; "{}" stands for the layer's number.
       axes: "same" up to reshaping, "transpose" for a linear layer stored
         `[out, in]`, "conv" for a patch kernel stored `[out, channel, row, column]`.
-      part: (index, count) of its part of the stored first axis, if several of ours
-        are stored as one.
+      part: (index, count): which part of the stored first axis it is, if several of
+        ours are stored as one.
     """
 
     ours: str
@@ -103,7 +103,7 @@ def to_theirs(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def layers_of(model: ModelConfig, ours: str) -> int | None:
-    """How many layers a tensor stacks; None if it is not one of the blocks'."""
+    """How many layers a tensor stacks; None for one outside the blocks."""
     if ".blocks." not in ours:
         return None
     if ours.startswith("vision."):
@@ -113,7 +113,7 @@ def layers_of(model: ModelConfig, ours: str) -> int | None:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether it is a buffer, without weights, that older transformers saved."""
+    """Whether it is a buffer, not a weight, that older transformers saved."""
     return name.endswith(".position_ids")
 
 
@@ -158,7 +158,7 @@ def square_side(path: Path, name: str, positions: int) -> int:
 
 
 def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:
-    """Makes the module and puts the tensors in their places, one at a time.
+    """Builds the model, loading one tensor at a time.
 
     Raises:
       ValueError: names a tensor that is not finite.

@@ -142,7 +142,7 @@ def check_memory(config: Config) -> None:
 
 
 def check(config: Config, train: Source | StreamSource, evaluation: Source) -> None:
-    """Checks before training whether the evaluation after it can run.
+    """Checks before training that the evaluation after it can run.
 
     Raises:
       ValueError: if a budget exceeds the position table or this host's memory, or the

@@ -40,7 +40,7 @@ class Retrieval:
         """Yields (metric, recall) for image embeddings `[len(captions), e]`.
 
         A row of NaN is an image that could not be read; it does not count, nor do
-        captions that no other image has.
+        captions that belong only to such images.
         """
         readable = ~np.isnan(images[:, 0])
         right = self._right[readable]

@@ -80,7 +80,7 @@ class Checkpoints:
         self._write(step, about, model=state.model, opt_state=state.opt_state)
 
     def save_model(self, model: Any, config: Config) -> None:
-        """Writes weights that were not trained in this directory, as step 0."""
+        """Writes a model without an optimizer state, as step 0."""
         about = {"format": FORMAT, "config": config_lib.to_json(config), "data": ""}
         self._write(0, about, model=model)
 
@@ -124,10 +124,11 @@ class Checkpoints:
         if os.strerror(errno.ENOSPC) in str(error):
             why = os.strerror(errno.ENOSPC)
         safe = max(self._steps(), default=None)
-        kept = "no step is saved" if safe is None else f"step {safe} is safe"
+        status = "no step is saved" if safe is None else f"step {safe} is safe"
         return OSError(
-            f"cannot write the checkpoint {self._folder / str(step)} ({why}); {kept}: "
-            "free some space or fix the cause, then run the same command again"
+            f"cannot write the checkpoint {self._folder / str(step)} ({why}); "
+            f"{status}: free some space or fix the cause, then run the same command "
+            "again"
         )
 
     def set_damaged_aside(self) -> int | None:
@@ -319,7 +320,7 @@ def quiet_orbax() -> None:
 
 
 def _concrete(tree: Any) -> Any:
-    """Shards abstract leaves over real devices, as orbax needs."""
+    """Gives abstract leaves shardings over real devices, which orbax needs."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place_of(x)), tree
     )

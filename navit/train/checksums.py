@@ -19,7 +19,7 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Describes a file that is missing, added or changed; None if all are intact."""
+    """The first damage: a missing, added or changed file; None if there is none."""
     if not (folder / NAME).is_file():
         return f"{NAME} is missing"
     expected = {}

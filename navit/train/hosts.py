@@ -25,7 +25,7 @@ from navit.config import Config
 
 log = logging.getLogger("navit")
 
-# How many processes were started: by Slurm (this step), Open MPI, over TPU slices.
+# Counts of processes that launchers set: Slurm (this step), Open MPI, TPU slices.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
 

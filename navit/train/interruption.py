@@ -40,7 +40,7 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # None: set by a library in C, as jax does among several processes.
+            # None: set by a C library, as jax does in a run of several processes.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def after(self, step: int) -> bool:
@@ -62,5 +62,5 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # A warning: any process may get the signal, and most log only warnings.
+        # A warning, because only process 0 logs lower levels.
         log.warning("stopping soon, after saving (interrupt again to stop at once)")

@@ -61,7 +61,7 @@ def _scale(config: OptimConfig, updates: Any, params: Any) -> Any:
     def scale(path: tuple, x: jax.Array) -> jax.Array:
         factor = _factor(config, path)
         if factor == 0:
-            return jnp.zeros_like(x)  # even where x is NaN
+            return jnp.zeros_like(x)  # even if x is NaN
         return x * (config.lr * factor)
 
     return jax.tree_util.tree_map_with_path(scale, updates)

@@ -33,7 +33,7 @@ def start(
     checkpoints: Checkpoints,
     initial: Callable[[Rules], TwoTower] | None,
 ) -> TrainState:
-    """The state to start or resume from; a new run's `config.json` is written too.
+    """The state to start or resume from; a new run also writes `config.json`.
 
     Settings that affect only rounding may differ from the checkpoint's: `changes.jsonl`
     records them, and from which step they apply.

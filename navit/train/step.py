@@ -83,7 +83,7 @@ def batch_loss(
 def by_microbatch(
     f: Callable[[Any], Array], rows: Any, *, count: int, rules: Rules
 ) -> Array:
-    """Applies `f` to one share of each device's rows after the other.
+    """Applies `f` to one share of each device's rows at a time.
 
     Each share's activations are recomputed in its backward pass, so memory holds those
     of one share at a time, and the loss still sees all rows (GradCache, arXiv
