@@ -228,7 +228,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with zipfile.ZipFile(path) as archive:
             if {"names.npy", "embeddings.npy"} == set(archive.namelist()):
                 raise ValueError(
-                    f"{path} holds embeddings from navit embed, and no model: "
+                    f"{path} holds embeddings from navit embed, not a model: "
                     "name the weights that computed them"
                 )
             for member in archive.namelist():

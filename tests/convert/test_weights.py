@@ -219,7 +219,7 @@ def test_errors_explain_wrong_paths(tmp_path):
     with pytest.raises(ValueError, match=r"name the directory, .*siglip2_b$"):
         navit.load(file)
     np.savez(tmp_path / "z.npz", names=np.array(["a"]), embeddings=np.ones((1, 2)))
-    with pytest.raises(ValueError, match=r"z.npz holds embeddings, .* no model"):
+    with pytest.raises(ValueError, match=r"z.npz holds embeddings .*, not a model"):
         navit.load(tmp_path / "z.npz")
 
 
