@@ -3,8 +3,8 @@
   navit train configs/siglip2_naflex_finetune.py init=PATH data.train.path=~/photos
 
 PATH is a Hugging Face directory (siglip2-base-patch16-naflex, ...) or a big_vision
-.npz with its tokenizer beside it. The run takes both towers from it (`init_towers`). The
-text tower is frozen; optim.text_lr=1 trains it too.
+.npz with its tokenizer beside it. The run takes both towers from it (`init_towers`).
+The text tower is frozen; optim.text_lr=1 trains it too.
 """
 
 from navit.config import (
