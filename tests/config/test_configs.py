@@ -23,7 +23,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_loads_builds_and_pulls_one_batch(path, monkeypatch):
-    monkeypatch.chdir(path.parents[2])  # data/sample is named from there
+    monkeypatch.chdir(path.parents[1])  # data/sample is named from there
     config = config_lib.load(path)
     small = {"data.rows": min(config.data.rows, 8)}
     if hasattr(config.data.train, "size"):

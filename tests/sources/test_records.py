@@ -114,7 +114,7 @@ def test_data_that_is_not_an_example_is_refused(data):
 
 def test_our_examples_are_those_of_tfds():
     code = (
-        "import sys; from navit.input import examples;"
+        "import sys; from navit.sources import examples;"
         "from tensorflow_datasets.proto import tf_example_pb2 as p;"
         "e = p.Example(); f = e.features.feature;"
         "f['a'].bytes_list.value.append(b'x'); f['b'].int64_list.value.extend([1, -5]);"

@@ -219,7 +219,7 @@ def test_the_split_parts_are_disjoint_complete_and_stable(folder):
 def test_the_split_is_the_same_in_every_process(folder):
     held = captions(open_folder(folder, many(folder), split="eval", holdout=0.3))
     code = (
-        "import sys; from navit.input.folder import *;"
+        "import sys; from navit.sources.folder import *;"
         "s = FolderSource(config.Folder(sys.argv[1], split='eval', holdout=0.3));"
         "print(*[Path(s.name(i)).name for i in range(len(s))])"
     )

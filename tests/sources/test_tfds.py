@@ -171,7 +171,7 @@ def test_what_is_wrong_is_named(prepared, change, words):
 def test_nothing_needs_tensorflow(prepared):
     code = (
         "import sys; from navit.config import Tfds;"
-        "from navit.input.kinds import open_source;"
+        "from navit.sources.kinds import open_source;"
         "s = open_source(Tfds('sample_pairs', data_dir=sys.argv[1], caption='text'));"
         "assert len(s) == 12 and s.image(0) and s.captions(0);"
         "print([m for m in ('tensorflow', 'jax') if m in sys.modules])"

@@ -169,7 +169,7 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
 def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
     """With a classifier, whose logits are computed on all devices."""
     mishap = (
-        "from navit.input.synthetic import SyntheticSource as S; draw = S.image; "
+        "from navit.sources.synthetic import SyntheticSource as S; draw = S.image; "
         "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
     )
     options = [
