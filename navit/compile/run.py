@@ -59,9 +59,9 @@ def run(
             long = "minutes" if quick else "ten minutes or more (--quick: fewer)"
             log.info("compiling for %s; this takes %s", topology, long)
             with _ticking():
-                found = printout.compile_program(lowered, topology, dump=dump)
-            print(printout.table(found), flush=True)
-            reports.append(printout.to_json(found))
+                report = printout.compile_program(lowered, topology, dump=dump)
+            print(printout.table(report), flush=True)
+            reports.append(printout.to_json(report))
         if out is not None:
             write_atomic(out, (json.dumps(reports, indent=2) + "\n").encode())
         return 0 if all(each["fits"] for each in reports) else 1

@@ -96,8 +96,8 @@ def operations(hlo: str) -> list[Operation]:
             current = ""
         elif current and line[:1].isspace():
             computations[current].append(line)
-        elif current and line and (found := computations[current]):
-            found[-1] += line  # a kernel's metadata spans several lines
+        elif current and line and (lines := computations[current]):
+            lines[-1] += line  # a kernel's metadata spans several lines
     if not entry:
         raise ValueError("this is no optimized HLO text: it has no ENTRY")
     return list(_walk(computations, entry, 1))
@@ -112,10 +112,10 @@ def _walk(
             continue
         name, _, opcode = match.groups()
         if opcode == "while":
-            found = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line)
-            assert found is not None
-            trips = _trips(computations, line, found[1])
-            yield from _walk(computations, found[2], runs * trips)
+            loop = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", line)
+            assert loop is not None
+            trips = _trips(computations, line, loop[1])
+            yield from _walk(computations, loop[2], runs * trips)
             continue
         called = _called(line)
         if opcode in ("call", "conditional", "async-start"):

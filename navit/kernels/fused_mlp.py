@@ -170,9 +170,9 @@ def _mlp_forward_kernel(
     parts = call.parts(512)
     ahead = hidden(parts[0])
     for i, part in enumerate(parts):
-        made = ahead
-        ahead = hidden(parts[i + 1]) if i + 1 < len(parts) else made
-        total[part] += dot(_gelu(made)[0].astype(call.dtype), down[at], (1, 0))
+        current = ahead
+        ahead = hidden(parts[i + 1]) if i + 1 < len(parts) else current
+        total[part] += dot(_gelu(current)[0].astype(call.dtype), down[at], (1, 0))
 
     @pl.when(pl.program_id(1) == call.grid[1] - 1)
     def _last() -> None:
@@ -202,12 +202,12 @@ def _mlp_backward_kernel(
     parts = tuple(sums.at[:, at] for sums in (d_up, d_down, d_up_bias))
     call.begin(x, scale, bias, normed, total, chunks=parts, vectors=d_vectors)
 
-    made, slope = _gelu(dot(normed[...], up[:, at], (1, 0)) + up_bias[:, at])
-    d_made = dot(gradient[...], down[at], (1, 1)) * slope
-    d_up_bias[:, at] += d_made.sum(0, keepdims=True)
-    made, d_made = made.astype(call.dtype), d_made.astype(call.dtype)
-    total[...] += dot(d_made, up[:, at], (1, 1))
-    d_up[:, at] += dot(normed[...], d_made, (0, 0))
+    hidden, slope = _gelu(dot(normed[...], up[:, at], (1, 0)) + up_bias[:, at])
+    d_hidden = dot(gradient[...], down[at], (1, 1)) * slope
+    d_up_bias[:, at] += d_hidden.sum(0, keepdims=True)
+    hidden, d_hidden = hidden.astype(call.dtype), d_hidden.astype(call.dtype)
+    total[...] += dot(d_hidden, up[:, at], (1, 1))
+    d_up[:, at] += dot(normed[...], d_hidden, (0, 0))
     # Transposed, so that the wider operand stays in the matrix unit.
-    d_down[:, at] += dot(gradient[...], made, (0, 0))
+    d_down[:, at] += dot(gradient[...], hidden, (0, 0))
     call.end(x, scale, total, gradient, dx, d_vectors)

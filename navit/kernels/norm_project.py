@@ -132,11 +132,11 @@ def _project_forward_kernel(
 
     def project(part: Any) -> None:
         if call.plan.transposed:
-            made = dot(kernel[at], normed[part], (1, 1)) + kernel_bias[at]
-            y[:, part] = made.astype(call.dtype)
+            out = dot(kernel[at], normed[part], (1, 1)) + kernel_bias[at]
+            y[:, part] = out.astype(call.dtype)
         else:
-            made = dot(normed[part], kernel[:, at], (1, 0)) + kernel_bias[:, at]
-            y[part] = made.astype(call.dtype)
+            out = dot(normed[part], kernel[:, at], (1, 0)) + kernel_bias[:, at]
+            y[part] = out.astype(call.dtype)
 
     @pl.when(pl.program_id(1) == 0)
     def _first() -> None:

@@ -156,13 +156,14 @@ def backward_kernel(
 
     def copies() -> list[Any]:
         channels = g * width
-        made = []
+        transfers = []
         for part in range(3):
             start = part * call.h * width + group * channels
             at = pl.ds(pl.multiple_of(start, math.gcd(channels, LANES)), channels)
             to = dqkv.at[row, :, at] if call.blocks.lanes else dqkv.at[row, at]
-            made.append(pltpu.make_async_copy(ready.at[part], to, sent.at[part]))
-        return made
+            transfer = pltpu.make_async_copy(ready.at[part], to, sent.at[part])
+            transfers.append(transfer)
+        return transfers
 
     def wait() -> None:
         for copy in copies():
