@@ -1,4 +1,4 @@
-"""Memory that is needed, compared with what is free before any is allocated."""
+"""Compares the memory that is needed with what is free, before allocating any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def check(needed: int, what: str, remedy: str) -> None:
-    """Raises ValueError if so many bytes are more than is free."""
+    """Raises ValueError if `needed` bytes are more than is free."""
     free = free_memory()
     if needed > free:
         raise ValueError(
@@ -17,7 +17,7 @@ def check(needed: int, what: str, remedy: str) -> None:
 
 
 def free_memory() -> int:
-    """Bytes: what Linux says is available; elsewhere all that the machine has."""
+    """Bytes of available memory on Linux; elsewhere, of all memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:

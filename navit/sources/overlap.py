@@ -1,4 +1,4 @@
-"""Whether training and evaluation read the same images, by what the config names."""
+"""Finds, from the config, images that training and evaluation both read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger("navit")
 
 
 def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> None:
-    """Warns if both read the same images; refuses it where it can only be a mistake.
+    """Warns if both read the same images; raises if that can only be a mistake.
 
     Raises:
       ValueError: if `train` is the held-out part of a folder and `evaluation` reads
@@ -56,13 +56,13 @@ def _folders_overlap(train: config.Folder, held: config.Folder) -> bool:
     if "all" not in splits and not same_holdout:
         raise ValueError(
             f"data.train.holdout={train.holdout} and data.eval.holdout={held.holdout} "
-            "differ, so images would be in both parts: set them to the same share"
+            "differ, so some images would be in both: set them to the same share"
         )
     return True
 
 
 def _images(source: Single | config.Stream) -> str:
-    """What a source reads, so that equal texts mean the same images."""
+    """Describes what a source reads; equal texts mean the same images."""
     match source:
         case config.Synthetic():
             return f"synthetic images of seed {source.seed}"
