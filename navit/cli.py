@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit import stopping
+from navit import libtpu, stopping
 
 # Errors that users can cause and fix: one line, or a traceback with --debug.
 _USER_ERRORS = (
@@ -46,6 +47,9 @@ def _run(argv: Sequence[str] | None) -> int:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)
+    # jax[tpu] tries a TPU first, and libtpu complains at length if there is none.
+    if "JAX_PLATFORMS" not in os.environ and not libtpu.tpu_is_attached():
+        libtpu.quiet()
     from navit import commands  # late, so that --help and usage errors are fast
 
     try:

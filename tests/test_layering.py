@@ -20,6 +20,7 @@ ALLOWED = {
     "navit.batch": (),
     "navit.files": (),
     "navit.sharding": ("navit.config", "navit.batch"),
+    "navit.libtpu": (),
     "navit.kernels": DEVICE,
     "navit.model": (*DEVICE, "navit.kernels"),
     "navit.losses": (*DEVICE, "navit.kernels", "navit.model"),
@@ -34,7 +35,14 @@ FORBIDDEN = {
     "navit.convert": ("navit.train", "navit.evals", "navit.losses", "navit.embed"),
     "navit.train": ("navit.convert", "navit.weights"),
 }
-NO_JAX = ("navit.config", "navit.batch", "navit.plan", "navit.sources", "navit.input")
+NO_JAX = (
+    "navit.config",
+    "navit.batch",
+    "navit.libtpu",
+    "navit.plan",
+    "navit.sources",
+    "navit.input",
+)
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 

@@ -6,18 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-# What libtpu reads when it loads: no metadata server, lock file, log files or warnings.
-_QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
+from navit.libtpu import quiet
 
 
 class Chip(NamedTuple):
@@ -54,8 +43,7 @@ def prepare(dump: str | None = None) -> None:
       dump: a directory for the kernels' schedules (`navit.compile.kernel_times`).
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    quiet()
     if dump is not None:
         os.environ["LIBTPU_INIT_ARGS"] = (
             os.environ.get("LIBTPU_INIT_ARGS", "")

@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from navit import config
+from navit.sources import index as sizes_index
 from navit.sources import records, storage
-from navit.sources.index import MIN_KEPT
 from navit.sources.kept import Place, digest, read_arrays, write_arrays
 
 log = logging.getLogger("navit")
@@ -69,7 +69,7 @@ class TarReader:
         arrays = None if again else read_arrays(self.place, "tar")
         if arrays is None:
             arrays = self._index([stat.size for stat in stats])
-            if again or len(arrays["keys"]) >= MIN_KEPT:
+            if again or len(arrays["keys"]) >= sizes_index.MIN_KEPT:
                 write_arrays(self.place, "tar", **arrays)
         self._keys, self._shard = arrays["keys"], arrays["shard"]
         self._members = arrays["members"]

@@ -14,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from navit import config as config_lib
 from navit.config import Config
+from navit.libtpu import tpu_is_attached
 
 log = logging.getLogger("navit")
 
@@ -105,7 +105,7 @@ def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
         env.get("JAX_PLATFORMS", "tpu") == "tpu"
         and "TPU_SKIP_MDS_QUERY" not in env
         and importlib.util.find_spec("libtpu") is not None
-        and any(any(Path("/dev").glob(x)) for x in ("accel[0-9]*", "vfio/[0-9]*"))
+        and tpu_is_attached()
     )
 
 

@@ -196,6 +196,21 @@ def test_an_unknown_slice_is_an_error(name):
         topology.devices(name)
 
 
+def test_a_command_without_a_tpu_is_quiet():
+    """With libtpu installed, which looks for a TPU and complains."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    code = (
+        "from navit.cli import main; main(['convert', 'none', 'out']);"
+        "import jax; jax.devices()"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0
+    assert [x[:7] for x in done.stderr.splitlines()] == ["navit: "]
+
+
 def test_mesh_axes_may_share_a_side_of_a_slice():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     code = (
