@@ -21,20 +21,25 @@ _USER_ERRORS = (
 log = logging.getLogger("navit")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status.
+def console() -> int:
+    """The `navit` command: runs `main` in a process of its own, and may end it.
 
-    If interrupted, it ends the process with 130 instead.
+    An interrupted command ends here, with 130.
     """
     stopping.watch()
-    try:
-        status = _run(argv)
-    except KeyboardInterrupt:
-        print("navit: stopped", file=sys.stderr)
-        status = stopping.EXIT_CODE
+    status = main()
     if status == stopping.EXIT_CODE:
         stopping.leave()
     return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status, 130 if it was interrupted."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("navit: stopped", file=sys.stderr)
+        return stopping.EXIT_CODE
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -95,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
-        "folder, tars, tfds, array_record, parquet or stream (--print-config lists "
-        "all fields; navit/config/experiment.py explains them)",
+        "folder, tars, tfds, array_record, parquet, stream or synthetic "
+        "(--print-config lists all fields; navit/config/experiment.py explains them)",
     )
     train.add_argument(
         "--print-config",
@@ -296,7 +301,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the input pipeline of a config",
         description="Measures only the input pipeline of CONFIG, stage by stage.\n"
         "Other measurements: python -m "
-        "navit.bench.{plan,attention,embed,convert} --help.",
+        "navit.bench.{plan,attention_speed,embedding,convert} --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit bench input configs/photos.py "
         "data.train.path=~/photos data.workers=4",

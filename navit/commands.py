@@ -31,7 +31,7 @@ def train(args: argparse.Namespace) -> int:
         return 0
     from navit import stopping
     from navit.train import hosts, loop
-    from navit.train.checkpoint import quiet_orbax
+    from navit.train.checkpoint import is_workdir, quiet_orbax
 
     if not args.debug:
         quiet_orbax()
@@ -41,6 +41,9 @@ def train(args: argparse.Namespace) -> int:
         if config.init:
             from navit.weights import start
 
+            # If there is a run to resume, all processes restore it together.
+            hosts.check_same_config(config)
+            hosts.check_same(f"whether {workdir} holds a run", f"{is_workdir(workdir)}")
             config, initial = start(config, workdir, args.overrides)
         return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
 

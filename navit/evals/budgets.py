@@ -88,9 +88,12 @@ def evaluate(
         ]
     chance = {k: v for e in evaluators for k, v in e.chance.items()}
     budgets = {}
+    named: set[int] = set()
 
     def report(index: int, error: ValueError) -> None:
-        log.warning("not evaluated: %s (%s)", source.name(index), error)
+        if index not in named:  # once, not at every budget
+            named.add(index)
+            log.warning("not evaluated: %s (%s)", source.name(index), error)
 
     chosen_budgets = _budgets(config)
     if chosen_budgets != config.eval.budgets:

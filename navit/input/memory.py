@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+
+# The memory limits of control groups, versions 2 and 1.
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def check(needed: int, what: str, remedy: str) -> None:
@@ -17,10 +24,19 @@ def check(needed: int, what: str, remedy: str) -> None:
 
 
 def free_memory() -> int:
-    """Bytes of available memory on Linux; elsewhere, of all memory."""
+    """Bytes of available memory on Linux, or the container's limit if that is lower.
+
+    Elsewhere, bytes of all memory.
+    """
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except FileNotFoundError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = next(line for line in lines if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024  # in kB there
+        return free
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024  # in kB there
+    for limit in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            free = min(free, int(Path(limit).read_text()))
+    return free

@@ -39,7 +39,8 @@ class VisionOutput(NamedTuple):
 class Vision(nnx.Module):
     """Patch embedding, position embedding, encoder, pooling per segment.
 
-    A `VisionConfig` is taken as a `ModelConfig` with defaults for all other fields.
+    A `VisionConfig` is taken as a `ModelConfig` with defaults for all other fields. The
+    weights are random, from `rngs` or else from seed 0.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class Vision(nnx.Module):
         config: ModelConfig | VisionConfig,
         rules: Rules = Rules(),
         *,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
     ) -> None:
+        rngs = nnx.Rngs(0) if rngs is None else rngs
         if isinstance(config, VisionConfig):
             config = ModelConfig(vision=config)
         c = config.vision

@@ -126,7 +126,7 @@ class FolderSource:
             return listing.get(file)
         try:
             return self._storage.stat(self._path(file))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
 

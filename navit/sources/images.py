@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from PIL import Image
+
+from navit.sources.storage import open_file
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ def size_of(image: ImageLike) -> tuple[int, int]:
       OSError: if its file cannot be read.
     """
     if isinstance(image, str | os.PathLike):
-        with Path(image).expanduser().open("rb") as file:
+        with open_file(os.path.expanduser(image)) as file:
             return size_of(file)
     if not _is_file(image):
         image = standard(image)
@@ -141,7 +142,8 @@ def standard(image: ImageLike) -> bytes | np.ndarray | Image.Image:
     if isinstance(image, bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):
-        return Path(image).expanduser().read_bytes()
+        with open_file(os.path.expanduser(image)) as file:
+            return file.read()
     if _is_file(image):
         image.seek(0)
         return image.read()

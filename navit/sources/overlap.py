@@ -39,7 +39,8 @@ def _singles(source: config.TrainSource) -> tuple[Single | config.Stream, ...]:
 
 def _overlap(train: Single | config.Stream, held: Single | config.Stream) -> bool:
     if isinstance(train, config.Folder) and isinstance(held, config.Folder):
-        return _folders_overlap(train, held)
+        # Released weights have no training folder.
+        return bool(train.path and held.path) and _folders_overlap(train, held)
     return _images(train) == _images(held)
 
 

@@ -172,6 +172,7 @@ def _entries(
         for value in many:
             if not isinstance(value, str):
                 raise ValueError(f"{where}: a caption must be text, not {value!r}")
+        many = [value for value in many if value.strip()]
         if not many and label is None:
             empty.append(f"{where} ({name})")
             continue
@@ -220,4 +221,7 @@ def _column(row: dict, names: tuple[str, ...], where: str, *, must: bool = True)
     if given:
         raise ValueError(f"{where} has an empty {given[0]!r}: delete the line")
     columns = ", ".join(str(key) for key in row)
-    raise ValueError(f"{where} has no {names[0]!r} (it has: {columns})")
+    raise ValueError(
+        f"{where} has no {names[0]!r} (it has: {columns}): name the columns "
+        "file,caption[,label]"
+    )

@@ -175,17 +175,14 @@ class Checkpoints:
 
     def _damage(self, step: int) -> str | None:
         folder = self._folder / str(step)
-        if not (folder / checksums.NAME).exists() and self._is_older(folder):
-            return None
-        return checksums.damage(folder)
-
-    def _is_older(self, folder: Path) -> bool:
-        """Whether the checkpoint has the older format, which has no checksums."""
         try:
             about = json.loads((folder / "about/metadata").read_text())
-            return about["format"] == _SAME_MODEL
+            other_format = about["format"] != FORMAT
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            other_format = False
+        if other_format and not (folder / checksums.NAME).exists():
+            return None  # older formats have no checksums; `_about` judges them
+        return checksums.damage(folder)
 
     def _steps(self) -> list[int]:
         names = (path.name for path in self._folder.iterdir())
@@ -270,13 +267,24 @@ class Checkpoints:
         step = self._latest()
         folder = self._folder / str(step)
         if step != self._verified and (what := self._damage(step)):
+            earlier = (
+                f"navit train moves it aside and resumes from the step before; move "
+                f"{folder} away to read that step"
+            )
+            if len(self._steps()) == 1:
+                earlier = "there is no earlier checkpoint: restore a copy"
             raise ValueError(
-                f"step {step} of {self._path} is damaged ({what}): navit train moves "
-                f"it aside and resumes from the step before; move {folder} away to "
-                "read that step"
+                f"step {step} of {self._path} is damaged ({what}): {earlier}"
             )
         self._verified = step
-        return self._checkpointer.restore(folder, args=items)
+        try:
+            return self._checkpointer.restore(folder, args=items)
+        except Exception as error:  # tensorstore's are of many types
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"step {step} of {self._path} cannot be read ({reason}): move {folder} "
+                "away to use the step before"
+            ) from error
 
     def _check_finite(self, tree: Any) -> None:
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

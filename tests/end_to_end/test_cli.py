@@ -21,7 +21,7 @@ from navit.embed import embed_packed
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"
-NAVIT = [sys.executable, "-c", "import sys, navit.cli; sys.exit(navit.cli.main())"]
+NAVIT = [sys.executable, "-c", "import sys, navit.cli; sys.exit(navit.cli.console())"]
 SMALL = [
     *["train.steps=4", "train.log_every=2", "train.checkpoint_every=2"],
     *["model.vision.width=16", "model.vision.depth=1", "model.vision.mlp_dim=16"],

@@ -12,7 +12,7 @@ from helpers import tiny_config
 
 from navit.sharding import Rules
 from navit.train import checksums
-from navit.train.checkpoint import Checkpoints
+from navit.train.checkpoint import FORMAT, Checkpoints
 from navit.train.optim import make_optimizer
 from navit.train.state import init_state
 
@@ -42,6 +42,29 @@ def saved(state, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("checkpoints") / "run"
     write(workdir, state, 1, 2, 3)
     return workdir
+
+
+def test_a_damaged_checkpoint_without_checksums_is_one_error(saved, tmp_path):
+    """As format 2 wrote them: nothing shows the damage before it is read."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    folder = workdir / "checkpoints/3"
+    (folder / checksums.NAME).unlink()
+    about = folder / "about/metadata"
+    about.write_text(about.read_text().replace(f'"format": {FORMAT}', '"format": 2'))
+    for file in (folder / "model").rglob("*"):
+        if file.is_file():
+            truncate(file)
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.set_damaged_aside() == 3
+    like = jax.eval_shape(make_state)
+    with pytest.raises(
+        ValueError, match=r"step 3 of .* cannot be read \(.*\): move"
+    ) as e:
+        checkpoints.restore_model(like.model)
+    assert "\n" not in str(e.value)
+    about.write_text(about.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match="format 1"):
+        Checkpoints(workdir).config()
 
 
 def files_of(workdir, step=3):

@@ -70,7 +70,7 @@ def batches(config, source, *, start_step=0, **kwargs):
             found.close()
     return Batches()
 pipeline.train_batches = batches
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.console())
 """
 
 
