@@ -318,7 +318,7 @@ def quiet_orbax() -> None:
         about = record.pathname + record.getMessage()
         return record.levelno < logging.ERROR or "orbax" not in about
 
-    def hook(raised: sys.UnraisableHookArgs) -> None:
+    def hook(raised: Any) -> None:
         if str(raised.exc_value) != "Event loop is closed":
             before(raised)
 

@@ -509,10 +509,9 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
             whole = whole._replace(images=images)
             assert batch.id[row, slot] == OneBroken.broken
         assert_same([batch], [whole])
-    assert met > 0
-    assert len(caplog.records) == met
-    name = OneBroken(size=40).name(OneBroken.broken)
-    assert all(name in record.getMessage() for record in caplog.records)
+    assert met > 1  # read in several epochs, and named once
+    (record,) = caplog.records
+    assert OneBroken(size=40).name(OneBroken.broken) in record.getMessage()
 
 
 class OneSilent(SyntheticSource):
