@@ -65,15 +65,15 @@ class Meter:
         lengths = _lengths(np.asarray(batch.images.segment_ids), filled.shape[1])
         unreadable = np.asarray(batch.id)[planned & ~filled]
         self._steps += 1
-        self._counts += (
-            filled.sum(),
+        self._counts += [
+            int(filled.sum()),
             len(filled),
             filled.size,
-            lengths.sum(),
+            int(lengths.sum()),
             batch.images.segment_ids.size,
-            (lengths**2).sum(),
+            int((lengths**2).sum()),
             unreadable.size,
-        )
+        ]
         self._waited += waited
         self.unreadable.update(unreadable.tolist())
 
