@@ -69,6 +69,17 @@ def loss_and_gradients(config: Config, batch: Batch):
         return jax.tree.map(np.asarray, step(split_rows(batch, rules)))
 
 
+def assert_equal_but_for_rounding(found, expected):
+    """Within 8 float32 epsilons of each array's largest element.
+
+    An element is a sum of many terms, and a small one is what is left of terms as large
+    as the largest element. The processor decides their order, and so the last digits.
+    """
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        atol = 1e-6 * max(1.0, float(np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol)
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss):
     config = make_config(f"train.loss={loss}")
@@ -80,8 +91,7 @@ def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss)
     meshes = [MeshConfig(data=1), MeshConfig(data=4, fsdp=2)]
     for mesh in meshes if loss == "sigmoid" else meshes[:1]:
         found = loss_and_gradients(dataclasses.replace(config, mesh=mesh), batch)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert_equal_but_for_rounding(found, expected)
 
 
 def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
@@ -91,8 +101,7 @@ def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
         ("mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"),
     ):
         found = loss_and_gradients(make_config(*options), batch)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+        assert_equal_but_for_rounding(found, expected)
 
 
 def test_images_and_captions_stay_together(batch):
