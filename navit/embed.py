@@ -237,10 +237,10 @@ def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
     works in the same memory, also the logits of one row and head. Embedding takes more.
 
     Args:
-      images: at least so many are embedded.
+      images: the least number of images to embed.
 
     Raises:
-      ValueError: if that is more than is free.
+      ValueError: if the budget needs more memory than is free.
     """
     rows = -(-images // _slots(config))
     at_once = rows_at_once(config, max_tokens, rows)
@@ -258,7 +258,7 @@ def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
 
 
 def rows_at_once(config: Config, row_tokens: int, rows: int) -> int:
-    """How many of `rows` are embedded at a time: a power of two on each device."""
+    """How many of `rows` to embed at a time: a power of two on each device."""
     tokens = config.eval.batch_tokens
     if tokens is None:
         tokens = 2048 if jax.default_backend() == "cpu" else 16384
@@ -269,7 +269,7 @@ def rows_at_once(config: Config, row_tokens: int, rows: int) -> int:
 def _shared_by_devices(count: int) -> int:
     """`count` rounded up to a power of two, then to a multiple of the devices.
 
-    Few shapes are ever compiled, and all devices get as much.
+    This compiles few shapes, and gives all devices equal shares.
     """
     mesh = jax.sharding.get_mesh()
     devices = 1 if mesh.empty else mesh.size
@@ -284,7 +284,7 @@ def _processes() -> int:
 
 
 def _slots(config: Config) -> int:
-    """With every image at its budget a row holds one; without upscaling, several."""
+    """How many images a row may hold: one if each is enlarged to its budget, else 8."""
     return 1 if config.data.max_upscale is None else 8
 
 
