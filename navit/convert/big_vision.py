@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import lzma
@@ -15,14 +16,12 @@ from typing import Any
 import numpy as np
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert import tensors, tokenizers
+from navit.convert import codec, tensors, tokenizers
 from navit.convert.stored import (
-    Tensor,
     Weights,
-    check_shapes,
+    check_expressible,
     depth_of,
-    layers_of,
-    shapes_of,
+    shape_of,
     square_side,
 )
 from navit.files import replacing, write_atomic
@@ -60,28 +59,12 @@ def read(path: Path) -> Weights:
     """
     stored = _shapes(path)
     model = _model(path, stored)
-    shapes = shapes_of(model)
     scanned = [f"{prefix}/LayerNorm_0/scale" in stored for prefix in (_IMG, _TXT)]
     table = tensors.big_vision(
         model, scanned_vision=scanned[0], scanned_text=scanned[1]
     )
-    expected = {}
-    for t in table:
-        for _, name, shape in _stored(model, t, shapes[t.ours]):
-            expected[name] = shape
-    check_shapes(path, expected, stored)
-    by_name = {t.ours: t for t in table}
-
-    def get(ours: str) -> np.ndarray:
-        out = np.empty(shapes[ours], np.float32)
-        for layer, name, _ in _stored(model, by_name[ours], shapes[ours]):
-            value = _load(path, name)
-            if layer is None:
-                out[...] = value.reshape(out.shape)
-            else:
-                out[layer] = value.reshape(out.shape[1:])
-        return out
-
+    codec.check(path, table, model, stored)
+    get = codec.reader(table, model, lambda name: _load(path, name))
     return Weights(model, get, str(path), tokenizers.found_in(path.parent))
 
 
@@ -92,42 +75,25 @@ def write(weights: Weights, out: Path) -> None:
       ValueError: names a setting that the format lacks.
     """
     model = weights.model
-    v = model.vision
-    if model.text is None or v.pool != "map" or v.position.kind != "siglip2":
-        raise ValueError(
-            "big_vision's two-tower files have a text tower, pool='map' and the "
-            f"position table of SigLIP 2; this model has pool={v.pool!r} and "
-            f"position.kind={v.position.kind!r}"
-        )
-    if v.qk_norm or not v.use_bias or v.num_classes:
-        raise ValueError(
-            "big_vision's two-tower files have biases, no qk_norm and no classes; this "
-            f"model has use_bias={v.use_bias}, qk_norm={v.qk_norm} and "
-            f"num_classes={v.num_classes}"
-        )
-    if v.image_size:
+    check_expressible(model, "big_vision's two-tower format", embed_dim=True)
+    assert model.text is not None
+    if side := model.vision.image_size:
         log.warning(
             "an .npz does not record that images are %d pixels a side: load %s with "
             "model.vision.image_size=%d",
-            v.image_size,
+            side,
             out,
-            v.image_size,
+            side,
         )
-    shapes = shapes_of(model)
     table = tensors.big_vision(model, scanned_vision=False, scanned_text=True)
     beside = tokenizers.contents(weights)
     with (
         replacing(out) as temporary,
         zipfile.ZipFile(temporary, "w", allowZip64=True) as archive,
     ):
-        for t in table:
-            value = weights.read(t.ours)
-            for layer, name, shape in _stored(model, t, shapes[t.ours]):
-                one = value if layer is None else value[layer]
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(
-                        file, np.ascontiguousarray(one.reshape(shape))
-                    )
+        for name, value in codec.encoded(table, weights):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value)
     for name, data in beside.items():
         tokenizer = out.with_name(name)
         if not tokenizer.exists():
@@ -140,52 +106,8 @@ def write(weights: Weights, out: Path) -> None:
             )
 
 
-def _stored(
-    model: ModelConfig, t: Tensor, shape: tuple[int, ...]
-) -> list[tuple[int | None, str, tuple[int, ...]]]:
-    """What one of our tensors is stored as: (layer or None, name, shape)."""
-    layers = layers_of(model, t.ours)
-    one = shape if layers is None else shape[1:]
-    one = _shape_there(model, t.ours, one)
-    if layers is None:
-        return [(None, t.theirs, one)]
-    if "{}" not in t.theirs:
-        return [(None, t.theirs, (layers, *one))]
-    return [(i, t.theirs.format(i), one) for i in range(layers)]
-
-
-def _shape_there(
-    model: ModelConfig, ours: str, shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    vision, text = model.vision, model.text
-    assert text is not None
-    heads = vision.num_heads if ours.startswith("vision.") else text.num_heads
-    *_, layer, kind = ours.split(".") if "." in ours else ("", ours)
-    if ours in ("scale", "bias"):
-        return (1,)
-    if ours in ("vision.head.probe", "text.position"):
-        return (1, *shape)
-    if ours == "vision.position.table" and vision.fixed_grid:
-        return (1, shape[0] * shape[1], shape[2])
-    if ours == "vision.patch.kernel" and vision.fixed_grid:
-        return (vision.patch_size, vision.patch_size, 3, shape[1])
-    if layer in ("query", "key", "value"):
-        return (*shape[:-1], heads, shape[-1] // heads)
-    if layer == "out" and kind == "kernel":
-        return (heads, shape[0] // heads, shape[1])
-    return shape
-
-
 def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
-    def shape(name: str, *ndims: int) -> tuple[int, ...]:
-        if name not in stored:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if len(stored[name]) not in ndims:
-            raise ValueError(
-                f"{path}: {name} is {stored[name]}, but should have "
-                f"{' or '.join(map(str, ndims))} axes"
-            )
-        return stored[name]
+    shape = functools.partial(shape_of, path, stored)
 
     def tower(prefix: str) -> dict[str, Any]:
         scanned = f"{prefix}/LayerNorm_0/scale" in stored
@@ -275,4 +197,4 @@ def _load(path: Path, name: str) -> np.ndarray:
     if value.dtype.kind == "V":  # numpy has no bfloat16: the upper half of a float32
         wide = value.view(np.uint16).astype(np.uint32) << 16
         return wide.view(np.float32)
-    return value.astype(np.float32)
+    return value.astype(np.float32, copy=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from navit.config import ModelConfig, PositionConfig, TextConfig, VisionConfig
-from navit.convert.stored import depth_of, square_side
+from navit.convert.stored import depth_of, shape_of, square_side
 from navit.files import write_atomic
 
 log = logging.getLogger("navit")
@@ -68,15 +69,7 @@ def model_of(
                     f"SigLIP has {value!r}"
                 )
 
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in stored:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if len(stored[name]) != ndim:
-            raise ValueError(
-                f"{path}: {name} is {stored[name]}, but should have {ndim} axes"
-            )
-        return stored[name]
-
+    shape = functools.partial(shape_of, path, stored)
     fixed = config["model_type"] == "siglip"
     patch = shape("vision_model.embeddings.patch_embedding.weight", 4 if fixed else 2)
     patch_size = patch[-1] if fixed else math.isqrt(patch[1] // 3)
@@ -231,28 +224,6 @@ def check_preprocessor(path: Path, model: ModelConfig) -> None:
                 file,
                 stated["resample"],
                 want["resample"],
-            )
-
-
-def check_expressible(model: ModelConfig) -> None:
-    """Raises ValueError for a setting that transformers' classes lack."""
-    v = model.vision
-    wrong = {
-        "text": model.text is None,
-        "vision.position.kind": v.position.kind != "siglip2",
-        "vision.pool": v.pool != "map",
-        "vision.qk_norm": v.qk_norm,
-        "vision.use_bias": not v.use_bias,
-        "vision.embed_dim": v.embed_dim is not None,
-        "vision.num_classes": v.num_classes > 0,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            value: Any = model
-            for part in name.split("."):
-                value = getattr(value, part)
-            raise ValueError(
-                f"transformers' Siglip2Model does not support model.{name}={value!r}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The common form of all formats: a config, and tensors under our names.
+"""A model on disk, whatever its format: a config, and tensors under our names.
 
 Tensors are read on demand, so a conversion keeps only one in memory at a time.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -52,24 +52,6 @@ class Weights:
         return value
 
 
-class Tensor(NamedTuple):
-    """How one of our tensors is stored elsewhere.
-
-    Attributes:
-      ours: our name; a tensor of the blocks stacks all layers.
-      theirs: the stored name; "{}" stands for the layer's number.
-      axes: "same" up to reshaping, "transpose" for a linear layer stored
-        `[out, in]`, "conv" for a patch kernel stored `[out, channel, row, column]`.
-      part: (index, count): which part of the stored first axis it is, if several of
-        ours are stored as one.
-    """
-
-    ours: str
-    theirs: str
-    axes: str = "same"
-    part: tuple[int, int] = (0, 1)
-
-
 @functools.lru_cache(maxsize=8)
 def shapes_of(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Our tensors' names and shapes for a config, without allocating them."""
@@ -83,62 +65,6 @@ def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path).removesuffix(".value").lstrip(".")
 
 
-def to_ours(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Brings a stored tensor, or one layer of it, into our layout."""
-    if axes == "transpose":
-        value = value.T
-    elif axes == "conv":
-        value = value.transpose(2, 3, 1, 0)
-    return value.reshape(shape)
-
-
-def to_theirs(value: np.ndarray, axes: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of `to_ours`, to the stored `shape`."""
-    if axes == "transpose":
-        value = value.T
-    elif axes == "conv":
-        out, channels, rows, columns = shape
-        value = value.reshape(rows, columns, channels, out).transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(value.reshape(shape))
-
-
-def layers_of(model: ModelConfig, ours: str) -> int | None:
-    """How many layers a tensor stacks; None for one outside the blocks."""
-    if ".blocks." not in ours:
-        return None
-    if ours.startswith("vision."):
-        return model.vision.depth
-    assert model.text is not None
-    return model.text.depth
-
-
-def is_buffer(name: str) -> bool:
-    """Whether it is a buffer, not a weight, that older transformers saved."""
-    return name.endswith(".position_ids")
-
-
-def check_shapes(
-    path: Path,
-    expected: Mapping[str, tuple[int, ...]],
-    stored: dict[str, tuple[int, ...]],
-) -> None:
-    """Raises ValueError for the first tensor that is missing, surplus or misshapen."""
-    for name, shape in expected.items():
-        if name not in stored:
-            raise ValueError(f"{path} lacks the tensor {name}")
-        if stored[name] != shape:
-            raise ValueError(
-                f"{path}: {name} is {stored[name]}, but the other tensors make it "
-                f"{shape}"
-            )
-    surplus = [n for n in stored if n not in expected and not is_buffer(n)]
-    if surplus:
-        raise ValueError(
-            f"{path} has {len(surplus)} tensors that navit does not know, first "
-            f"{surplus[0]}"
-        )
-
-
 def depth_of(stored: Iterable[str], pattern: str) -> int:
     """Counts the layers in the names that match `pattern`, whose `(\\d+)` is the layer.
 
@@ -146,6 +72,45 @@ def depth_of(stored: Iterable[str], pattern: str) -> int:
     """
     matches = (re.match(pattern, name) for name in stored)
     return max(1, len({int(x[1]) for x in matches if x}))
+
+
+def shape_of(
+    path: Path, stored: Mapping[str, tuple[int, ...]], name: str, *axes: int
+) -> tuple[int, ...]:
+    """The shape of a stored tensor that has one of the given numbers of axes."""
+    if name not in stored:
+        raise ValueError(f"{path} lacks the tensor {name}")
+    if len(stored[name]) not in axes:
+        raise ValueError(
+            f"{path}: {name} is {stored[name]}, but should have "
+            f"{' or '.join(map(str, axes))} axes"
+        )
+    return stored[name]
+
+
+def check_expressible(
+    model: ModelConfig, format: str, *, embed_dim: bool = False
+) -> None:
+    """Raises ValueError for a setting that SigLIP's formats lack.
+
+    Args:
+      format: its name, for the message.
+      embed_dim: whether it has a projection of the pooled image.
+    """
+    v = model.vision
+    wrong = {
+        "text": model.text is None,
+        "vision.position.kind": v.position.kind != "siglip2",
+        "vision.pool": v.pool != "map",
+        "vision.qk_norm": v.qk_norm,
+        "vision.use_bias": not v.use_bias,
+        "vision.embed_dim": v.embed_dim is not None and not embed_dim,
+        "vision.num_classes": v.num_classes > 0,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            value = operator.attrgetter(name)(model)
+            raise ValueError(f"{format} does not support model.{name}={value!r}")
 
 
 def square_side(path: Path, name: str, positions: int) -> int:

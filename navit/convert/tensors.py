@@ -1,120 +1,131 @@
-"""Maps our tensors to those of the two formats."""
+"""How each format stores our tensors: one table a format, for `codec.py`."""
 
 from __future__ import annotations
 
 from navit.config import ModelConfig
-from navit.convert.stored import Tensor
+from navit.convert.codec import Table, Tensor
 
+_ATTENTION, _MLP = "MultiHeadDotProductAttention_0", "MlpBlock_0"
 _BLOCK = {  # ours: (Hugging Face, big_vision)
     "attention_norm": ("layer_norm1", "LayerNorm_0"),
-    "attention.query": ("self_attn.q_proj", "MultiHeadDotProductAttention_0/query"),
-    "attention.key": ("self_attn.k_proj", "MultiHeadDotProductAttention_0/key"),
-    "attention.value": ("self_attn.v_proj", "MultiHeadDotProductAttention_0/value"),
-    "attention.out": ("self_attn.out_proj", "MultiHeadDotProductAttention_0/out"),
+    "attention.query": ("self_attn.q_proj", f"{_ATTENTION}/query"),
+    "attention.key": ("self_attn.k_proj", f"{_ATTENTION}/key"),
+    "attention.value": ("self_attn.v_proj", f"{_ATTENTION}/value"),
+    "attention.out": ("self_attn.out_proj", f"{_ATTENTION}/out"),
     "mlp_norm": ("layer_norm2", "LayerNorm_1"),
-    "mlp.up": ("mlp.fc1", "MlpBlock_0/Dense_0"),
-    "mlp.down": ("mlp.fc2", "MlpBlock_0/Dense_1"),
+    "mlp.up": ("mlp.fc1", f"{_MLP}/Dense_0"),
+    "mlp.down": ("mlp.fc2", f"{_MLP}/Dense_1"),
 }
 _POOL = {
-    "out": ("attention.out_proj", "MultiHeadDotProductAttention_0/out"),
+    "out": ("attention.out_proj", f"{_ATTENTION}/out"),
     "norm": ("layernorm", "LayerNorm_0"),
-    "mlp.up": ("mlp.fc1", "MlpBlock_0/Dense_0"),
-    "mlp.down": ("mlp.fc2", "MlpBlock_0/Dense_1"),
+    "mlp.up": ("mlp.fc1", f"{_MLP}/Dense_0"),
+    "mlp.down": ("mlp.fc2", f"{_MLP}/Dense_1"),
 }
+_QKV = ("query", "key", "value")
 
 
-def huggingface(*, conv: bool) -> list[Tensor]:
-    """The tensors of transformers' Siglip2Model or, with `conv`, its SiglipModel."""
+def huggingface(model: ModelConfig) -> Table:
+    """The tensors of transformers' Siglip2Model or, for a fixed grid, SiglipModel."""
+    patch = "(rows columns rgb) d -> d "
+    patch += "rgb rows columns" if model.vision.fixed_grid else "(rows columns rgb)"
     table = [
-        Tensor("scale", "logit_scale"),
-        Tensor("bias", "logit_bias"),
-        Tensor("text.embedding", "text_model.embeddings.token_embedding.weight"),
-        Tensor("text.position", "text_model.embeddings.position_embedding.weight"),
-        *_linear("text.head", "text_model.head"),
-        *_norm("text.encoder.norm", "text_model.final_layer_norm"),
+        Tensor("logit_scale", ("scale",), "-> 1"),
+        Tensor("logit_bias", ("bias",), "-> 1"),
+        Tensor("text_model.embeddings.token_embedding.weight", ("text.embedding",)),
+        Tensor("text_model.embeddings.position_embedding.weight", ("text.position",)),
+        *_torch("text.head", "text_model.head"),
+        *_torch("text.encoder.norm", "text_model.final_layer_norm"),
         Tensor(
-            "vision.position.table", "vision_model.embeddings.position_embedding.weight"
+            "vision_model.embeddings.position_embedding.weight",
+            ("vision.position.table",),
+            "y x d -> (y x) d",
         ),
         Tensor(
-            "vision.patch.kernel",
             "vision_model.embeddings.patch_embedding.weight",
-            "conv" if conv else "transpose",
+            ("vision.patch.kernel",),
+            patch,
         ),
-        Tensor("vision.patch.bias", "vision_model.embeddings.patch_embedding.bias"),
-        *_norm("vision.encoder.norm", "vision_model.post_layernorm"),
-        Tensor("vision.head.probe", "vision_model.head.probe"),
+        Tensor("vision_model.embeddings.patch_embedding.bias", ("vision.patch.bias",)),
+        *_torch("vision.encoder.norm", "vision_model.post_layernorm"),
+        Tensor("vision_model.head.probe", ("vision.head.probe",), "q d -> 1 q d"),
     ]
     for tower in ("vision", "text"):
         for ours, (theirs, _) in _BLOCK.items():
             to = f"{tower}_model.encoder.layers.{{}}.{theirs}"
-            make = _norm if "norm" in ours else _linear
-            table += make(f"{tower}.encoder.blocks.{ours}", to)
+            table += _torch(f"{tower}.encoder.blocks.{ours}", to)
     for ours, (theirs, _) in _POOL.items():
-        make = _norm if "norm" in ours else _linear
-        table += make(f"vision.head.{ours}", f"vision_model.head.{theirs}")
-    for i, ours in enumerate(("query", "key", "value")):
-        to = "vision_model.head.attention.in_proj_"
-        table += [
-            Tensor(f"vision.head.{ours}.kernel", to + "weight", "transpose", (i, 3)),
-            Tensor(f"vision.head.{ours}.bias", to + "bias", "same", (i, 3)),
-        ]
-    return table
+        table += _torch(f"vision.head.{ours}", f"vision_model.head.{theirs}")
+    kernels, biases = (
+        tuple(f"vision.head.{x}.{part}" for x in _QKV) for part in ("kernel", "bias")
+    )
+    return [
+        *table,
+        Tensor("vision_model.head.attention.in_proj_weight", kernels, "i o -> o i"),
+        Tensor("vision_model.head.attention.in_proj_bias", biases),
+    ]
 
 
 def big_vision(
     model: ModelConfig, *, scanned_vision: bool, scanned_text: bool
-) -> list[Tensor]:
+) -> Table:
     """The tensors of big_vision's two_towers, which are ours up to reshaping."""
+    fixed = model.vision.fixed_grid
     table = [
-        Tensor("scale", "params/t"),
-        Tensor("bias", "params/b"),
-        Tensor("text.embedding", "params/txt/Embed_0/embedding"),
-        Tensor("text.position", "params/txt/pos_embedding"),
-        *_both("text.head", "params/txt/head", "kernel"),
-        *_both("text.encoder.norm", "params/txt/Encoder_0/encoder_norm", "scale"),
-        Tensor("vision.position.table", "params/img/pos_embedding"),
-        *_both("vision.patch", "params/img/embedding", "kernel"),
-        *_both("vision.encoder.norm", "params/img/Transformer/encoder_norm", "scale"),
-        Tensor("vision.head.probe", "params/img/MAPHead_0/probe"),
+        Tensor("params/t", ("scale",), "-> 1"),
+        Tensor("params/b", ("bias",), "-> 1"),
+        Tensor("params/txt/Embed_0/embedding", ("text.embedding",)),
+        Tensor("params/txt/pos_embedding", ("text.position",), "t d -> 1 t d"),
+        *_linen("text.head", "params/txt/head"),
+        *_linen("text.encoder.norm", "params/txt/Encoder_0/encoder_norm"),
+        Tensor(
+            "params/img/pos_embedding",
+            ("vision.position.table",),
+            "y x d -> 1 (y x) d" if fixed else None,
+        ),
+        Tensor(
+            "params/img/embedding/kernel",
+            ("vision.patch.kernel",),
+            "(rows columns rgb) d -> rows columns rgb d" if fixed else None,
+        ),
+        Tensor("params/img/embedding/bias", ("vision.patch.bias",)),
+        *_linen("vision.encoder.norm", "params/img/Transformer/encoder_norm"),
+        Tensor("params/img/MAPHead_0/probe", ("vision.head.probe",), "q d -> 1 q d"),
     ]
     if model.vision.embed_dim is not None:
-        table += _both("vision.projection", "params/img/head", "kernel")
+        table += _linen("vision.projection", "params/img/head")
     for tower, encoder, scanned in (
         ("vision", "img/Transformer", scanned_vision),
         ("text", "txt/Encoder_0", scanned_text),
     ):
+        block = f"params/{encoder}/encoderblock" + ("" if scanned else "_{}")
         for ours, (_, theirs) in _BLOCK.items():
-            block = "encoderblock" if scanned else "encoderblock_{}"
-            table += _both(
-                f"{tower}.encoder.blocks.{ours}",
-                f"params/{encoder}/{block}/{theirs}",
-                "scale" if "norm" in ours else "kernel",
-            )
-    pool = {k: v[1] for k, v in _POOL.items()}
-    for ours in ("query", "key", "value"):
-        pool[ours] = f"MultiHeadDotProductAttention_0/{ours}"
+            table += _linen(f"{tower}.encoder.blocks.{ours}", f"{block}/{theirs}")
+    pool = {ours: theirs for ours, (_, theirs) in _POOL.items()}
+    pool |= {x: f"{_ATTENTION}/{x}" for x in _QKV}
     for ours, theirs in pool.items():
-        table += _both(
-            f"vision.head.{ours}",
-            f"params/img/MAPHead_0/{theirs}",
-            "scale" if "norm" in ours else "kernel",
-        )
+        table += _linen(f"vision.head.{ours}", f"params/img/MAPHead_0/{theirs}")
     return table
 
 
-def _linear(ours: str, theirs: str) -> list[Tensor]:
+def _torch(ours: str, theirs: str) -> Table:
+    """A norm or a linear layer, which torch stores as `[out, in]`."""
+    first = (f"{ours}.scale",) if "norm" in ours else (f"{ours}.kernel",)
     return [
-        Tensor(f"{ours}.kernel", f"{theirs}.weight", "transpose"),
-        Tensor(f"{ours}.bias", f"{theirs}.bias"),
+        Tensor(f"{theirs}.weight", first, None if "norm" in ours else "i o -> o i"),
+        Tensor(f"{theirs}.bias", (f"{ours}.bias",)),
     ]
 
 
-def _norm(ours: str, theirs: str) -> list[Tensor]:
+def _linen(ours: str, theirs: str) -> Table:
+    """A norm or a linear layer; around attention, linen keeps the heads apart."""
+    kernel = bias = None
+    if ours.endswith(_QKV):
+        kernel, bias = "d (h k) -> d h k", "(h k) -> h k"
+    elif ours.endswith("out"):
+        kernel = "(h k) d -> h k d"
+    first = "scale" if "norm" in ours else "kernel"
     return [
-        Tensor(f"{ours}.scale", f"{theirs}.weight"),
-        Tensor(f"{ours}.bias", f"{theirs}.bias"),
+        Tensor(f"{theirs}/{first}", (f"{ours}.{first}",), kernel),
+        Tensor(f"{theirs}/bias", (f"{ours}.bias",), bias),
     ]
-
-
-def _both(ours: str, theirs: str, first: str) -> list[Tensor]:
-    return [Tensor(f"{ours}.{x}", f"{theirs}/{x}") for x in (first, "bias")]
