@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from navit import config as config_lib
+from navit.config.towers import starting_from
 
 
 def _config(args: argparse.Namespace) -> config_lib.Config:
     """The config of a command, with the towers that a training run of it has."""
     config = config_lib.load(args.config, args.overrides)
     if config.init_towers and config.init:
-        from navit.weights import read, starting_from
+        from navit.weights import read
 
-        config = starting_from(config, read(config.init), args.overrides)
+        weights = read(config.init)
+        config = starting_from(
+            config, weights.model, where=weights.where, overrides=args.overrides
+        )
     return config
 
 
@@ -31,7 +38,8 @@ def train(args: argparse.Namespace) -> int:
         return 0
     from navit import stopping
     from navit.train import hosts, loop
-    from navit.train.checkpoint import is_workdir, quiet_orbax
+    from navit.train.checkpoint import quiet_orbax
+    from navit.train.workdir import is_workdir
 
     if not args.debug:
         quiet_orbax()
@@ -39,20 +47,41 @@ def train(args: argparse.Namespace) -> int:
     initial = None
     with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
         if config.init:
-            from navit.weights import start
-
             # If there is a run to resume, all processes restore it together.
             hosts.check_same_config(config)
             hosts.check_same(f"whether {workdir} holds a run", f"{is_workdir(workdir)}")
-            config, initial = start(config, workdir, args.overrides)
+            config, initial = _start(config, workdir, args.overrides)
         return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
+
+
+def _start(
+    config: config_lib.Config, workdir: Path, overrides: Sequence[str]
+) -> tuple[config_lib.Config, Callable[..., Any] | None]:
+    """The config with the towers of `config.init`, and what makes the model.
+
+    A run that has a checkpoint resumes without reading `config.init`: it gets the
+    towers of the checkpoint, and None.
+    """
+    from navit.convert.stored import build
+    from navit.train.start import trained_model
+    from navit.weights import read
+
+    trained = trained_model(workdir)
+    if trained is not None:
+        where = f"{workdir}"
+        return starting_from(config, trained, where=where, overrides=overrides), None
+    weights = read(config.init)
+    config = starting_from(
+        config, weights.model, where=weights.where, overrides=overrides
+    )
+    return config, functools.partial(build, weights, config.model)
 
 
 def evaluate(args: argparse.Namespace) -> int:
     from navit.embed import Embedder
     from navit.evals import budgets
     from navit.input import pipeline
-    from navit.train.checkpoint import is_workdir
+    from navit.train.workdir import is_workdir
     from navit.weights import load
 
     weights, model_overrides = args.weights.expanduser(), []

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,21 +14,15 @@ import numpy as np
 from flax import nnx
 
 from navit import config as config_lib
-from navit.config import (
-    Config,
-    DataConfig,
-    Folder,
-    ModelConfig,
-    TextConfig,
-)
-from navit.config.model import ROUNDING
+from navit.config import Config, DataConfig, Folder, TextConfig
+from navit.config.towers import check_towers
 from navit.convert import big_vision, huggingface
 from navit.convert.stored import Weights, build, name_of
 from navit.embed import Embedder
 from navit.files import replacing
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
-from navit.train.checkpoint import Checkpoints, is_workdir
+from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")
 
@@ -75,7 +69,12 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
     weights = _with_tokenizer(_open(path))
     config = Config(model=weights.model, data=DataConfig(train=Folder(), eval=Folder()))
     config = config_lib.override(config, overrides)
-    check_sizes(weights, config.model)
+    check_towers(
+        weights.model,
+        config.model,
+        where=weights.where,
+        remedy="leave model.vision and model.text to the weights",
+    )
     v, text = config.model.vision, config.model.text
     if v.fixed_grid and not v.image_size and path.is_file():
         side = v.position.size * v.patch_size
@@ -178,117 +177,16 @@ def write(
     elif format == "big_vision":
         big_vision.write(weights, out)
     else:
-        with replacing(out, folder=True) as temporary:
-            checkpoints = Checkpoints(temporary, keep=1)
-            try:
-                config = dataclasses.replace(config or Config(), model=weights.model)
-                checkpoints.save_model(build(weights, weights.model), config)
-            finally:
-                checkpoints.close()
-            for file in weights.files:
-                shutil.copyfile(file, temporary / file.name)
+        config = dataclasses.replace(config or Config(), model=weights.model)
+        _write_workdir(weights, out, config)
     return format
-
-
-def check_sizes(
-    weights: Weights,
-    model: ModelConfig,
-    remedy: str = "leave model.vision and model.text to the weights",
-) -> None:
-    """Raises ValueError unless `model` has the sizes and settings of the weights."""
-    changed = [
-        difference
-        for difference in config_lib.differences(weights.model, model, "model")
-        if not difference.startswith(FREE)
-    ]
-    if changed:
-        raise ValueError(
-            f"{weights.where} was trained otherwise ({'; '.join(changed[:3])}): "
-            f"{remedy}"
-        )
-
-
-def start(
-    config: Config, workdir: Path, overrides: Sequence[str] = ()
-) -> tuple[Config, Callable[[Rules], TwoTower] | None]:
-    """The config with the towers of `config.init`, and a function that makes the model.
-
-    A run that has a checkpoint resumes without reading `config.init`: it gets the
-    towers of the checkpoint, and None.
-
-    Args:
-      overrides: as in `starting_from`.
-    """
-    if is_workdir(workdir):
-        checkpoints = Checkpoints(workdir)
-        try:
-            if checkpoints.set_damaged_aside() is not None:
-                none: dict[str, np.ndarray] = {}  # only its config is used
-                model = checkpoints.config().model
-                saved = Weights(model, none.__getitem__, str(workdir))
-                return starting_from(config, saved, overrides), None
-        finally:
-            checkpoints.close()
-    weights = read(config.init)
-    config = starting_from(config, weights, overrides)
-    return config, functools.partial(build, weights, config.model)
-
-
-def starting_from(
-    config: Config, weights: Weights, overrides: Sequence[str] = ()
-) -> Config:
-    """The config of a run that trains `weights` further.
-
-    Args:
-      overrides: the `key.path=value`s that `config` was loaded with. With
-        `init_towers`, those of the towers apply to the towers of the weights.
-
-    Raises:
-      ValueError: if the config states other towers than the weights have.
-    """
-    if config.model.text is None:  # the run needs only the image tower
-        image_tower = dataclasses.replace(weights.model, text=None)
-        weights = dataclasses.replace(weights, model=image_tower)
-    if config.init_towers:
-        model = dataclasses.replace(
-            config.model, vision=weights.model.vision, text=weights.model.text
-        )
-        config = dataclasses.replace(config, model=model)
-        tower_overrides = [x for x in overrides if x.startswith(TOWERS)]
-        config = config_lib.override(config, tower_overrides)
-    vision = config.model.vision
-    if weights.model.vision.fixed_grid:
-        log.info(
-            "%s was trained at one size, %dx%d patches; from here on images keep their "
-            "aspect",
-            weights.where,
-            vision.position.size,
-            vision.position.size,
-        )
-    vision = dataclasses.replace(vision, fixed_grid=False, image_size=None)
-    model = dataclasses.replace(config.model, vision=vision)
-    if config.init_towers:
-        check_sizes(weights, model)
-    else:
-        check_sizes(weights, model, "init_towers=true takes the towers of the weights")
-    return dataclasses.replace(config, model=model)
-
-
-TOWERS = ("model.vision.", "model.text.")
-
-# Settings of a model that its weights do not depend on.
-FREE = (
-    *ROUNDING,
-    "model.init_",
-    "model.text.tokenizer",
-    "model.vision.fixed_grid",
-    "model.vision.image_size",
-)
 
 
 def _load_workdir(
     path: Path, overrides: Sequence[str] = (), rules: Rules = Rules()
 ) -> Embedder:
+    from navit.train.checkpoint import Checkpoints  # orbax is slow to import
+
     checkpoints = Checkpoints(path)
     try:
         config = config_lib.override(checkpoints.config(), overrides)
@@ -298,6 +196,19 @@ def _load_workdir(
         return Embedder(model, config, step=step)
     finally:
         checkpoints.close()
+
+
+def _write_workdir(weights: Weights, out: Path, config: Config) -> None:
+    from navit.train.checkpoint import Checkpoints
+
+    with replacing(out, folder=True) as temporary:
+        checkpoints = Checkpoints(temporary, keep=1)
+        try:
+            checkpoints.save_model(build(weights, weights.model), config)
+        finally:
+            checkpoints.close()
+        for file in weights.files:
+            shutil.copyfile(file, temporary / file.name)
 
 
 def _with_tokenizer(weights: Weights) -> Weights:

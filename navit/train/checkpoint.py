@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from navit.config import Config
 from navit.sharding import place_of
 from navit.train import checksums, hosts
 from navit.train.state import TrainState
+from navit.train.workdir import FOLDER, set_aside, steps
 
 log = logging.getLogger("navit")
 
@@ -29,30 +31,26 @@ log = logging.getLogger("navit")
 FORMAT = 3
 _SAME_MODEL = 2
 
-_FOLDER = "checkpoints"
 _PARTIAL = ".partial"
-
-
-def is_workdir(path: Path) -> bool:
-    return (path / _FOLDER).is_dir()
 
 
 class Checkpoints:
     """The checkpoints of one work directory.
 
     Each holds the model, the optimizer state and the config, and checksums of its
-    files, which every read verifies. A folder is named after its step only once all of
-    it is written, so a run that is killed while saving keeps the previous checkpoint.
+    files. Every read verifies the files that it needs. A folder is named after its step
+    only once all of it is written, so a run that is killed while saving keeps the
+    previous checkpoint.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
         self._path, self._keep = workdir, keep
-        self._folder = workdir.absolute() / _FOLDER
+        self._folder = workdir.absolute() / FOLDER
         if keep is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         elif not self._folder.is_dir():
             raise FileNotFoundError(
-                f"{workdir} is not a navit work directory: it has no {_FOLDER}/"
+                f"{workdir} is not a navit work directory: it has no {FOLDER}/"
             )
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._background = concurrent.futures.ThreadPoolExecutor(1)
@@ -61,7 +59,9 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """The latest step that is on disk or being written."""
-        return self._saving[0] if self._saving else max(self._steps(), default=None)
+        return (
+            self._saving[0] if self._saving else max(steps(self._folder), default=None)
+        )
 
     def save(self, state: TrainState, config: Config, data: str) -> None:
         """Starts writing a checkpoint; `close` waits until it is on disk.
@@ -107,7 +107,7 @@ class Checkpoints:
             partial = self._folder / f"{step}{_PARTIAL}"
             checksums.write(partial)
             partial.rename(self._folder / str(step))
-            for old in self._steps()[: -(self._keep or 1)]:
+            for old in steps(self._folder)[: -(self._keep or 1)]:
                 shutil.rmtree(self._folder / str(old))
 
     def _wait(self) -> None:
@@ -123,7 +123,7 @@ class Checkpoints:
         why = str(error).partition("\n")[0]
         if os.strerror(errno.ENOSPC) in str(error):
             why = os.strerror(errno.ENOSPC)
-        safe = max(self._steps(), default=None)
+        safe = max(steps(self._folder), default=None)
         status = "no step is saved" if safe is None else f"step {safe} is safe"
         return OSError(
             f"cannot write the checkpoint {self._folder / str(step)} ({why}); "
@@ -141,39 +141,31 @@ class Checkpoints:
           ValueError: if there are checkpoints but none is intact.
         """
         if hosts.first():
-            steps = self._steps()
+            intact = steps(self._folder)
             damaged = {}
-            while steps and (what := self._damage(steps[-1])):
-                damaged[steps.pop()] = what
-            if damaged and not steps:
+            while intact and (what := self._damage(intact[-1])):
+                damaged[intact.pop()] = what
+            if damaged and not intact:
                 step, what = next(iter(damaged.items()))
                 raise ValueError(
                     f"step {step} of {self._path} is damaged ({what}), and no earlier "
                     "checkpoint is intact: restore a copy, or choose another --workdir"
                 )
             for step, what in damaged.items():
-                aside = self._set_aside(step)
+                aside = set_aside(self._path, step)
                 log.warning(
                     "step %d is damaged (%s): resuming from step %d; its files are now "
                     "in %s",
                     step,
                     what,
-                    steps[-1],
+                    intact[-1],
                     aside,
                 )
         hosts.any_of(False)  # a barrier
         self._verified = self.latest_step()
         return self._verified
 
-    def _set_aside(self, step: int) -> Path:
-        aside, copies = self._path / "damaged" / str(step), 0
-        while aside.exists():
-            copies += 1
-            aside = aside.with_name(f"{step}.{copies}")
-        aside.parent.mkdir(exist_ok=True)
-        return (self._folder / str(step)).rename(aside)
-
-    def _damage(self, step: int) -> str | None:
+    def _damage(self, step: int, parts: Iterable[str] | None = None) -> str | None:
         folder = self._folder / str(step)
         try:
             about = json.loads((folder / "about/metadata").read_text())
@@ -182,11 +174,7 @@ class Checkpoints:
             other_format = False
         if other_format and not (folder / checksums.NAME).exists():
             return None  # older formats have no checksums; `_about` judges them
-        return checksums.damage(folder)
-
-    def _steps(self) -> list[int]:
-        names = (path.name for path in self._folder.iterdir())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return checksums.damage(folder, parts)
 
     def config(self) -> Config:
         """The config of the latest checkpoint; raises the same errors as `data`.
@@ -266,17 +254,16 @@ class Checkpoints:
     def _restore(self, items: ocp.args.Composite) -> Any:
         step = self._latest()
         folder = self._folder / str(step)
-        if step != self._verified and (what := self._damage(step)):
+        if step != self._verified and (what := self._damage(step, items)):
             earlier = (
                 f"navit train moves it aside and resumes from the step before; move "
                 f"{folder} away to read that step"
             )
-            if len(self._steps()) == 1:
+            if len(steps(self._folder)) == 1:
                 earlier = "there is no earlier checkpoint: restore a copy"
             raise ValueError(
                 f"step {step} of {self._path} is damaged ({what}): {earlier}"
             )
-        self._verified = step
         try:
             return self._checkpointer.restore(folder, args=items)
         except Exception as error:  # tensorstore's are of many types

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from navit.files import write_atomic
@@ -18,17 +19,27 @@ def write(folder: Path) -> None:
     write_atomic(folder / NAME, "".join(lines).encode())
 
 
-def damage(folder: Path) -> str | None:
-    """The first damage: a missing, added or changed file; None if there is none."""
+def damage(folder: Path, parts: Iterable[str] | None = None) -> str | None:
+    """The first damage: a missing, added or changed file; None if there is none.
+
+    Args:
+      parts: the subfolders to verify, besides the files beside them; None verifies all.
+    """
     if not (folder / NAME).is_file():
         return f"{NAME} is missing"
-    expected = {}
+    sums = {}
     for line in (folder / NAME).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
-        expected[name] = digest
-    files = _files(folder)
-    if not expected:
+        sums[name] = digest
+    if not sums:
         return f"{NAME} is empty"
+    kept = None if parts is None else set(parts)
+
+    def counts(name: str) -> bool:
+        return kept is None or "/" not in name or name.partition("/")[0] in kept
+
+    files = [name for name in _files(folder) if counts(name)]
+    expected = {name: digest for name, digest in sums.items() if counts(name)}
     for name in expected:
         if name not in files:
             return f"{name} is missing"

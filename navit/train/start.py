@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from navit import config as config_lib
-from navit.config import Config
+from navit.config import Config, ModelConfig
 from navit.files import write_atomic
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
@@ -21,6 +21,7 @@ from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, rounding_changes
 from navit.train.optim import make_optimizer
 from navit.train.state import TrainState, init_state
+from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")
 
@@ -81,6 +82,21 @@ def start(
         if rounded := rounding_changes(before, config):
             _record(rounded, latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
+
+
+def trained_model(workdir: Path) -> ModelConfig | None:
+    """The model of the run to resume in `workdir`; None if there is no checkpoint.
+
+    Moves damaged checkpoints aside; raises as `Checkpoints.set_damaged_aside`.
+    """
+    if not is_workdir(workdir):
+        return None
+    checkpoints = Checkpoints(workdir)
+    try:
+        latest = checkpoints.set_damaged_aside()
+        return None if latest is None else checkpoints.config().model
+    finally:
+        checkpoints.close()
 
 
 def _record(changed: list[str], step: int, workdir: Path) -> None:

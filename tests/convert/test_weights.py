@@ -15,12 +15,13 @@ from helpers import tiny_config
 import navit
 from navit.cli import main
 from navit.config import Config, ModelConfig, TrainConfig, override
+from navit.config.towers import starting_from
 from navit.convert.stored import Weights, build
 from navit.embed import Embedder
 from navit.input import tokens
 from navit.model.two_tower import TwoTower
 from navit.train.checks import check_config
-from navit.weights import read, starting_from
+from navit.weights import read
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,9 @@ ROOT = Path(__file__).parents[2]
 def starting(weights: Weights, *overrides: str) -> Config:
     """A config of other towers, which `init_towers` replaces by those of `weights`."""
     config = override(tiny_config(), ["init=a", "init_towers=true", *overrides])
-    return starting_from(config, weights, overrides)
+    return starting_from(
+        config, weights.model, where=weights.where, overrides=overrides
+    )
 
 
 def test_towers_come_from_the_weights_where_the_config_says_so():
@@ -46,27 +49,24 @@ def test_towers_come_from_the_weights_where_the_config_says_so():
 def test_towers_that_the_weights_do_not_have_are_refused_by_name():
     """Even where they are the config's defaults, as for B/32 under B/16."""
     config = Config(init="b")
-    b16 = Weights(config.model, {}.__getitem__, "b16")
-    assert starting_from(config, b16) == config
+    assert starting_from(config, config.model, where="b16") == config
     b32 = override(config.model, ["vision.patch_size=32"])
     message = r"\(model.vision.patch_size: 32 -> 16\): init_towers=true takes"
     with pytest.raises(ValueError, match=message):
-        starting_from(config, Weights(b32, {}.__getitem__, "b32"))
+        starting_from(config, b32, where="b32")
 
 
 @pytest.mark.parametrize("init_towers", [True, False])
 def test_the_image_tower_is_taken_alone(init_towers):
     vision = dataclasses.replace(tiny_config().model.vision, num_classes=2)
     config = override(tiny_config(), ["init=a", f"init_towers={init_towers}"])
-    weights = Weights(
-        dataclasses.replace(config.model, vision=vision), {}.__getitem__, "a"
-    )
+    trained = dataclasses.replace(config.model, vision=vision)
     config = dataclasses.replace(
         config,
         model=ModelConfig(vision=vision, text=None),
         train=TrainConfig(loss="classification"),
     )
-    assert starting_from(config, weights) == config
+    assert starting_from(config, trained, where="a") == config
 
 
 def test_training_from_one_resolution_keeps_the_aspect(caplog):

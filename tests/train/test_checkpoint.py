@@ -1,5 +1,6 @@
 """Checkpoints on disk: damaged ones are named, and intact ones are kept."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -109,14 +110,25 @@ def test_a_saved_state_is_restored(saved, state):
 def test_a_damaged_checkpoint_is_named_and_training_uses_the_one_before(
     damage, saved, tmp_path, caplog
 ):
+    """Reading needs only the files of what is read; training needs all."""
+    like = jax.eval_shape(make_state).model
     for i, original in enumerate(files_of(saved)):
         workdir = shutil.copytree(saved, tmp_path / str(i))
-        damage(workdir / original.relative_to(saved))
+        name = original.relative_to(saved / "checkpoints/3").as_posix()
+        damage(workdir / "checkpoints/3" / name)
         checkpoints = Checkpoints(workdir)
-        with pytest.raises(
-            ValueError, match=r"step 3 of .* is damaged \(.*\): navit t"
+        folder, in_folder, _ = name.partition("/")
+        for part, read in (
+            ("about", checkpoints.config),
+            ("model", lambda c=checkpoints: c.restore_model(like)),
         ):
-            checkpoints.config()
+            is_read = folder == part or not in_folder
+            if name == checksums.NAME and damage in (truncate, flip):
+                continue  # it may lack lines of other parts only
+            message = r"step 3 of .* is damaged \(.*\): navit t"
+            error = pytest.raises(ValueError, match=message)
+            with error if is_read else contextlib.nullcontext():
+                read()
         assert (workdir / "checkpoints/3").is_dir()  # reading moves nothing
         caplog.clear()
         assert checkpoints.set_damaged_aside() == 2
@@ -126,6 +138,22 @@ def test_a_damaged_checkpoint_is_named_and_training_uses_the_one_before(
         checkpoints.close()
         assert (workdir / "damaged/3").is_dir()
         shutil.rmtree(workdir)
+
+
+def test_a_model_is_read_beside_a_damaged_optimizer(saved, state, tmp_path):
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    for file in (workdir / "checkpoints/3/opt_state").rglob("*"):
+        if file.is_file():
+            zero(file)
+    checkpoints = Checkpoints(workdir)
+    like = jax.eval_shape(make_state)
+    model, step = checkpoints.restore_model(like.model)
+    assert step == 3 and checkpoints.config() == CONFIG
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(state.model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"step 3 of .* is damaged \(opt_state/"):
+        checkpoints.restore(like)
+    checkpoints.close()
 
 
 def test_a_stray_empty_step_is_set_aside(saved, tmp_path, caplog):
