@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -24,6 +23,7 @@ from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan import epoch as plan
+from navit.plan.geometry import check_count
 from navit.sharding import platform, split_rows
 from navit.sources.images import ArrayLike, ImageLike, size_of, sizes_of
 
@@ -69,8 +69,10 @@ class Embedder:
           max_tokens: the token budget of each.
 
         Raises:
+          TypeError: if `images` is not a list, or `max_tokens` not a whole number.
           ValueError: names the first image that cannot be read.
         """
+        check_count("max_tokens", max_tokens)
         sizes = sizes_of(images)
         if not len(sizes):
             return np.zeros((0, self._embed_dim), np.float32)
@@ -139,8 +141,6 @@ class Embedder:
             dct=data.dct,
             on_error=on_error,
         )
-        batches = grain.MapDataset.source(own).map(fill_rows)
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
         out = np.zeros((len(grids), self._embed_dim), np.float32)
         with tqdm(
             total=len(grids),
@@ -149,9 +149,7 @@ class Embedder:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for part, packed in zip(
-                parts, batches.to_iter_dataset(options), strict=True
-            ):
+            for part, packed in zip(parts, _ahead(fill_rows, own), strict=True):
                 placed = split_rows(packed, self.vision.rules)
                 vectors = np.asarray(
                     embed_packed(self.vision, placed, max_tokens, normalized)
@@ -165,11 +163,21 @@ class Embedder:
         """Embeds captions: float32 `[len, e]`, unit norm, in order.
 
         Raises:
+          TypeError: if `texts` is not a list of texts.
           FileNotFoundError, ValueError: if there is no tokenizer, or it has more ids
-            than the model.
+            than the model, or if `texts` is one text.
         """
         if isinstance(texts, str):
-            raise ValueError("embed_texts takes a list of texts, not one text")
+            raise ValueError(
+                f"expected a list of texts, not one text ({texts!r}): pass [text]"
+            )
+        if not hasattr(texts, "__len__"):
+            raise TypeError(
+                f"texts is {texts!r}, but should be a list: pass one such as [text]"
+            )
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{i}] is {text!r}, but should be a str")
         out = np.zeros((len(texts), self._embed_dim), np.float32)
         c = self.text.config
         tokens.check_vocabulary(c.tokenizer, c.vocab_size)
@@ -220,6 +228,19 @@ class Embedder:
         if config.pool == "none":
             raise ValueError('a model with pool="none" embeds tokens, not images')
         return config.embed_dim or config.width
+
+
+def _ahead(
+    fill_rows: Callable[[plan.Rows], PackedImages], parts: Sequence[plan.Rows]
+) -> Iterator[PackedImages]:
+    """Yields the batch of each part in order, and makes the next ones meanwhile."""
+    if len(parts) == 1:
+        return iter([fill_rows(parts[0])])
+    import grain  # slow to import
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
+    batches = grain.MapDataset.source(parts).map(fill_rows)
+    return iter(batches.to_iter_dataset(options))
 
 
 def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:

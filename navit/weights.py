@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,11 @@ def load(
         device.
 
     Raises:
+      TypeError: if `path` is not a path.
       FileNotFoundError: if `path` does not exist, or has no model.
       ValueError: names what is damaged, missing or unknown.
     """
-    path = Path(path).expanduser()
+    path = _path(path)
     if is_workdir(path):
         return _load_workdir(path, overrides, rules)
     weights, config = _read(path, overrides)
@@ -58,10 +60,19 @@ def load(
 
 def read(path: str | Path, *, overrides: Sequence[str] = ()) -> Weights:
     """Opens what `load` takes, to read it tensor by tensor; raises the same errors."""
-    path = Path(path).expanduser()
+    path = _path(path)
     if is_workdir(path):
         return weights_of(_load_workdir(path, overrides))
     return _read(path, overrides)[0]
+
+
+def _path(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"path is {path!r}, but should be the name of a directory or an .npz: pass "
+            "a str or a Path"
+        )
+    return Path(path).expanduser()
 
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
@@ -142,7 +153,7 @@ def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
     Raises:
       ValueError: names a setting of the model that the format lacks.
     """
-    write(weights_of(model), Path(path).expanduser(), format, config=model.config)
+    write(weights_of(model), _path(path), format, config=model.config)
 
 
 def write(

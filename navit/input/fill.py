@@ -157,16 +157,20 @@ def pack(
       `[k]` int, in order.
 
     Raises:
+      TypeError: if `images` is not a list, or a count not a whole number.
       ValueError: names the image that cannot be decoded; or the budget and the row, if
         one image may be longer than a row; or the memory, if there is too little.
     """
+    geometry.check_count("patch_size", patch_size)
+    geometry.check_count("max_tokens", max_tokens)
+    geometry.check_count("row_tokens", row_tokens)
+    for name, value in (("slots", slots), ("rows", rows)):
+        if value is not None:
+            geometry.check_count(name, value)
     if max_tokens > row_tokens:
         raise ValueError(
             f"max_tokens={max_tokens} is more than a row of row_tokens={row_tokens}"
         )
-    for name, value in (("slots", slots), ("rows", rows)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
     sizes = sizes_of(images)
     grids = geometry.grids_for(
         sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale

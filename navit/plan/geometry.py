@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +101,22 @@ def grids_for(
     return np.ascontiguousarray(patches(low).T.astype(np.int32))
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises TypeError if a count is no whole number, and ValueError if it is below 1.
+
+    Args:
+      name: for the message.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r}, but should be a whole number, such as 256"
+        ) from None
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, not {count}")
+
+
 def _check(
     height: float,
     width: float,
@@ -108,8 +126,7 @@ def _check(
 ) -> None:
     if min(height, width) < 1:
         raise ValueError(f"an image of {height:g}x{width:g} pixels has no patches")
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    check_count("max_tokens", max_tokens)
     if patch_size < 1 or (max_upscale is not None and max_upscale <= 0):
         raise ValueError(
             "patch_size and max_upscale must be positive, not "

@@ -86,6 +86,7 @@ def sizes_of(images: Sequence[ImageLike] | ArrayLike) -> np.ndarray:
     """`size_of` each image: int64 `[len, 2]` (height, width).
 
     Raises:
+      TypeError: if `images` is neither a list nor an image.
       ValueError: if `images` is a single image, or if one cannot be read; names it.
     """
     if (
@@ -93,7 +94,14 @@ def sizes_of(images: Sequence[ImageLike] | ArrayLike) -> np.ndarray:
         or _is_file(images)
         or len(getattr(images, "shape", ())) in (2, 3)
     ):
-        raise ValueError("expected a list of images, not one image: pass [image]")
+        shown = images if isinstance(images, str | os.PathLike) else type(images)
+        raise ValueError(
+            f"expected a list of images, not one image ({shown!r}): pass [image]"
+        )
+    if not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise TypeError(
+            f"images is {images!r}, but should be a list: pass one such as [image]"
+        )
     sizes = np.zeros((len(images), 2), np.int64)
     for i in range(len(images)):
         try:
