@@ -4,9 +4,14 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all of the suite's time is compilation, and this halves it. Child processes
-# inherit it.
+# Nearly all of the suite's time is compilation, and this halves it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Nothing is compiled twice in a run of the suite: the first process makes the cache,
+# and pytest's workers and the processes that tests start inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import numpy as np
@@ -14,10 +19,6 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Within a run of the suite, nothing is compiled twice.
-_cache = tempfile.TemporaryDirectory(prefix="navit-test-cache-")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 # Every `Float[Array, "b n d"]` in navit is checked on every call of every test.
 install_import_hook("navit", "beartype.beartype")
 
