@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,93 +36,128 @@ GRIDS = [
 ]
 
 
-def tokens(grid, pad=0):
-    """coords and grid of every token of one image, as a row padded at the end."""
-    coords = np.indices(grid).reshape(2, -1).T
-    coords = np.concatenate([coords, np.zeros((pad, 2), int)])[None]
-    return jnp.asarray(coords), jnp.broadcast_to(jnp.array(grid), coords.shape)
+def tokens(*grids, length=None):
+    """coords and grid of each token, image after image, in a row of `length` tokens."""
+    coords = np.concatenate([np.indices(grid).reshape(2, -1).T for grid in grids])
+    own = np.repeat(grids, np.prod(grids, axis=1), axis=0)
+    pad = ((0, 0 if length is None else length - len(coords)), (0, 0))
+    own = np.pad(own, pad, constant_values=1)
+    return jnp.asarray(np.pad(coords, pad)[None]), jnp.asarray(own[None])
 
 
-@pytest.mark.parametrize(
-    "grid, side", [(grid, 16) for grid in GRIDS] + [((3, 85), 5), ((2, 4), 7)]
-)
-def test_table_resize_equals_jax_image(grid, side):
-    position = PositionEmbedding(PositionConfig(size=side), 8, rngs=nnx.Rngs(0))
-    table = position.table[...]
-    scale = jnp.array([grid[0] / side, grid[1] / side])
-    expected = jax.image.scale_and_translate(
-        table, (*grid, 8), (0, 1), scale, jnp.zeros(2), "linear", antialias=True
-    )
-    found = position(*tokens(grid))[0].reshape(*grid, 8)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+def make(config, width):
+    """A position embedding and its compiled call."""
+    position = PositionEmbedding(config, width, rngs=nnx.Rngs(0))
+    return position, jax.jit(position.__call__)
+
+
+@pytest.mark.parametrize("side", [5, 7, 16])
+def test_table_resize_equals_jax_image(side):
+    position, embed = make(PositionConfig(size=side), 8)
+
+    @jax.jit
+    def resized(grid):
+        """The table resized to `grid`, in the first cells of a larger array."""
+        return jax.image.scale_and_translate(
+            position.table[...],
+            (256, 256, 8),
+            (0, 1),
+            grid / side,
+            jnp.zeros(2),
+            "linear",
+            antialias=True,
+        )
+
+    for grid in [*GRIDS, (2, 4)]:
+        expected = resized(jnp.array(grid, jnp.float32))[: grid[0], : grid[1]]
+        count = grid[0] * grid[1]
+        found = embed(*tokens(grid, length=1024))[0, :count].reshape(*grid, 8)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(grid))
 
 
 def test_axis_weights_sum_to_one_for_any_extent():
+    weigh = jax.jit(functools.partial(axis_weights, size=16))
+    cells = np.arange(4000)
     for extent in (1, 2, 15, 16, 17, 500, 4000):
-        weights = axis_weights(jnp.arange(extent), jnp.full(extent, extent), 16)
+        weights = weigh(np.minimum(cells, extent - 1), np.full(4000, extent))
         np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
         assert (weights >= 0).all()
 
 
-@pytest.mark.parametrize("config", POSITIONS, ids=str)
-def test_token_depends_only_on_its_own_coords_and_grid(config):
-    position = PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
-    coords, grid = tokens((3, 7), pad=11)
-    order = np.random.default_rng(0).permutation(coords.shape[1])
-    found = position(coords, grid)
-    np.testing.assert_array_equal(found[:, order], position(coords[:, order], grid))
-    assert found.dtype == jnp.float32
-    assert np.isfinite(found).all()
+@pytest.fixture(scope="module")
+def embed_all():
+    """(coords, grid) -> the vectors of every kind, in one program."""
+
+    def embed(coords, grid):
+        kinds = (PositionEmbedding(x, 24, rngs=nnx.Rngs(0)) for x in POSITIONS)
+        return [position(coords, grid) for position in kinds]
+
+    return jax.jit(embed)
 
 
-@pytest.mark.parametrize("config", POSITIONS, ids=str)
-def test_different_places_differ(config):
-    position = PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
-    found = np.asarray(position(*tokens((3, 7))))[0]
-    distance = np.abs(found[:, None] - found[None]).max(-1)
-    assert (distance + np.eye(21) > 1e-4).all()
+def test_token_depends_only_on_its_own_coords_and_grid(embed_all):
+    """In any place of any row, beside any other image, for every kind."""
+    coords, grid = tokens((3, 7), (5, 2), length=42)
+    order = np.random.default_rng(0).permutation(42)
+    before, shuffled = (
+        embed_all(coords[:, x], grid[:, x]) for x in (np.arange(42), order)
+    )
+    beside_another = embed_all(*tokens((1, 9), (3, 7), length=42))
+    for config, a, b, c in zip(
+        POSITIONS, before, shuffled, beside_another, strict=True
+    ):
+        np.testing.assert_array_equal(a[:, order], b, err_msg=str(config))
+        np.testing.assert_array_equal(a[:, :21], c[:, 9:30], err_msg=str(config))
+        assert a.dtype == jnp.float32, config
+        assert np.isfinite(a).all(), config
+
+
+def test_different_places_differ(embed_all):
+    for config, found in zip(
+        POSITIONS, embed_all(*tokens((3, 7), length=42)), strict=True
+    ):
+        found = np.asarray(found)[0, :21]
+        distance = np.abs(found[:, None] - found[None]).max(-1)
+        assert (distance + np.eye(21) > 1e-4).all(), config
 
 
 @pytest.mark.parametrize("encoding", ["learned", "sinusoidal", "fourier"])
 def test_fractional_coordinates_do_not_see_the_size(encoding):
     """The middle of an image is the same place in a 3x3 and in a 9x9 grid."""
-    config = PositionConfig(kind="factorized", encoding=encoding)
-    position = PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
-    small = position(*tokens((3, 3)))[0].reshape(3, 3, -1)
-    large = position(*tokens((9, 9)))[0].reshape(9, 9, -1)
+    _, embed = make(PositionConfig(kind="factorized", encoding=encoding), 24)
+    small, large = np.split(np.asarray(embed(*tokens((3, 3), (9, 9)))[0]), [9])
+    small, large = small.reshape(3, 3, -1), large.reshape(9, 9, -1)
     np.testing.assert_allclose(small[1, 1], large[4, 4], atol=1e-6)
     np.testing.assert_allclose(small[0, 2], large[1, 7], atol=1e-6)
 
 
 def test_aspect_preserving_coordinates_tell_the_shape():
     """A 2x8 image: plain fractions fill both axes; these fill a quarter of one."""
-    last = jnp.array([[[1, 7]]])
-    grid = jnp.array([[[2, 8]]])
-    square = jnp.array([[[7, 7]]]), jnp.array([[[8, 8]]])
+    # The last place of a 2x8 grid, and the same place of a square.
+    coords, grid = jnp.array([[[1, 7], [1, 7]]]), jnp.array([[[2, 8], [8, 8]]])
 
-    def make(coordinates):
+    def both(coordinates):
         config = PositionConfig(kind="factorized", coordinates=coordinates)
-        return PositionEmbedding(config, 24, rngs=nnx.Rngs(0))
+        return make(config, 24)[1](coords, grid)[0]
 
-    plain, aspect = make("fractional"), make("fractional_aspect")
     # Row 1 of 2 lies at 0.75 of its own side, but at 1.5/8 of the longer side, like
     # row 1 of a square 8x8.
-    same = aspect(jnp.array([[[1, 7]]]), square[1])
-    np.testing.assert_allclose(aspect(last, grid), same, atol=1e-6)
-    assert np.abs(plain(last, grid) - plain(jnp.array([[[1, 7]]]), square[1])).max() > 0
+    wide, square = both("fractional_aspect")
+    np.testing.assert_allclose(wide, square, atol=1e-6)
+    wide, square = both("fractional")
+    assert np.abs(wide - square).max() > 0
 
 
 @pytest.mark.parametrize("kind", ["learned_1d", "learned_2d"])
 def test_learned_tables_are_read_exactly(kind):
-    config = PositionConfig(kind=kind, size=64)
-    position = PositionEmbedding(config, 8, rngs=nnx.Rngs(0))
+    position, embed = make(PositionConfig(kind=kind, size=64), 8)
     coords, grid = tokens((5, 6))
     table = np.asarray(position.table[...])
     rows, columns = np.asarray(coords)[0].T
     expected = (
         table[rows * 6 + columns] if kind == "learned_1d" else table[rows, columns]
     )
-    np.testing.assert_array_equal(position(coords, grid)[0], expected)
+    np.testing.assert_array_equal(embed(coords, grid)[0], expected)
 
 
 def test_factorized_absolute_combinations():
@@ -129,7 +166,7 @@ def test_factorized_absolute_combinations():
         config = PositionConfig(
             kind="factorized", coordinates="absolute", size=16, combine=combine
         )
-        position = PositionEmbedding(config, 8, rngs=nnx.Rngs(0))
+        position, embed = make(config, 8)
         row = np.asarray(position.row.table[...])[2]
         column = np.asarray(position.column.table[...])[5]
         expected = {
@@ -137,14 +174,14 @@ def test_factorized_absolute_combinations():
             "product": row * column,
             "stack": np.concatenate([row, column]),
         }[combine]
-        found = position(jnp.array([[[2, 5]]]), jnp.array([[[9, 9]]]))[0, 0]
+        found = embed(jnp.array([[[2, 5]]]), jnp.array([[[9, 9]]]))[0, 0]
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_no_limit_on_the_side():
     """big_vision's released code gives NaN beyond 64 patches a side."""
-    position = PositionEmbedding(PositionConfig(), 8, rngs=nnx.Rngs(0))
-    assert np.isfinite(position(*tokens((2, 5000)))).all()
+    _, embed = make(PositionConfig(), 8)
+    assert np.isfinite(embed(*tokens((2, 5000)))).all()
 
 
 def test_width_that_cannot_be_split_is_an_error():

@@ -25,15 +25,46 @@ GRIDS = [(3, 4), (1, 9), (5, 2), (1, 1), (4, 4)]
 LONGEST = 16
 
 
-@functools.cache
-def compiled(implementation, pool="map", position=POSITIONS[0], **config):
-    model = ModelConfig(
+def model_of(implementation, pool="map", position=POSITIONS[0], **config):
+    return ModelConfig(
         vision=vision_config(pool=pool, position=position, **config),
         text=None,
         attention=implementation,
     )
-    vision = make_vision(model)
+
+
+@functools.cache
+def compiled(implementation, **config):
+    vision = make_vision(model_of(implementation, **config))
     return jax.jit(lambda packed: vision(packed, max_image_tokens=LONGEST))
+
+
+@functools.cache
+def compiled_with_gradient(implementation, pool, **config):
+    """packed -> its output, and how the image in slot 1 depends on all patches.
+
+    One program for many tests: compiling it is nearly all that they cost.
+    """
+    vision = make_vision(model_of(implementation, pool, **config))
+
+    def total(patches, packed):
+        out = vision(packed._replace(patches=patches), max_image_tokens=LONGEST)
+        if pool == "none":
+            own = (packed.segment_ids == 2)[..., None]
+            return (out.tokens**2 * own).sum(), out
+        return (out.pooled[:, 1] ** 2).sum(), out
+
+    run = jax.jit(jax.value_and_grad(total, has_aux=True))
+
+    def encode(packed):
+        (_, out), gradient = run(jnp.asarray(packed.patches), packed)
+        return out, np.asarray(gradient)
+
+    return encode
+
+
+def normalized(packed):
+    return packed._replace(patches=packed.patches.astype(np.float32) / 127.5 - 1)
 
 
 def image_tokens(out, packed, row, slot):
@@ -46,19 +77,19 @@ CASES = list(itertools.product(["xla", "unpack"], ["map", "mean", "max", "none"]
 @pytest.mark.parametrize("implementation, pool", CASES)
 def test_leak_proof(implementation, pool, rng):
     """Change or delete image A: image B is bit-equal, and d(B)/d(A) is exactly 0."""
-    encode = compiled(implementation, pool)
+    encode = compiled_with_gradient(implementation, pool)
     patches = random_patches(rng, GRIDS)
     row = {0: (0, GRIDS[0]), 1: (1, GRIDS[1]), 2: (2, GRIDS[2])}
-    packed = pack_grids([row], 40, 4, patches)
-    before = encode(packed)
+    packed = normalized(pack_grids([row], 40, 4, patches))
+    before, gradient = encode(packed)
 
     changed = packed._replace(patches=packed.patches.copy())
-    changed.patches[0, :12] = 255 - changed.patches[0, :12]
+    changed.patches[0, :12] *= -1
     deleted = PackedImages(*(x.copy() for x in packed))
     deleted.patches[0, :12], deleted.segment_ids[0, :12] = 0, 0
     deleted.coords[0, :12], deleted.grids[0, 0] = 0, 0
     for other in (changed, deleted):
-        after = encode(other)
+        after, _ = encode(other)
         for slot in (1, 2):
             np.testing.assert_array_equal(
                 image_tokens(before, packed, 0, slot),
@@ -68,52 +99,53 @@ def test_leak_proof(implementation, pool, rng):
                 np.testing.assert_array_equal(
                     before.pooled[0, slot], after.pooled[0, slot]
                 )
-    own = image_tokens(encode(changed), packed, 0, 0)
+    own = image_tokens(encode(changed)[0], packed, 0, 0)
     assert np.abs(own - image_tokens(before, packed, 0, 0)).max() > 1e-3
 
-    normalized = packed.patches.astype(np.float32) / 127.5 - 1
-
-    def total(patches):
-        out = encode(packed._replace(patches=patches))
-        second = out.tokens[0, 12:21] if pool == "none" else out.pooled[0, 1]
-        return (second**2).sum()
-
-    gradient = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(normalized)))[0]
-    assert (gradient[:12] == 0).all() and (gradient[21:] == 0).all()
-    assert np.abs(gradient[12:21]).max() > 0
+    assert (gradient[0, :12] == 0).all() and (gradient[0, 21:] == 0).all()
+    assert np.abs(gradient[0, 12:21]).max() > 0
 
 
 @pytest.mark.parametrize("implementation, pool", CASES)
 def test_padding_can_hold_anything(implementation, pool, rng):
     """Garbage patches and coords in padding change no bit anywhere."""
-    encode = compiled(implementation, pool)
+    encode = compiled_with_gradient(implementation, pool)
     patches = random_patches(rng, GRIDS)
     packed = pack_grids([{0: (0, GRIDS[0]), 2: (1, GRIDS[1])}], 40, 4, patches)
-    normalized = packed._replace(
-        patches=np.where(
-            (packed.segment_ids > 0)[..., None],
-            packed.patches.astype(np.float32) / 127.5 - 1,
-            0,
-        ).astype(np.float32)
-    )
+    packed = normalized(packed)
     pad = packed.segment_ids == 0
+    packed.patches[pad] = 0
+    before, _ = encode(packed)
     for value in (0.5, -3e38, 3e38, np.inf):
-        poisoned = PackedImages(*(x.copy() for x in normalized))
+        poisoned = PackedImages(*(x.copy() for x in packed))
         poisoned.patches[pad] = value
         poisoned.coords[pad] = rng.integers(-(2**31), 2**31 - 1, (pad.sum(), 2))
-        before, after = encode(normalized), encode(poisoned)
+        after, gradient = encode(poisoned)
         np.testing.assert_array_equal(before.tokens, after.tokens)
+        assert (gradient[pad] == 0).all()
         if pool != "none":
             np.testing.assert_array_equal(before.pooled, after.pooled)
             assert (np.asarray(after.pooled)[0, [1, 3]] == 0).all()
 
 
-@pytest.mark.parametrize("position", POSITIONS, ids=str)
+# One of each kind. `test_positions` proves of all of them that a token's vector depends
+# only on its own coords and grid, whatever else is in the row.
+KINDS = [
+    PositionConfig(),
+    PositionConfig(kind="learned_1d", size=64),
+    PositionConfig(kind="learned_2d", size=16),
+    PositionConfig(
+        kind="factorized", coordinates="fractional_aspect", encoding="fourier", size=16
+    ),
+]
+
+
+@pytest.mark.parametrize("position", KINDS, ids=lambda position: position.kind)
 def test_packed_equals_alone(position, rng):
-    """Any image, in any slot and row, with any neighbours, for all positions."""
+    """Any image, in any slot and row, with any neighbours."""
     # The simplest head for all position embeddings but one compiles twice as fast.
     pool = "map" if position == POSITIONS[0] else "mean"
-    encode = compiled("unpack", pool, position)
+    encode = compiled("unpack", pool=pool, position=position)
     patches = random_patches(rng, GRIDS)
     order = rng.permutation(5)
     rows = [
@@ -136,39 +168,45 @@ def test_packed_equals_alone(position, rng):
             )
 
 
-@pytest.mark.parametrize("options", [dict(qk_norm=True, use_bias=False), dict()])
-@pytest.mark.parametrize("pool", ["map", "mean", "max"])
+@pytest.mark.parametrize(
+    "pool, options",
+    [
+        *itertools.product(["map", "mean", "max"], [dict()]),
+        # Of the tokens, which no head changes.
+        ("none", dict(qk_norm=True, use_bias=False)),
+    ],
+)
 def test_attention_implementations_agree(pool, options, rng):
     patches = random_patches(rng, GRIDS)
-    rows = [{s: (s, g) for s, g in enumerate(GRIDS)}, {1: (4, GRIDS[4])}]
-    packed = pack_grids(rows, 50, 6, patches)
-    a, b = (compiled(name, pool, **options)(packed) for name in ("xla", "unpack"))
-    np.testing.assert_allclose(a.tokens, b.tokens, atol=1e-5)
-    np.testing.assert_allclose(a.pooled, b.pooled, atol=1e-5)
+    for images in ((0, 1, 2, 3), (4, 3, 1)):
+        rows = [{slot: (i, GRIDS[i]) for slot, i in enumerate(images)}]
+        packed = normalized(pack_grids(rows, 40, 4, patches))
+        a, b = (
+            compiled_with_gradient(name, pool, **options)(packed)
+            for name in ("xla", "unpack")
+        )
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "unpack"])
 def test_gradients_of_packed_equal_alone(implementation, rng):
     """Parameter gradients too: a packed batch trains exactly like its images alone."""
-    vision = make_vision(
-        ModelConfig(vision=vision_config(), text=None, attention=implementation)
-    )
+    vision = make_vision(model_of(implementation))
     patches = random_patches(rng, GRIDS)
     target = rng.normal(size=(5, 24)).astype(np.float32)
-    packed = pack_grids([{s: (s, g) for s, g in enumerate(GRIDS)}], 50, 6, patches)
-    singles = pack_grids([{0: (i, g)} for i, g in enumerate(GRIDS)], 16, 1, patches)
+    together = [{s: (s, g) for s, g in enumerate(GRIDS)}, {}, {}, {}, {}]
+    apart = [{0: (i, g)} for i, g in enumerate(GRIDS)]
 
     @jax.jit
-    def together(vision):
-        pooled = vision(packed, max_image_tokens=LONGEST).pooled[0, :5]
+    @jax.grad
+    def gradient(vision, packed, rows, slots):
+        pooled = vision(packed, max_image_tokens=LONGEST).pooled[rows, slots]
         return (pooled * target).sum()
 
-    @jax.jit
-    def apart(vision):
-        pooled = vision(singles, max_image_tokens=LONGEST).pooled[:, 0]
-        return (pooled * target).sum()
-
-    a, b = jax.grad(together)(vision), jax.grad(apart)(vision)
+    each, first = np.arange(5), np.zeros(5, int)
+    a = gradient(vision, pack_grids(together, 50, 5, patches), first, each)
+    b = gradient(vision, pack_grids(apart, 50, 5, patches), each, first)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4, rtol=1e-4)
 
@@ -176,8 +214,9 @@ def test_gradients_of_packed_equal_alone(implementation, rng):
 def test_float_patches_are_taken_as_normalized(rng):
     encode = compiled("xla")
     packed = pack_grids([{0: (0, GRIDS[0])}], 16, 1, random_patches(rng, GRIDS))
-    floats = packed._replace(patches=packed.patches.astype(np.float32) / 127.5 - 1)
-    np.testing.assert_allclose(encode(packed).pooled, encode(floats).pooled, atol=1e-5)
+    np.testing.assert_allclose(
+        encode(packed).pooled, encode(normalized(packed)).pooled, atol=1e-5
+    )
 
 
 def test_projection_and_classes(rng):
@@ -199,18 +238,20 @@ def test_no_biases_means_none():
     assert [name for name in names if "query_norm" in name]
 
 
-@pytest.mark.parametrize("remat, unroll", [("dots", 1), ("full", 1), ("none", 2)])
-def test_remat_and_unroll_change_no_gradient(remat, unroll, rng):
+def test_remat_and_unroll_change_no_gradient(rng):
     patches = random_patches(rng, GRIDS)
     packed = pack_grids([{0: (0, GRIDS[0]), 1: (2, GRIDS[2])}], 32, 2, patches)
 
     def gradient(**options):
-        vision = make_vision(ModelConfig(vision=vision_config(), text=None, **options))
+        config = ModelConfig(vision=vision_config(pool="mean"), text=None, **options)
+        vision = make_vision(config)
         return jax.jit(jax.grad(lambda v: (v(packed).pooled ** 2).sum()))(vision)
 
-    expected, found = gradient(), gradient(remat=remat, scan_unroll=unroll)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
+    expected = gradient()
+    for options in (dict(remat="dots"), dict(remat="full"), dict(scan_unroll=2)):
+        found = gradient(**options)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=str(options))
 
 
 def test_bfloat16_compute_keeps_float32_parameters(rng):
