@@ -14,6 +14,7 @@ from navit.config import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
+    Softmax,
     Synthetic,
     TextConfig,
     TrainConfig,
@@ -37,7 +38,7 @@ def get_config() -> Config:
         ),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=30),
         train=TrainConfig(
-            steps=1200, loss="softmax", log_every=10, checkpoint_every=100
+            steps=1200, losses=(Softmax(),), log_every=10, checkpoint_every=100
         ),
         eval=EvalConfig(budgets=(64, 128, 256, 576, 729, 1024)),
     )

@@ -13,6 +13,7 @@ from navit.config import (
     Folder,
     ModelConfig,
     OptimConfig,
+    Softmax,
     TextConfig,
     TrainConfig,
     VisionConfig,
@@ -35,7 +36,7 @@ def get_config() -> Config:
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=20),
         train=TrainConfig(
-            steps=200, loss="softmax", log_every=10, checkpoint_every=100
+            steps=200, losses=(Softmax(),), log_every=10, checkpoint_every=100
         ),
         eval=EvalConfig(budgets=(256, 729, 1024), prompts=("{}", "a photo of {}")),
     )

@@ -13,6 +13,7 @@ from navit.config import (
     EvalConfig,
     ModelConfig,
     OptimConfig,
+    Softmax,
     Synthetic,
     TextConfig,
     TrainConfig,
@@ -36,7 +37,7 @@ def get_config() -> Config:
         ),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=30),
         train=TrainConfig(
-            steps=300, loss="softmax", log_every=10, checkpoint_every=100
+            steps=300, losses=(Softmax(),), log_every=10, checkpoint_every=100
         ),
         eval=EvalConfig(budgets=(256, 729, 1024)),
     )

@@ -14,6 +14,7 @@ from navit.config import (
     Folder,
     ModelConfig,
     OptimConfig,
+    Sigmoid,
     TrainConfig,
 )
 
@@ -32,7 +33,7 @@ def get_config() -> Config:
         ),
         # Pretrained weights do not decay, and change slowly.
         optim=OptimConfig(lr=1e-5, warmup_steps=100, weight_decay=0.0, text_lr=0.0),
-        train=TrainConfig(steps=2000, loss="sigmoid", checkpoint_every=500),
+        train=TrainConfig(steps=2000, losses=(Sigmoid(),), checkpoint_every=500),
         eval=EvalConfig(budgets=(256, 729, 1024)),
         init_towers=True,
     )

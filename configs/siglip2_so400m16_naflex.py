@@ -19,6 +19,7 @@ from navit.config import (
     Folder,
     ModelConfig,
     OptimConfig,
+    Sigmoid,
     TrainConfig,
 )
 from navit.model import variants
@@ -54,7 +55,7 @@ def get_config() -> Config:
             lr=1e-3, weight_decay=1e-4, clip_norm=1.0, warmup_steps=20_000, start=0.9
         ),
         train=TrainConfig(
-            steps=457_764, loss="sigmoid", log_every=50, checkpoint_every=5_000
+            steps=457_764, losses=(Sigmoid(),), log_every=50, checkpoint_every=5_000
         ),
         eval=EvalConfig(budgets=(64, 144, 256, 576, 676, 784, 900, 1024)),
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
-from navit.config import MeshConfig, override
+from navit.config import MeshConfig, Sigmoid, Softmax, override
 from navit.input import pipeline
 from navit.model.layers import add_bias
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
@@ -43,8 +43,8 @@ def test_one_device_equals_eight(preset):
     # A width that 8 devices can share, and so few images that some slots and some whole
     # devices stay empty.
     options = ["data.rows=8", "model.vision.width=32", "model.text.width=32"]
-    loss = "softmax" if preset == "replicate" else "sigmoid"
-    config = override(tiny_config(loss=loss), [*options, "data.train.size=14"])
+    loss = Softmax() if preset == "replicate" else Sigmoid()
+    config = override(tiny_config(losses=(loss,)), [*options, "data.train.size=14"])
     other = PRESETS[preset]
     expected_losses, expected = run(config)
     losses, state = run(override(config, other))

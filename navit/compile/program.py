@@ -203,7 +203,7 @@ def _visited(config: Config, rows: Rows) -> tuple[int, float] | None:
 def _counts(config: Config, rows: Rows) -> flops.Counts:
     lengths = rows.lengths.astype(np.int64)
     count = len(lengths)
-    text = config.model.text is not None and config.train.loss != "classification"
+    text = config.train.needs("text_tower")
     return flops.Counts(
         tokens=int(lengths.sum()),
         squares=int((lengths**2).sum()),

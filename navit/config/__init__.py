@@ -13,6 +13,10 @@ from navit.config.experiment import MeshConfig as MeshConfig
 from navit.config.experiment import OptimConfig as OptimConfig
 from navit.config.experiment import TrainConfig as TrainConfig
 from navit.config.experiment import load as load
+from navit.config.losses import Classification as Classification
+from navit.config.losses import Loss as Loss
+from navit.config.losses import Sigmoid as Sigmoid
+from navit.config.losses import Softmax as Softmax
 from navit.config.model import ModelConfig as ModelConfig
 from navit.config.model import PositionConfig as PositionConfig
 from navit.config.model import TextConfig as TextConfig
@@ -20,6 +24,7 @@ from navit.config.model import VisionConfig as VisionConfig
 from navit.config.overrides import differences as differences
 from navit.config.overrides import override as override
 from navit.config.overrides import to_json as to_json
+from navit.config.saved import upgraded
 from navit.config.sources import AnySource as AnySource
 from navit.config.sources import ArrayRecords as ArrayRecords
 from navit.config.sources import Folder as Folder
@@ -33,5 +38,8 @@ from navit.config.sources import TrainSource as TrainSource
 
 
 def from_json(data: Any) -> Config:
-    """Rebuilds the config that `to_json` wrote; raises as `overrides.from_json`."""
-    return overrides.from_json(data, Config)
+    """Rebuilds the config that `to_json` wrote, in this version or an earlier one.
+
+    Raises the same errors as `overrides.from_json`.
+    """
+    return overrides.from_json(upgraded(data), Config)

@@ -12,9 +12,10 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from navit.config.data import DataConfig
+from navit.config.losses import Loss, Need, Sigmoid
 from navit.config.model import ModelConfig
 from navit.config.overrides import override, positive
 from navit.config.sources import Stream
@@ -59,20 +60,24 @@ class OptimConfig:
 class TrainConfig:
     """Training length, loss, and how often to log and save (in steps).
 
+    `losses`: the parts of the loss, each at most once.
     `microbatches`: the towers take a device's rows in this many parts, one after
     another, and recompute each part's activations for its gradient: less memory for a
     third more work. The loss is still over the whole batch.
-    `loss_implementation`: how the sigmoid loss sums over all pairs
-    (`navit.losses.contrastive`); all give the same value.
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
     `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
     WORKDIR/profile.
     """
 
+    # Former names of fields, for the error that an override of one gets.
+    renamed: ClassVar = {
+        "loss": "losses",
+        "loss_implementation": "losses.sigmoid.implementation",
+    }
+
     steps: int = 1000
-    loss: Literal["sigmoid", "softmax", "classification"] = "sigmoid"
+    losses: tuple[Loss, ...] = (Sigmoid(),)
     microbatches: int = 1
-    loss_implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
@@ -83,10 +88,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
         positive(self, "microbatches")
-        if self.loss != "sigmoid" and self.loss_implementation != "auto":
+        names = [part.short for part in self.losses]
+        if not names or len({*names}) < len(names):
             raise ValueError(
-                f"train.loss_implementation={self.loss_implementation} is for the "
-                f"sigmoid loss, but train.loss={self.loss}: leave it at auto"
+                f"train.losses={','.join(names)} must name one part or more, each once"
             )
         window = self.profile_window
         if window and not 1 <= window[0] < window[1] <= self.steps + 1:
@@ -94,6 +99,10 @@ class TrainConfig:
                 f"profile_steps={self.profile_steps} is empty or not within steps 1 to "
                 f"{self.steps}: the first comes before the last, which is not traced"
             )
+
+    def needs(self, what: Need) -> bool:
+        """Whether a part of the loss needs this."""
+        return any(what in part.needs for part in self.losses)
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
@@ -173,30 +182,44 @@ class Config:
     init_towers: bool = False
 
     def __post_init__(self) -> None:
-        vision, loss = self.model.vision, self.train.loss
-        if loss == "classification" and not vision.num_classes:
-            raise ValueError(
-                'train.loss="classification" needs model.vision.num_classes'
-            )
-        if loss == "classification" and self.data.caption_rows is not None:
-            raise ValueError(
-                f"data.caption_rows={self.data.caption_rows} groups captions, but "
-                f"train.loss={loss} has none: leave it at none"
-            )
-        if loss == "classification" and isinstance(self.data.train, Stream):
-            raise ValueError("a Stream has no labels, which classification needs")
-        if loss != "classification":
-            if self.model.text is None:
-                raise ValueError(f'train.loss="{loss}" needs a text tower, model.text')
-            if vision.pool == "none":
-                raise ValueError(f'train.loss="{loss}" needs model.vision.pool')
-        most = self.data.most_tokens(vision.patch_size)
+        _check_losses(self)
+        most = self.data.most_tokens(self.model.vision.patch_size)
         if most > self.data.row_tokens:
             raise ValueError(
                 f"data.sides.high={self.data.sides and self.data.sides.high} makes "
                 f"images of {most} tokens, more than a row of data.row_tokens="
                 f"{self.data.row_tokens}: lower one or raise the other"
             )
+
+
+def _check_losses(config: Config) -> None:
+    """Raises ValueError where the model or the data lack what a part needs."""
+    vision, data = config.model.vision, config.data
+    for part in config.train.losses:
+        name = f"train.losses={part.short}"
+        if "text_tower" in part.needs and config.model.text is None:
+            raise ValueError(f"{name} needs a text tower: set model.text")
+        if "text_tower" in part.needs and vision.pool == "none":
+            raise ValueError(
+                f"{name} needs one vector for each image, and model.vision.pool=none "
+                "gives none: choose another pool"
+            )
+        if "classifier" in part.needs and not vision.num_classes:
+            raise ValueError(
+                f"{name} needs a classifier: set model.vision.num_classes to the "
+                "number of classes of data.train"
+            )
+        if "labels" in part.needs and isinstance(data.train, Stream):
+            raise ValueError(
+                f"a Stream has no labels, which {name} needs: use a source with random "
+                "access"
+            )
+    if data.caption_rows is not None and not config.train.needs("captions"):
+        names = ",".join(part.short for part in config.train.losses)
+        raise ValueError(
+            f"data.caption_rows={data.caption_rows} groups captions, but "
+            f"train.losses={names} reads none: leave it at none"
+        )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -29,7 +29,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
     Values are Python literals; a bare word is a string; `256,729` is a tuple. If a
     field takes one of several dataclasses that have a `short` name, `a.b=NAME` or
     `a.b=NAME:VALUE` chooses one, with VALUE as its first field, and `a.b.c=value` sets
-    another field of the chosen one.
+    another field of the chosen one. If a field is a tuple of such dataclasses,
+    `a.b=NAME,NAME:VALUE` chooses them all, and `a.b.NAME.c=value` sets a field of one.
 
     Raises:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
@@ -111,11 +112,15 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
     """`key: a -> b` for every leaf in which two configs differ."""
+    lines: list[str] = []
     if dataclasses.is_dataclass(a) and type(a) is type(b):
-        lines = []
         for f in dataclasses.fields(a):
             x, y = getattr(a, f.name), getattr(b, f.name)
             lines += differences(x, y, f"{path}.{f.name}".lstrip("."))
+        return lines
+    if _kinds(a) and _kinds(a) == _kinds(b):
+        for x, y in zip(a, b, strict=True):
+            lines += differences(x, y, f"{path}.{x.short}")
         return lines
     return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
 
@@ -129,6 +134,10 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
     for key, change in changes.items():
         full = f"{path}.{key}".lstrip(".")
         if key not in hints:
+            if new := getattr(node, "renamed", {}).get(key):
+                new = f"{path}.{new}".lstrip(".")
+                value = change if isinstance(change, str) else "VALUE"
+                raise ValueError(f"{full} is now {new}: set {new}={value}")
             near = difflib.get_close_matches(key, hints, n=1)
             known = (
                 f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
@@ -137,6 +146,9 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
                 f"{full}: {type(node).__name__} has no field {key!r}; {known}"
             )
         child = getattr(node, key)
+        if item := _item(hints[key]):
+            values[key] = _apply_each(child, change, item, full)
+            continue
         if (chosen := _choose(change, hints[key], full)) is not None:
             child, change = chosen
         if isinstance(change, dict):
@@ -153,27 +165,81 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
         raise ValueError(f"{path}: {error}".lstrip(": ")) from None
 
 
+def _apply_each(items: Any, change: Any, hint: Any, path: str) -> tuple:
+    """Applies a change to a tuple of dataclasses: other ones, or fields of some.
+
+    Args:
+      hint: the dataclasses to choose from.
+    """
+    changes = dict(change) if isinstance(change, dict) else {_WHOLE: change}
+    whole = changes.pop(_WHOLE, None)
+    words = [] if whole is None else whole.split(",")
+    options = [_option(word, hint) for word in words]
+    if None in options:
+        _parse(words[options.index(None)], hint, path)  # raises
+    names = [item.short for item in options or items]
+    for name, fields in changes.items():
+        if names.count(name) != 1 or not isinstance(fields, dict):
+            near = difflib.get_close_matches(name, names, n=1)
+            known = (
+                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+            )
+            raise ValueError(
+                f"{path}.{name}: expected {path}.NAME.FIELD=VALUE; {known}"
+            )
+    result = []
+    for i, name in enumerate(names):
+        fields, full = changes.get(name, {}), f"{path}.{name}"
+        if whole is None:
+            node = items[i]
+        else:
+            chosen = _choose({_WHOLE: words[i], **fields}, hint, full)
+            assert chosen is not None  # `_option` found it
+            node, fields = chosen
+        result.append(_apply(node, fields, full))
+    return tuple(result)
+
+
 def _choose(change: Any, hint: Any, path: str) -> tuple[Any, dict] | None:
     """The dataclass that `NAME:VALUE` chooses, with its changes; None if no choice."""
     parts = dict(change) if isinstance(change, dict) else {_WHOLE: change}
     if (whole := parts.pop(_WHOLE, None)) is None:
         return None
-    name, has_value, value = whole.partition(":")
-    options = [o for o in _choices(hint) if name in (o.short, o.__name__)]
-    if not options:
+    option = _option(whole, hint)
+    if option is None:
         if parts:
             _parse(whole, hint, path)
             raise ValueError(f"{path}={whole} is set both whole and in part")
         return None
-    chosen = options[0]()
+    _, has_value, value = whole.partition(":")
     if has_value:
-        first = dataclasses.fields(chosen)[0].name
+        first = dataclasses.fields(option)[0].name
         if first in parts:
             raise ValueError(
                 f"{path}.{first} is set twice, to {value!r} and {parts[first]!r}"
             )
         parts[first] = value
-    return chosen, parts
+    return option(), parts
+
+
+def _option(text: str, hint: Any) -> Any:
+    """The dataclass that `NAME` or `NAME:VALUE` names, if any."""
+    name = text.partition(":")[0]
+    named = (o for o in _choices(hint) if name in (o.short, o.__name__))
+    return next(named, None)
+
+
+def _item(hint: Any) -> Any:
+    """The dataclasses of which a field of this type is a tuple; None for others."""
+    if typing.get_origin(hint) is tuple and _choices(typing.get_args(hint)[0]):
+        return typing.get_args(hint)[0]
+    return None
+
+
+def _kinds(value: Any) -> list[type]:
+    """The types of a tuple of dataclasses that have a `short` name; else empty."""
+    items = value if isinstance(value, tuple) else ()
+    return [type(x) for x in items if dataclasses.is_dataclass(x)]
 
 
 def _choices(hint: Any) -> list[Any]:

@@ -72,20 +72,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics by budget, and the metrics of guessing; see `run`."""
     count = _count(config, source)
-    chosen = _choose(source.tasks, tasks)
-    evaluators: list[Any]
-    classifies = config.train.loss == "classification"
-    if classifies:
-        name, task = next(iter(source.tasks.items()))
-        if set(chosen) - {name} and tasks:
-            raise ValueError(f"this model classifies {name!r} only: leave out --task")
-        evaluators = [Classification(embedder.classify, name, task)]
-    else:
-        captions = [source.captions(i) for i in range(count)]
-        evaluators = [
-            ZeroShot(embedder.embed_texts, chosen, config.eval.prompts),
-            Retrieval(embedder.embed_texts, captions),
-        ]
+    # Class logits need vectors before normalisation.
+    of_pooled = _classifiers(embedder, config, source, tasks)
+    of_unit = _comparisons(embedder, config, source, tasks)
+    evaluators = [*of_pooled, *of_unit]
     chance = {k: v for e in evaluators for k, v in e.chance.items()}
     budgets = {}
     named: set[int] = set()
@@ -111,13 +101,17 @@ def evaluate(
             source.sizes[:count],
             budget,
             on_error=report,
-            normalized=not classifies,
+            normalized=not of_pooled,
             progress=jax.process_index() == 0,
         )
         seconds = time.perf_counter() - start
         unreadable = ~images.any(-1)  # in any process: all have the same vectors
         images[unreadable] = np.nan
-        metrics = {k: v for e in evaluators for k, v in e.run(images)}
+        metrics = {k: v for e in of_pooled for k, v in e.run(images)}
+        if of_pooled and of_unit:
+            lengths = np.linalg.norm(images, axis=-1, keepdims=True)
+            images /= np.maximum(lengths, 1e-6)
+        metrics |= {k: v for e in of_unit for k, v in e.run(images)}
         grids = grids_of(config, source.sizes[:count], budget)
         budgets[str(budget)] = {
             "tokens_per_image": round(float(grids.prod(-1).mean()), 1),
@@ -155,7 +149,7 @@ def check(config: Config, train: Source | StreamSource, evaluation: Source) -> N
     for budget in _budgets(config):
         vision.position.check(grids_of(config, evaluation.sizes, budget))
         check_budget(config, budget, _count(config, evaluation))
-    if config.train.loss == "classification":
+    if config.train.needs("classifier"):
         names = [next(iter(s.tasks.values()), None) for s in (train, evaluation)]
         classes = [task.class_names if task else () for task in names]
         if len(classes[0]) != vision.num_classes or classes[0] != classes[1]:
@@ -217,6 +211,34 @@ def _budgets(config: Config) -> tuple[int, ...]:
 
 def _count(config: Config, source: Source) -> int:
     return min(len(source), config.eval.max_images or len(source))
+
+
+def _classifiers(
+    embedder: Embedder, config: Config, source: Source, tasks: tuple[str, ...]
+) -> list[Classification]:
+    """Evaluators of pooled vectors, if the model has a trained classifier."""
+    if not config.train.needs("classifier"):
+        return []
+    name, task = next(iter(source.tasks.items()))
+    if config.train.needs("text_tower"):  # zero-shot has the task's own name
+        name = f"{name}_classifier"
+    elif tasks and {*_choose(source.tasks, tasks)} != {name}:
+        raise ValueError(f"this model classifies {name!r} only: leave out --task")
+    return [Classification(embedder.classify, name, task)]
+
+
+def _comparisons(
+    embedder: Embedder, config: Config, source: Source, tasks: tuple[str, ...]
+) -> list[Any]:
+    """Evaluators of unit vectors, if the model has a trained text tower."""
+    if not config.train.needs("text_tower"):
+        return []
+    captions = [source.captions(i) for i in range(_count(config, source))]
+    chosen = _choose(source.tasks, tasks)
+    return [
+        ZeroShot(embedder.embed_texts, chosen, config.eval.prompts),
+        Retrieval(embedder.embed_texts, captions),
+    ]
 
 
 def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:

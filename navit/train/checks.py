@@ -38,7 +38,12 @@ _FREE = (
     "init_towers",  # the towers themselves are compared
 )
 # Settings that affect only rounding: a resumed run may change them, and records it.
-_ROUNDING = (*ROUNDING, "mesh.", "train.microbatches", "train.loss_implementation")
+_ROUNDING = (
+    *ROUNDING,
+    "mesh.",
+    "train.microbatches",
+    "train.losses.sigmoid.implementation",
+)
 # Data may move as well, and its fields may have other names: its fingerprint shows
 # whether it is the same. A stream's does not cover its captions.
 _PLACES = ("path", "data_dir", "table")
@@ -91,7 +96,7 @@ def check_config(config: Config) -> None:
             "set: give init=PATH, or set init_towers=false"
         )
     tower = config.model.text
-    if tower is not None and config.train.loss != "classification":
+    if tower is not None and config.train.needs("captions"):
         tokens.check_vocabulary(tower.tokenizer, tower.vocab_size)
     for name in ("vision_lr", "text_lr"):
         if getattr(config.optim, name) == 0 and not config.init:
@@ -111,7 +116,7 @@ def check_config(config: Config) -> None:
 
 def check_captions(config: Config, source: Source | StreamSource) -> None:
     """Warns if captions are longer than the text tower takes."""
-    if config.model.text is not None and config.train.loss != "classification":
+    if config.model.text is not None and config.train.needs("captions"):
         captions = _some_captions(source)
         tower = config.model.text
         cut = tokens.share_cut(captions, tower.length, tower.tokenizer)

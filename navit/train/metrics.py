@@ -120,7 +120,7 @@ class Meter:
         """Model FLOP/s, and their share of the devices' peak."""
         pairs = round(n["images"] ** 2 / steps)  # batches differ little
         counts = flops.Counts(n["tokens"], n["squares"], n["images"])
-        if self._config.train.loss != "classification":
+        if self._config.train.needs("text_tower"):
             counts = counts._replace(captions=n["images"], pairs=pairs)
         rate = flops.train_step(self._config, counts).total / seconds
         peak = flops.peak(jax.devices()[0].device_kind)

@@ -12,9 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from navit.batch import Batch, PackedImages
-from navit.config import Config
-from navit.losses.classification import classification_loss
-from navit.losses.contrastive import sigmoid_loss, softmax_loss
+from navit.config import Config, Sigmoid
+from navit.losses.parts import Classes, Outputs, Pairs, weighted_sum
 from navit.model.two_tower import TwoTower, normalize
 from navit.sharding import Rules
 from navit.train.state import TrainState
@@ -24,8 +23,11 @@ Metrics = dict[str, Array]
 
 def batch_loss(
     model: TwoTower, batch: Batch, config: Config, rules: Rules = Rules()
-) -> Array:
-    """The configured loss of a batch; empty slots do not count."""
+) -> tuple[Array, Metrics]:
+    """The configured loss of a batch, and each of its parts by name.
+
+    Empty slots do not count.
+    """
     # A frozen tower needs no backward pass.
     vision, text = model.vision, model.text
     if config.optim.vision_lr == 0:
@@ -35,54 +37,48 @@ def batch_loss(
     most = config.data.most_tokens(config.model.vision.patch_size)
     count = config.train.microbatches
     in_parts = functools.partial(by_microbatch, count=count, rules=rules)
-    if config.train.loss == "classification":
+    classifies = config.train.needs("classifier")
+    compares = config.train.needs("text_tower")
 
-        def classify(images: PackedImages) -> Array:
-            logits = vision(images, max_image_tokens=most).logits
-            assert logits is not None
-            return logits
-
-        real = (batch.images.grids[..., 0] > 0).reshape(-1)
-        logits = in_parts(classify, batch.images).reshape(real.size, -1)
-        return classification_loss(logits, batch.label.reshape(-1), real)
-    assert text is not None and model.scale is not None and model.bias is not None
-
-    def embed_images(images: PackedImages) -> Array:
-        pooled = vision(images, max_image_tokens=most).pooled
-        assert pooled is not None
-        return pooled
+    def encode(images: PackedImages) -> tuple[Array | None, Array | None]:
+        out = vision(images, max_image_tokens=most)
+        return out.pooled if compares else None, out.logits if classifies else None
 
     def embed_texts(ids: Array) -> Array:
+        assert text is not None
         out = text(ids.reshape(-1, ids.shape[-1], out_sharding=rules.rows(2)))
         return out.reshape(*ids.shape[:2], -1, out_sharding=rules.rows(3))
 
-    pooled, real = with_captions(in_parts(embed_images, batch.images), batch, rules)
-    images = normalize(pooled)
-    # As few parts of text as keep each no longer than a part of images, because every
-    # part gathers the vocabulary table.
-    needed = -(-count * batch.text.size // batch.images.segment_ids.size)
-    text_count = next(
-        x for x in range(1, count + 1) if count % x == 0 and x >= min(needed, count)
-    )
-    texts = in_parts(embed_texts, batch.text, count=text_count)
-    texts = normalize(texts.reshape(real.size, -1, out_sharding=rules.rows(2)))
-    scale, bias = model.scale[...], model.bias[...]
-    if config.train.loss == "softmax":
-        return softmax_loss(images, texts, real, scale=scale, rules=rules)
-    return sigmoid_loss(
-        images,
-        texts,
-        real,
-        scale=scale,
-        bias=bias,
-        rules=rules,
-        implementation=config.train.loss_implementation,
-    )
+    pooled, logits = in_parts(encode, batch.images)
+    classes = pairs = None
+    if classifies:
+        filled = (batch.images.grids[..., 0] > 0).reshape(-1)
+        logits = logits.reshape(filled.size, -1)
+        classes = Classes(logits, batch.label.reshape(-1), filled)
+    if compares:
+        assert model.scale is not None and model.bias is not None
+        pooled, real = with_captions(pooled, batch, rules)
+        # As few parts of text as keep each no longer than a part of images, because
+        # every part gathers the vocabulary table.
+        needed = -(-count * batch.text.size // batch.images.segment_ids.size)
+        text_count = next(
+            x for x in range(1, count + 1) if count % x == 0 and x >= min(needed, count)
+        )
+        texts = in_parts(embed_texts, batch.text, count=text_count)
+        texts = texts.reshape(real.size, -1, out_sharding=rules.rows(2))
+        pairs = Pairs(
+            normalize(pooled),
+            normalize(texts),
+            real,
+            scale=model.scale[...],
+            bias=model.bias[...],
+        )
+    return weighted_sum(config.train.losses, Outputs(pairs, classes), rules)
 
 
 def by_microbatch(
-    f: Callable[[Any], Array], rows: Any, *, count: int, rules: Rules
-) -> Array:
+    f: Callable[[Any], Any], rows: Any, *, count: int, rules: Rules
+) -> Any:
     """Applies `f` to one share of each device's rows at a time.
 
     Each share's activations are recomputed in its backward pass, so memory holds those
@@ -90,6 +86,7 @@ def by_microbatch(
     2101.06983; open_clip's --accum-freq).
 
     Args:
+      f: arrays `[b, ...]` -> arrays `[b, ...]`.
       rows: arrays `[b, ...]`.
       count: the number of shares.
     """
@@ -102,14 +99,17 @@ def by_microbatch(
         sharding = rules(None, "batch")
         return x.swapaxes(0, 1).reshape(count, -1, *x.shape[3:], out_sharding=sharding)
 
-    def share(_: None, x: Any) -> tuple[None, Array]:
+    def join(x: Array) -> Array:  # [count, b / count, ...] -> [b, ...]
+        shape, sharding = x.shape, rules(None, "batch")
+        x = x.reshape(count, devices, -1, *shape[2:], out_sharding=sharding)
+        x = x.swapaxes(0, 1)
+        return x.reshape(-1, *shape[2:], out_sharding=rules("batch"))
+
+    def share(_: None, x: Any) -> tuple[None, Any]:
         return None, jax.checkpoint(f, prevent_cse=False)(x)
 
     _, out = jax.lax.scan(share, None, jax.tree.map(split, rows))
-    shape, sharding = out.shape, rules(None, "batch")
-    out = out.reshape(count, devices, -1, *shape[2:], out_sharding=sharding)
-    out = out.swapaxes(0, 1)
-    return out.reshape(-1, *shape[2:], out_sharding=rules("batch"))
+    return jax.tree.map(join, out)
 
 
 def with_captions(
@@ -144,15 +144,21 @@ def make_train_step(
 ) -> Any:
     """The jitted step (state, batch) -> (state, metrics); it donates the state."""
 
+    losses = config.train.losses
+    has_bias = any(isinstance(part, Sigmoid) for part in losses)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = jax.value_and_grad(batch_loss)(state.model, batch, config, rules)
+        value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+        (loss, parts), grads = value_and_grad(state.model, batch, config, rules)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        if len(losses) > 1:
+            metrics |= {f"loss_{name}": value for name, value in parts.items()}
         if model.scale is not None:
             metrics["scale"] = jnp.exp(model.scale[...])
-        if model.bias is not None and config.train.loss == "sigmoid":
+        if model.bias is not None and has_bias:
             metrics["bias"] = model.bias[...]
         return TrainState(state.step + 1, model, opt_state), metrics
 

@@ -11,10 +11,13 @@ import pytest
 from navit import config
 from navit.config import (
     ArrayRecords,
+    Classification,
     Config,
     Folder,
     ParquetImages,
     PositionConfig,
+    Sigmoid,
+    Softmax,
     Stream,
     Synthetic,
     TarShards,
@@ -127,6 +130,63 @@ def test_a_source_that_is_named_wrongly_is_refused(assignments, words):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("assignments", "losses"),
+    [
+        (["=softmax"], (Softmax(),)),
+        (["=Softmax:0.5"], (Softmax(0.5),)),
+        ([".sigmoid.weight=2"], (Sigmoid(2.0),)),
+        (["=sigmoid:2", ".sigmoid.implementation=ring"], (Sigmoid(2.0, "ring"),)),
+        (
+            ["=classification,sigmoid", ".classification.weight=0.5"],
+            (Classification(0.5), Sigmoid()),
+        ),
+    ],
+)
+def test_losses_are_chosen_by_name_with_their_fields_in_any_order(assignments, losses):
+    base = overridden("model.vision.num_classes=3")
+    for order in itertools.permutations(assignments):
+        changed = config.override(base, [f"train.losses{x}" for x in order])
+        assert changed.train.losses == losses
+        data = json.loads(json.dumps(config.to_json(changed)))
+        assert config.from_json(data) == changed
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["=sigmoid,sofmax"], ["did you mean 'softmax'", "'sofmax'"]),
+        (["=none"], ["sigmoid, softmax, classification", "'none'"]),
+        (["="], ["sigmoid, softmax, classification", "''"]),
+        ([".sigmiod.weight=2"], ["train.losses.sigmiod", "did you mean 'sigmoid'"]),
+        ([".softmax.weight=2"], ["train.losses.softmax", "it has sigmoid"]),
+        ([".sigmoid.wieght=2"], ["did you mean 'weight'"]),
+        ([".sigmoid=2"], ["train.losses.sigmoid", "FIELD"]),
+        (["=sigmoid:2", ".sigmoid.weight=3"], ["set twice", "'2'", "'3'"]),
+    ],
+)
+def test_losses_that_are_named_wrongly_are_refused(assignments, words):
+    message = error_of(*[f"train.losses{x}" for x in assignments])
+    for word in words:
+        assert word in message
+
+
+def test_a_former_key_names_the_new_one():
+    message = error_of("train.loss=softmax")
+    assert "train.loss is now train.losses" in message
+    assert "train.losses=softmax" in message
+    message = error_of("train.loss_implementation=ring")
+    assert "train.losses.sigmoid.implementation=ring" in message
+
+
+def test_a_change_of_one_loss_names_only_its_field():
+    base = overridden("model.vision.num_classes=3", "train.losses=sigmoid,softmax")
+    changed = config.override(base, ["train.losses.softmax.weight=2"])
+    assert config.differences(base, changed) == [
+        "train.losses.softmax.weight: 1.0 -> 2.0"
+    ]
+
+
 def test_a_folder_named_by_digits_is_still_a_string():
     folder = config.override(Folder(), ["path=2024"])
     assert folder.path == "2024"
@@ -201,10 +261,12 @@ def test_text_that_is_not_an_assignment_is_refused(assignment):
         (["model.text.vocab_size=100"], ["258", "100"]),
         (["data.caption_rows=3"], ["8", "3"]),
         (["data.captions=3"], ["captions=3", "caption_rows"]),
-        (["train.loss=softmax", "train.loss_implementation=ring"], ["ring", "softmax"]),
+        (["train.losses=sigmoid,sigmoid"], ["train.losses", "sigmoid,sigmoid"]),
+        (["train.losses.sigmoid.weight=0"], ["train.losses.sigmoid", "weight", "0"]),
+        (["train.losses=softmax:-1"], ["train.losses.softmax", "weight", "-1"]),
         (["model.vision.position.size=-1"], ["size", "-1"]),
         (["model.vision.pool=mean", "model.text=None"], ["sigmoid", "text"]),
-        (["train.loss=classification"], ["classification", "num_classes"]),
+        (["train.losses=classification"], ["classification", "num_classes"]),
         (["train.steps=0"], ["steps", "0"]),
     ],
 )
@@ -219,7 +281,7 @@ def test_a_config_that_contradicts_itself_names_both_values(assignments, words):
     [
         ["model.vision.width=100", "model.vision.num_heads=5"],
         ["data.budgets=2048", "data.row_tokens=4096"],
-        ["train.loss=classification", "model.vision.num_classes=3"],
+        ["train.losses=classification", "model.vision.num_classes=3"],
     ],
 )
 def test_overrides_that_agree_together_need_no_order(assignments):
@@ -250,7 +312,7 @@ def test_json_keeps_the_kind_of_source_and_no_text_tower():
             vision=config.VisionConfig(num_classes=3, embed_dim=None), text=None
         ),
         data=config.DataConfig(train=folder, eval=config.Synthetic(5), budgets=(1, 2)),
-        train=config.TrainConfig(loss="classification"),
+        train=config.TrainConfig(losses=(Classification(),)),
     )
     back = config.from_json(json.loads(json.dumps(config.to_json(original))))
     assert back == original

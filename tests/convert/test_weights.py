@@ -14,7 +14,13 @@ from helpers import tiny_config
 
 import navit
 from navit.cli import main
-from navit.config import Config, ModelConfig, TrainConfig, override
+from navit.config import (
+    Classification,
+    Config,
+    ModelConfig,
+    TrainConfig,
+    override,
+)
 from navit.config.towers import starting_from
 from navit.convert.stored import Weights, build
 from navit.embed import Embedder
@@ -64,7 +70,7 @@ def test_the_image_tower_is_taken_alone(init_towers):
     config = dataclasses.replace(
         config,
         model=ModelConfig(vision=vision, text=None),
-        train=TrainConfig(loss="classification"),
+        train=TrainConfig(losses=(Classification(),)),
     )
     assert starting_from(config, trained, where="a") == config
 

@@ -16,6 +16,7 @@ from test_pipeline import assert_same
 
 from navit.batch import Batch, PackedImages
 from navit.config import (
+    Classification,
     Config,
     Crop,
     DataConfig,
@@ -339,7 +340,7 @@ def test_what_needs_random_access_is_refused(shards):
         Config(
             model=ModelConfig(vision=VisionConfig(num_classes=3)),
             data=config(shards).data,
-            train=TrainConfig(loss="classification"),
+            train=TrainConfig(losses=(Classification(),)),
         )
     vision = VisionConfig(position=PositionConfig(kind="learned_2d", size=15))
     cfg = Config(model=ModelConfig(vision=vision), data=config(shards).data)

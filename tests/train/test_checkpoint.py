@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
+from navit.config import override, to_json
 from navit.sharding import Rules
 from navit.train import checksums
 from navit.train.checkpoint import FORMAT, Checkpoints
+from navit.train.checks import changes
 from navit.train.optim import make_optimizer
 from navit.train.state import init_state
 
@@ -104,6 +107,26 @@ def test_a_saved_state_is_restored(saved, state):
     expected = state._replace(step=jnp.int32(3))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax", "classification"])
+def test_a_config_saved_with_one_loss_is_the_same_config(loss, saved, tmp_path):
+    """As format 3 had it before `train.losses`, and format 2."""
+    workdir = shutil.copytree(saved, tmp_path / "run")
+    classes = "model.vision.num_classes=7"
+    config = override(CONFIG, [classes, f"train.losses={loss}"])
+    if loss == "sigmoid":
+        config = override(config, ["train.losses.sigmoid.implementation=ring"])
+    data = to_json(config)
+    implementation = data["train"].pop("losses")[0].get("implementation", "auto")
+    data["train"] |= {"loss": loss, "loss_implementation": implementation}
+    about = workdir / "checkpoints/3/about/metadata"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"config": data}))
+    checksums.write(workdir / "checkpoints/3")
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.config() == config
+    assert not changes(checkpoints.config(), config)
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("damage", [truncate, zero, flip, remove])

@@ -173,7 +173,7 @@ def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
         "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
     )
     options = [
-        "train.loss=classification",
+        "train.losses=classification",
         "model.vision.num_classes=7",
         "model.text=none",
         "train.steps=1",

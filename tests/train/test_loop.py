@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import operator
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import tiny_config
 from PIL import Image
 
@@ -21,6 +23,7 @@ import navit
 from navit.config import Folder, MeshConfig, Mixture, Stream, Tfds, override
 from navit.evals import budgets
 from navit.input import pipeline
+from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
 from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
@@ -295,7 +298,7 @@ def test_settings_that_affect_rounding_may_change_and_are_recorded(
         "model.attention=xla",
         "model.fused=false",
         "model.scan_unroll=2",
-        "train.loss_implementation=dense",
+        "train.losses.sigmoid.implementation=dense",
     ]
     config = override(tiny_config(), options)
     assert loop.train(config, workdir)
@@ -428,7 +431,7 @@ def test_classification_trains_and_evaluates(tmp_path):
     config = override(
         tiny_config(steps=2),
         [
-            "train.loss=classification",
+            "train.losses=classification",
             "model.vision.num_classes=7",
             "model.text=none",
         ],
@@ -440,6 +443,31 @@ def test_classification_trains_and_evaluates(tmp_path):
     source = pipeline.open_eval_source(config.data)
     with pytest.raises(ValueError, match=r"classifies 'coarse' only"):
         budgets.evaluate(model, config, source, tasks=("fine",))
+
+
+def test_two_losses_train_and_evaluate_together(tmp_path):
+    options = [
+        "train.losses=sigmoid,classification:0.5",
+        "model.vision.num_classes=7",
+        "optim.warmup_steps=0",
+    ]
+    config = override(tiny_config(steps=2, log_every=1), options)
+    assert loop.train(config, tmp_path)
+    for values in logged(tmp_path):
+        total = values["loss_sigmoid"] + 0.5 * values["loss_classification"]
+        np.testing.assert_allclose(values["loss"], total, rtol=1e-6)
+    before = TwoTower(config.model, rngs=nnx.Rngs(config.train.seed))
+    after = navit.load(tmp_path).model
+    for trained in ("text", "vision.classifier", "scale", "bias"):
+        get = operator.attrgetter(trained)
+        same = jax.tree.map(lambda a, b: bool((a == b).all()), get(before), get(after))
+        assert not all(jax.tree.leaves(same)), trained
+    metrics = json.loads((tmp_path / "budgets.json").read_text())["budgets"]["16"]
+    names = ("coarse_classifier_accuracy", "coarse_accuracy", "image_to_text_r1")
+    assert all(name in metrics for name in names)
+    model, source = navit.load(tmp_path), pipeline.open_eval_source(config.data)
+    found = budgets.evaluate(model, config, source, tasks=("fine",))
+    assert {"coarse_classifier_accuracy", "fine_accuracy"} < found["chance"].keys()
 
 
 @pytest.mark.parametrize(
@@ -480,7 +508,7 @@ def test_what_no_memory_holds_is_refused_before_data_is_read(
 
 def test_classes_must_agree(tmp_path):
     config = override(
-        tiny_config(), ["train.loss=classification", "model.vision.num_classes=6"]
+        tiny_config(), ["train.losses=classification", "model.vision.num_classes=6"]
     )
     with pytest.raises(ValueError, match=r"num_classes=6, data.train has 7 classes"):
         loop.train(config, tmp_path)

@@ -63,7 +63,9 @@ def loss_and_gradients(config: Config, batch: Batch):
     @jax.jit
     def step(batch):
         model = TwoTower(config.model, rules, rngs=nnx.Rngs(0))
-        return jax.value_and_grad(batch_loss)(model, batch, config, rules)
+        value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
+        (loss, _), gradients = value_and_grad(model, batch, config, rules)
+        return loss, gradients
 
     with use_mesh(mesh):
         return jax.tree.map(np.asarray, step(split_rows(batch, rules)))
@@ -82,7 +84,7 @@ def assert_equal_but_for_rounding(found, expected):
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
 def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss):
-    config = make_config(f"train.loss={loss}")
+    config = make_config(f"train.losses={loss}")
     slots = per_slot(batch)
     assert (batch.id >= 0).sum() == 40 and batch.text.any(-1).sum() == 40
     places = np.prod(batch.text.shape[:2])
@@ -94,13 +96,28 @@ def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss)
         assert_equal_but_for_rounding(found, expected)
 
 
+def test_losses_and_their_gradients_are_summed_by_weight(batch):
+    def found(*options):
+        classes = "model.vision.num_classes=7"
+        return loss_and_gradients(make_config("mesh.data=1", classes, *options), batch)
+
+    sigmoid = found("train.losses=sigmoid")
+    classification = found("train.losses=classification", "data.caption_rows=none")
+    for value, gradients in (sigmoid, classification):
+        assert value > 0 and any(x.any() for x in jax.tree.leaves(gradients))
+    expected = jax.tree.map(lambda a, b: 0.5 * a + 3 * b, sigmoid, classification)
+    both = found("train.losses=sigmoid:0.5,classification:3")
+    assert_equal_but_for_rounding(both, expected)
+
+
 def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
-    expected = loss_and_gradients(make_config("mesh.data=1"), batch)
+    both = ["model.vision.num_classes=7", "train.losses=sigmoid,classification"]
+    expected = loss_and_gradients(make_config(*both, "mesh.data=1"), batch)
     for options in (
         ("mesh.data=1", "train.microbatches=4"),
         ("mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"),
     ):
-        found = loss_and_gradients(make_config(*options), batch)
+        found = loss_and_gradients(make_config(*both, *options), batch)
         assert_equal_but_for_rounding(found, expected)
 
 

@@ -1,0 +1,24 @@
+"""Configs that earlier versions saved, as this version writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def upgraded(data: Any) -> Any:
+    """The JSON data of a config, or of a part of one, with this version's fields.
+
+    Earlier versions had one loss, `train.loss`, and `train.loss_implementation`.
+    """
+    if isinstance(data, list):
+        return [upgraded(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    data = {key: upgraded(value) for key, value in data.items()}
+    if data.get("type") == "TrainConfig" and "loss" in data:
+        loss = {"type": str(data.pop("loss")).capitalize()}
+        implementation = data.pop("loss_implementation", "auto")
+        if loss["type"] == "Sigmoid":
+            loss["implementation"] = implementation
+        data["losses"] = [loss]
+    return data
