@@ -6,6 +6,7 @@ import datetime
 import io
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,8 @@ def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:
 
 
 def _label(metric: str) -> str:
-    return (
-        metric.replace("_to_", "→").replace("_r1", " R@1").replace("_accuracy", " acc.")
-    )
+    metric = re.sub(r"_r(\d+)$", r" R@\1", metric.replace("_to_", "→"))
+    return metric.replace("_accuracy", " acc.").replace("_top5", " top-5")
 
 
 def _percent(value: float | None) -> str:

@@ -1,21 +1,33 @@
-"""Retrieval: recall@1 from image to text and from text to image."""
+"""Retrieval: recall@1, 5 and 10 from image to text and from text to image."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from navit.evals.nearest import nearest
+
+log = logging.getLogger("navit")
+
+_KS = (1, 5, 10)
+
 
 class Retrieval:
-    """Recall@1 among all images and all distinct captions of a source.
+    """Recall@k among all images and all distinct captions of a source.
 
     An image may have several captions and a caption several images; any right one
-    counts.
+    counts. An image without a caption is not asked for one, but is among the images
+    that the captions are asked for. Where there are at most k candidates, recall@k is 1
+    and is left out, except for k = 1.
 
     Args:
       embed_texts: captions -> unit vectors `[len, e]`.
       captions: the captions of each image.
+
+    Raises:
+      ValueError: if no image has a caption.
     """
 
     def __init__(
@@ -24,17 +36,38 @@ class Retrieval:
         captions: Sequence[Sequence[str]],
     ) -> None:
         texts = list(dict.fromkeys(c for own in captions for c in own))
+        if not texts:
+            raise ValueError(
+                f"none of the {len(captions)} images has a caption: retrieval needs "
+                "data with captions"
+            )
+        bare = sum(not own for own in captions)
+        if bare:
+            log.warning(
+                "%d of %d images have no caption: only text is retrieved against them",
+                bare,
+                len(captions),
+            )
         place = {caption: i for i, caption in enumerate(texts)}
-        self._right = np.zeros((len(captions), len(texts)), bool)
-        for image, own in enumerate(captions):
-            self._right[image, [place[c] for c in own]] = True
-        self._texts = embed_texts(texts)
+        self._pairs = np.array(
+            [
+                (i, place[c])
+                for i, own in enumerate(captions)
+                for c in dict.fromkeys(own)
+            ]
+        )
+        self._images, self._texts = len(captions), embed_texts(texts)
 
     @property
     def chance(self) -> dict[str, float]:
         """Recall of guessing, by metric name."""
-        share = float(self._right.mean())
-        return {"image_to_text_r1": share, "text_to_image_r1": share}
+        images, texts, pairs = self._images, len(self._texts), self._pairs
+        return {
+            **_named("image_to_text", chance(pairs, texts, ks=_useful(texts))),
+            **_named(
+                "text_to_image", chance(pairs[:, ::-1], images, ks=_useful(images))
+            ),
+        }
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
         """Yields (metric, recall) for image embeddings `[len(captions), e]`.
@@ -43,13 +76,70 @@ class Retrieval:
         captions that belong only to such images.
         """
         readable = ~np.isnan(images[:, 0])
-        right = self._right[readable]
-        asked = right.any(0)
-        if not readable.any():
+        pairs = self._pairs[readable[self._pairs[:, 0]]]
+        if not len(pairs):
             return
-        right = right[:, asked]
-        scores = images[readable] @ self._texts[asked].T
-        hit = np.take_along_axis(right, scores.argmax(1)[:, None], 1)
-        yield "image_to_text_r1", float(hit.mean())
-        hit = np.take_along_axis(right, scores.argmax(0)[None], 0)
-        yield "text_to_image_r1", float(hit.mean())
+        asked, text = np.unique(pairs[:, 1], return_inverse=True)
+        image = (np.cumsum(readable) - 1)[pairs[:, 0]]
+        pairs = np.stack((image, text), -1)
+        images, texts = images[readable], self._texts[asked]
+        yield from _named(
+            "image_to_text", recall(images, texts, pairs, ks=_useful(len(texts)))
+        ).items()
+        yield from _named(
+            "text_to_image",
+            recall(texts, images, pairs[:, ::-1], ks=_useful(len(images))),
+        ).items()
+
+
+def recall(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    pairs: np.ndarray,
+    *,
+    ks: Sequence[int] = _KS,
+) -> dict[int, float]:
+    """The share of queries that have a right candidate among their k nearest, by k.
+
+    Exact, without a matrix of all scores. Of equal candidates, the one with the lower
+    index is the nearer.
+
+    Args:
+      queries: vectors `[m, e]`.
+      candidates: vectors `[c, e]`, at least max(ks).
+      pairs: the right pairs `[pairs, 2]` (query, candidate). A query without one does
+        not count.
+    """
+    asked, query = np.unique(pairs[:, 0], return_inverse=True)
+    _, found = nearest(queries[asked], candidates, k=max(ks))
+    count = len(candidates)
+    places = np.arange(len(asked))[:, None] * count + found
+    right = np.isin(places, query * count + pairs[:, 1])
+    return {k: float(right[:, :k].any(1).mean()) for k in ks}
+
+
+def chance(
+    pairs: np.ndarray, candidates: int, *, ks: Sequence[int] = _KS
+) -> dict[int, float]:
+    """Recall of k random candidates, drawn without replacement, by k.
+
+    With r right ones among n candidates, 1 - C(n - r, k) / C(n, k), the mean over the
+    queries.
+
+    Args:
+      pairs: the right pairs `[pairs, 2]` (query, candidate), each once.
+      candidates: n, at least max(ks).
+    """
+    right = np.unique(pairs[:, 0], return_counts=True)[1]
+    missed = [
+        (candidates - right - i).clip(0) / (candidates - i) for i in range(max(ks))
+    ]
+    return {k: float(1 - np.prod(missed[:k], 0).mean()) for k in ks}
+
+
+def _useful(candidates: int) -> list[int]:
+    return [k for k in _KS if k == 1 or k < candidates]
+
+
+def _named(direction: str, values: dict[int, float]) -> dict[str, float]:
+    return {f"{direction}_r{k}": value for k, value in values.items()}
