@@ -1,0 +1,116 @@
+"""Zero-shot classification equals a plain one, and embeds each text once."""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from navit.evals.accuracy import Classification, ranks
+from navit.evals.prompts import load_templates
+from navit.evals.zero_shot import ZeroShot, class_vectors
+from navit.sources.source import Task
+
+PROMPTS = load_templates(str(Path(__file__).parents[2] / "data/prompts/photos.txt"))
+NAMES = tuple(f"class {i}" for i in range(9))
+
+
+def embed(texts):
+    """A fixed unit vector for each text."""
+    seeds = (zlib.crc32(text.encode()) for text in texts)
+    x = [np.random.default_rng(seed).standard_normal(12) for seed in seeds]
+    return np.array([v / np.linalg.norm(v) for v in x], np.float32)
+
+
+def plain_scores(images):
+    scores = np.zeros((len(images), len(NAMES)))
+    for c, name in enumerate(NAMES):
+        mean = sum(embed([prompt.format(name)])[0] for prompt in PROMPTS) / len(PROMPTS)
+        scores[:, c] = images @ (mean / np.sqrt((mean**2).sum()))
+    return scores
+
+
+@pytest.fixture
+def images(rng):
+    x = rng.standard_normal((60, 12)).astype(np.float32)
+    x[[4, 9]] = np.nan
+    return x
+
+
+@pytest.fixture
+def task(rng):
+    return Task(NAMES, rng.integers(-1, 8, 70).astype(np.int32))  # none is of class 8
+
+
+def test_it_equals_a_plain_one(images, task):
+    zero_shot = ZeroShot(embed, {"t": task}, PROMPTS)
+    scores = plain_scores(images)
+    counted = [i for i in range(60) if task.labels[i] >= 0 and i not in (4, 9)]
+    order = {i: list(np.argsort(-scores[i])) for i in counted}
+    hits = {i: order[i][0] == task.labels[i] for i in counted}
+    top5 = [task.labels[i] in order[i][:5] for i in counted]
+    expected = {
+        "t_accuracy": np.mean(list(hits.values())),
+        "t_top5": np.mean(top5),
+    }
+    assert dict(zero_shot.run(images)) == pytest.approx(expected)
+    assert zero_shot.chance == pytest.approx({"t_accuracy": 1 / 9, "t_top5": 5 / 9})
+    for c, value in enumerate(zero_shot.per_class("t", images)):
+        own = [hits[i] for i in counted if task.labels[i] == c]
+        assert value == pytest.approx(np.mean(own)) if own else np.isnan(value)
+
+
+def test_the_classifier_is_built_once_for_all_budgets(images, task):
+    calls = []
+
+    def counting(texts):
+        calls.append(len(texts))
+        return embed(texts)
+
+    zero_shot = ZeroShot(counting, {"a": task, "b": task}, PROMPTS)
+    for budget in range(3):
+        dict(zero_shot.run(images + budget))
+        zero_shot.per_class("a", images)
+    assert calls == [len(NAMES) * len(PROMPTS)] * 2
+
+
+def test_class_vectors_have_unit_norm_and_ignore_the_order_of_prompts():
+    vectors = class_vectors(embed, NAMES, PROMPTS)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    turned = class_vectors(embed, NAMES, PROMPTS[::-1])
+    np.testing.assert_allclose(turned, vectors, atol=1e-6)
+
+
+def test_top_5_needs_more_than_5_classes(images):
+    task = Task(NAMES[:5], np.zeros(60, np.int32))
+    zero_shot = ZeroShot(embed, {"t": task})
+    assert set(dict(zero_shot.run(images))) == set(zero_shot.chance) == {"t_accuracy"}
+
+
+def test_ranks_are_places_in_a_stable_sort(rng):
+    scores = rng.integers(0, 4, (50, 7))
+    labels = rng.integers(0, 7, 50)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    places = [list(row).index(label) for row, label in zip(order, labels, strict=True)]
+    assert ranks(scores, labels).tolist() == places
+    assert ((ranks(scores, labels) == 0) == (scores.argmax(1) == labels)).all()
+
+
+def test_class_logits_have_a_top_5_too(rng):
+    logits, labels = rng.standard_normal((30, 9)), rng.integers(0, 9, 30)
+    classify = Classification(lambda pooled: pooled, "t", Task(NAMES, labels))
+    places = [
+        list(row).index(x) for row, x in zip((-logits).argsort(1), labels, strict=True)
+    ]
+    assert dict(classify.run(logits)) == pytest.approx(
+        {
+            "t_accuracy": np.mean([x == 0 for x in places]),
+            "t_top5": np.mean([x < 5 for x in places]),
+        }
+    )
+
+
+def test_a_label_beyond_the_class_names_is_an_error():
+    task = Task(NAMES, np.array([0, 9]))
+    with pytest.raises(ValueError, match=r"'t' has 9 class names and the label 9.*10"):
+        ZeroShot(embed, {"t": task})
