@@ -123,7 +123,7 @@ def test_retrieval_equals_a_plain_one(devices, rng):
 
 
 def test_sharded_over_8_devices_equals_one(rng):
-    """Real vectors: every device multiplies its rows as one device does."""
+    """Of random vectors, whose products are rounded."""
     images = rng.standard_normal((64, 16)).astype(np.float32)
     texts = rng.standard_normal((96, 16)).astype(np.float32)
     products, indices = nearest(texts, images, k=10)
