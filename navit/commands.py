@@ -22,13 +22,22 @@ def _config(args: argparse.Namespace) -> config_lib.Config:
     """The config of a command, with the towers that a training run of it has."""
     config = config_lib.load(args.config, args.overrides)
     if config.init_towers and config.init:
-        from navit.weights import read
-
-        weights = read(config.init)
-        config = starting_from(
-            config, weights.model, where=weights.where, overrides=args.overrides
-        )
+        config, _ = _from_weights(config, args.overrides)
     return config
+
+
+def _from_weights(
+    config: config_lib.Config, overrides: Sequence[str]
+) -> tuple[config_lib.Config, Callable[..., Any]]:
+    """The config with the towers of `config.init`, and what makes the model."""
+    from navit.convert.stored import build
+    from navit.weights import read
+
+    weights = read(config.init)
+    config = starting_from(
+        config, weights.model, where=weights.where, overrides=overrides
+    )
+    return config, functools.partial(build, weights, config.model)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -39,6 +48,7 @@ def train(args: argparse.Namespace) -> int:
     from navit import stopping
     from navit.train import hosts, loop
     from navit.train.checkpoint import quiet_orbax
+    from navit.train.start import trained_model
     from navit.train.workdir import is_workdir
 
     if not args.debug:
@@ -50,31 +60,14 @@ def train(args: argparse.Namespace) -> int:
             # If there is a run to resume, all processes restore it together.
             hosts.check_same_config(config)
             hosts.check_same(f"whether {workdir} holds a run", f"{is_workdir(workdir)}")
-            config, initial = _start(config, workdir, args.overrides)
+            trained = trained_model(workdir)
+            if trained is None:
+                config, initial = _from_weights(config, args.overrides)
+            else:  # the run resumes without reading `config.init`
+                config = starting_from(
+                    config, trained, where=f"{workdir}", overrides=args.overrides
+                )
         return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
-
-
-def _start(
-    config: config_lib.Config, workdir: Path, overrides: Sequence[str]
-) -> tuple[config_lib.Config, Callable[..., Any] | None]:
-    """The config with the towers of `config.init`, and what makes the model.
-
-    A run that has a checkpoint resumes without reading `config.init`: it gets the
-    towers of the checkpoint, and None.
-    """
-    from navit.convert.stored import build
-    from navit.train.start import trained_model
-    from navit.weights import read
-
-    trained = trained_model(workdir)
-    if trained is not None:
-        where = f"{workdir}"
-        return starting_from(config, trained, where=where, overrides=overrides), None
-    weights = read(config.init)
-    config = starting_from(
-        config, weights.model, where=weights.where, overrides=overrides
-    )
-    return config, functools.partial(build, weights, config.model)
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -16,21 +16,27 @@ from tqdm import tqdm
 
 from navit.batch import PackedImages
 from navit.config import Config
+from navit.embed_batches import (
+    AHEAD,
+    check_budget,
+    grids_of,
+    processes_of_mesh,
+    rows_at_once,
+    shared_by_devices,
+    slots_of,
+)
 from navit.files import write_atomic
-from navit.input import fill, memory, tokens
+from navit.input import fill, tokens
 from navit.input.named import Named
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan import epoch as plan
 from navit.plan.geometry import check_count
-from navit.sharding import platform, split_rows
+from navit.sharding import split_rows
 from navit.sources.images import ArrayLike, ImageLike, size_of, sizes_of
 
 log = logging.getLogger("navit")
-
-# Batches that grain makes ahead of the one that is embedded.
-_AHEAD = 4
 
 
 class Embedder:
@@ -122,12 +128,12 @@ class Embedder:
         grids = grids_of(self.config, sizes, max_tokens)
         self.vision.config.position.check(grids)
         check_budget(self.config, max_tokens, len(grids))
-        slots = _slots(self.config)
+        slots = slots_of(self.config)
         rows = plan.pack_rows(grids, max_tokens, slots)
         at_once = rows_at_once(self.config, max_tokens, len(rows))
         parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
         # Each process of the mesh decodes its own rows of every part.
-        processes = _processes()
+        processes = processes_of_mesh()
         share = at_once // processes
         first = share * jax.process_index() if processes > 1 else 0
         own = [part.slice(first, first + share) for part in parts]
@@ -190,7 +196,7 @@ class Embedder:
                 len(texts),
                 c.length,
             )
-        at_once = _shared_by_devices(min(256, max(len(texts), 1)))
+        at_once = shared_by_devices(min(256, max(len(texts), 1)))
         for start in range(0, len(texts), at_once):
             part = texts[start : start + at_once]
             ids = tokens.encode(
@@ -238,75 +244,9 @@ def _ahead(
         return iter([fill_rows(parts[0])])
     import grain  # slow to import
 
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD)
     batches = grain.MapDataset.source(parts).map(fill_rows)
     return iter(batches.to_iter_dataset(options))
-
-
-def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
-    """The grid at which each image is embedded: pixels `[m, 2]` -> patches `[m, 2]`."""
-    vision = config.model.vision
-    if vision.fixed_grid:
-        return np.full((len(sizes), 2), vision.position.size)
-    return plan.grids_of(sizes, max_tokens, config.data, vision.patch_size)
-
-
-def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
-    """Refuses a token budget that takes more memory than this host has free.
-
-    Counts the pixels of the batches that are held at a time. On a CPU, where attention
-    works in the same memory, also the logits of one row and head. Embedding takes more.
-
-    Args:
-      images: the least number of images to embed.
-
-    Raises:
-      ValueError: if the budget needs more memory than is free.
-    """
-    rows = -(-images // _slots(config))
-    at_once = rows_at_once(config, max_tokens, rows)
-    share = at_once // _processes()
-    batches = min(-(-rows // at_once), _AHEAD + 1)
-    needed = batches * share * max_tokens * config.model.vision.patch_size**2 * 3
-    if platform() == "cpu":
-        needed += 4 * max_tokens**2  # float32
-    memory.check(
-        needed,
-        f"embedding {share} x {max_tokens} tokens at a time (rows x token budget)",
-        "lower the budget"
-        + (f" or eval.batch_tokens={config.eval.batch_tokens}" if share > 1 else ""),
-    )
-
-
-def rows_at_once(config: Config, row_tokens: int, rows: int) -> int:
-    """How many of `rows` to embed at a time: a power of two on each device."""
-    tokens = config.eval.batch_tokens
-    if tokens is None:
-        tokens = 2048 if jax.default_backend() == "cpu" else 16384
-    at_once = max(1, tokens // row_tokens)
-    return _shared_by_devices(min(2 ** (at_once.bit_length() - 1), rows))
-
-
-def _shared_by_devices(count: int) -> int:
-    """`count` rounded up to a power of two, then to a multiple of the devices.
-
-    This compiles few shapes, and gives all devices equal shares.
-    """
-    mesh = jax.sharding.get_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    return -(-(2 ** (count - 1).bit_length()) // devices) * devices
-
-
-def _processes() -> int:
-    """How many processes the mesh in use spans."""
-    mesh = jax.sharding.get_mesh()
-    # jax raises an AttributeError when an empty mesh is asked.
-    return jax.process_count() if not mesh.empty and mesh.is_multi_process else 1
-
-
-def _slots(config: Config) -> int:
-    """How many images a row may hold: one if each is enlarged to its budget, else 8."""
-    return 1 if config.data.max_upscale is None else 8
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))

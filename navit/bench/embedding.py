@@ -27,7 +27,8 @@ from PIL import Image
 from navit import weights
 from navit.config import Config, ModelConfig
 from navit.convert.stored import Weights, shapes_of
-from navit.embed import embed_packed, rows_at_once
+from navit.embed import embed_packed
+from navit.embed_batches import rows_at_once
 from navit.input import fill
 from navit.model import variants
 

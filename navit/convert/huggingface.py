@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,38 +80,32 @@ def write(weights: Weights, out: Path) -> None:
 
 def _write_tensors(weights: Weights, out: Path) -> None:
     table = tensors.huggingface(weights.model)
-    shard: dict[str, np.ndarray] = {}
-    shards: list[list[str]] = []
+    shards: list[list[str]] = [[]]
     size = total = 0
-
-    def flush() -> None:
-        nonlocal shard, size
-        file = out / f"shard-{len(shards)}"
-        try:
-            safetensors.numpy.save_file(shard, file, metadata={"format": "pt"})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"cannot write {file}: {error}") from None
-        shards.append(list(shard))
-        shard, size = {}, 0
-
-    for name, value in codec.encoded(table, weights):
-        if shard and size + value.nbytes > _SHARD_BYTES:
-            flush()
-        shard[name] = value
-        size, total = size + value.nbytes, total + value.nbytes
-    flush()
-    index: dict[str, str] = {}
+    for name, shape in codec.stored_shapes(table, weights.model).items():
+        nbytes = 4 * math.prod(shape)  # float32
+        if shards[-1] and size + nbytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + nbytes, total + nbytes
+    stored = codec.encoded(table, weights)
     mode = (out / "config.json").stat().st_mode  # safetensors restricts it
+    file_of: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
-        (out / f"shard-{i}").chmod(mode)
-        os.replace(out / f"shard-{i}", out / file)
-        index |= dict.fromkeys(names, file)
+        shard = dict(itertools.islice(stored, len(names)))
+        try:
+            safetensors.numpy.save_file(shard, out / file, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write {out / file}: {error}") from None
+        (out / file).chmod(mode)
+        file_of |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(
             out / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": index},
+            {"metadata": {"total_size": total}, "weight_map": file_of},
         )
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,20 @@ def model_of(
                 )
 
     shape = functools.partial(shape_of, path, stored)
+
+    def tower(name: str, part: dict[str, Any]) -> dict[str, Any]:
+        layers = f"{name}_model.encoder.layers"
+        mlp_dim, width = shape(f"{layers}.0.mlp.fc1.weight", 2)
+        depth = depth_of(stored, rf"{re.escape(layers)}\.(\d+)\.")
+        heads = _heads(file, part, f"{name}_config")
+        return dict(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=heads)
+
     fixed = config["model_type"] == "siglip"
     patch = shape("vision_model.embeddings.patch_embedding.weight", 4 if fixed else 2)
     patch_size = patch[-1] if fixed else math.isqrt(patch[1] // 3)
-    positions, width = shape("vision_model.embeddings.position_embedding.weight", 2)
+    positions, _ = shape("vision_model.embeddings.position_embedding.weight", 2)
     side = square_side(path, "vision_model.embeddings.position_embedding", positions)
-    fc1 = "{}_model.encoder.layers.0.mlp.fc1.weight"
-    vocab, text_width = shape("text_model.embeddings.token_embedding.weight", 2)
+    vocab, _ = shape("text_model.embeddings.token_embedding.weight", 2)
     length, _ = shape("text_model.embeddings.position_embedding.weight", 2)
     image_size = vision.get("image_size") if fixed else None
     if not isinstance(image_size, int) or image_size // patch_size != side:
@@ -86,22 +94,13 @@ def model_of(
     model = ModelConfig(
         vision=VisionConfig(
             patch_size=patch_size,
-            width=width,
-            depth=depth_of(stored, r"vision_model\.encoder\.layers\.(\d+)\."),
-            mlp_dim=shape(fc1.format("vision"), 2)[0],
-            num_heads=_heads(file, vision, "vision_config"),
             position=PositionConfig(size=side),
             fixed_grid=fixed,
             image_size=image_size,
+            **tower("vision", vision),
         ),
         text=TextConfig(
-            tokenizer="",
-            vocab_size=vocab,
-            length=length,
-            width=text_width,
-            depth=depth_of(stored, r"text_model\.encoder\.layers\.(\d+)\."),
-            mlp_dim=shape(fc1.format("text"), 2)[0],
-            num_heads=_heads(file, texts, "text_config"),
+            tokenizer="", vocab_size=vocab, length=length, **tower("text", texts)
         ),
     )
     _agree(path, config, config_of(model))

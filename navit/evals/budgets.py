@@ -17,7 +17,8 @@ import numpy as np
 import navit
 from navit import config as config_lib
 from navit.config import Config
-from navit.embed import Embedder, check_budget, grids_of
+from navit.embed import Embedder
+from navit.embed_batches import check_budget, grids_of
 from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import ZeroShot

@@ -7,7 +7,8 @@ from helpers import tiny_config
 
 import navit
 from navit.config import DataConfig, EvalConfig, Folder, override
-from navit.embed import Embedder, check_budget
+from navit.embed import Embedder
+from navit.embed_batches import check_budget
 from navit.evals import budgets
 from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval

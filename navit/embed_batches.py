@@ -1,0 +1,80 @@
+"""How many rows are embedded at a time, on which devices, and whether they fit."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from navit.config import Config
+from navit.input import memory
+from navit.plan import epoch as plan
+from navit.sharding import platform
+
+# Batches that are made ahead of the one that is embedded.
+AHEAD = 4
+
+
+def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
+    """The grid at which each image is embedded: pixels `[m, 2]` -> patches `[m, 2]`."""
+    vision = config.model.vision
+    if vision.fixed_grid:
+        return np.full((len(sizes), 2), vision.position.size)
+    return plan.grids_of(sizes, max_tokens, config.data, vision.patch_size)
+
+
+def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
+    """Refuses a token budget that takes more memory than this host has free.
+
+    Counts the pixels of the batches that are held at a time. On a CPU, where attention
+    works in the same memory, also the logits of one row and head. Embedding takes more.
+
+    Args:
+      images: the least number of images to embed.
+
+    Raises:
+      ValueError: if the budget needs more memory than is free.
+    """
+    rows = -(-images // slots_of(config))
+    at_once = rows_at_once(config, max_tokens, rows)
+    share = at_once // processes_of_mesh()
+    batches = min(-(-rows // at_once), AHEAD + 1)
+    needed = batches * share * max_tokens * config.model.vision.patch_size**2 * 3
+    if platform() == "cpu":
+        needed += 4 * max_tokens**2  # float32
+    memory.check(
+        needed,
+        f"embedding {share} x {max_tokens} tokens at a time (rows x token budget)",
+        "lower the budget"
+        + (f" or eval.batch_tokens={config.eval.batch_tokens}" if share > 1 else ""),
+    )
+
+
+def rows_at_once(config: Config, row_tokens: int, rows: int) -> int:
+    """How many of `rows` to embed at a time: a power of two on each device."""
+    tokens = config.eval.batch_tokens
+    if tokens is None:
+        tokens = 2048 if jax.default_backend() == "cpu" else 16384
+    at_once = max(1, tokens // row_tokens)
+    return shared_by_devices(min(2 ** (at_once.bit_length() - 1), rows))
+
+
+def shared_by_devices(count: int) -> int:
+    """`count` rounded up to a power of two, then to a multiple of the devices.
+
+    This compiles few shapes, and gives all devices equal shares.
+    """
+    mesh = jax.sharding.get_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    return -(-(2 ** (count - 1).bit_length()) // devices) * devices
+
+
+def processes_of_mesh() -> int:
+    """How many processes the mesh in use spans."""
+    mesh = jax.sharding.get_mesh()
+    # jax raises an AttributeError when an empty mesh is asked.
+    return jax.process_count() if not mesh.empty and mesh.is_multi_process else 1
+
+
+def slots_of(config: Config) -> int:
+    """How many images a row may hold: one if each is enlarged to its budget, else 8."""
+    return 1 if config.data.max_upscale is None else 8
