@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,16 +34,25 @@ def expected(name):
         return dict(found)
 
 
-def pack(images, rows, slots):
-    """`images`: (patches, grid); `rows`: per row, image numbers slot by slot."""
-    n = max(sum(len(images[i][0]) for i in row) for row in rows) + 3
+LAYOUTS = {
+    "alone": [[0], [1], [2], [3], [4], [5], [6], [7]],
+    "packed": [[0, 1, 6], [2, 3, 7], [4, 5]],
+    "another order": [[6, 7, 5, 4, 3], [2, 1, 0]],
+}
+
+
+def pack(images, layout):
+    """Eight images (patches, grid) in rows, of one shape for all layouts."""
+    lengths = [len(patches) for patches, _ in images]
+    rows = [row for each in LAYOUTS.values() for row in each]
+    n = max(sum(lengths[i] for i in row) for row in rows) + 3
     out = PackedImages(
-        np.zeros((len(rows), n, images[0][0].shape[1]), np.float32),
-        np.zeros((len(rows), n), np.int32),
-        np.zeros((len(rows), n, 2), np.int32),
-        np.zeros((len(rows), slots, 2), np.int32),
+        np.zeros((8, n, images[0][0].shape[1]), np.float32),
+        np.zeros((8, n), np.int32),
+        np.zeros((8, n, 2), np.int32),
+        np.zeros((8, 5, 2), np.int32),
     )
-    for b, row in enumerate(rows):
+    for b, row in enumerate(LAYOUTS[layout]):
         start = 0
         for slot, i in enumerate(row):
             patches, grid = images[i]
@@ -56,41 +66,37 @@ def pack(images, rows, slots):
     return out
 
 
+def each_image(out, packed, layout):
+    """(number, tokens, pooled vector) of each image."""
+    tokens, pooled = np.asarray(out.tokens), np.asarray(out.pooled)
+    for b, row in enumerate(LAYOUTS[layout]):
+        for slot, i in enumerate(row):
+            yield i, tokens[b, packed.segment_ids[b] == slot + 1], pooled[b, slot]
+
+
 @pytest.fixture(scope="module", params=NAFLEX)
 def naflex(request):
+    """A model, its compiled image tower, transformers' numbers, and its images."""
     want = expected(request.param)
     images = [(want[f"patches_{i}"], g) for i, g in enumerate(want["grids"])]
-    return navit.load(GOLDEN / request.param), want, images
-
-
-LAYOUTS = {
-    "alone": [[0], [1], [2], [3], [4], [5], [6], [7]],
-    "packed": [[0, 1, 6], [2, 3, 7], [4, 5]],
-    "another order": [[6, 7, 5, 4, 3], [2, 1, 0]],
-}
+    model = navit.load(GOLDEN / request.param)
+    return model, jax.jit(lambda packed: model.vision(packed)), want, images
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_images_equal_transformers(naflex, layout):
-    model, want, images = naflex
-    rows = LAYOUTS[layout]
-    packed = pack(images, rows, max(map(len, rows)))
-    out = model.vision(packed)
-    for b, row in enumerate(rows):
-        start = 0
-        for slot, i in enumerate(row):
-            tokens = np.asarray(out.tokens)[b, start : start + len(images[i][0])]
-            np.testing.assert_allclose(tokens, want[f"tokens_{i}"], atol=5e-5)
-            pooled = np.asarray(out.pooled)[b, slot]
-            np.testing.assert_allclose(pooled, want[f"pooled_{i}"], atol=5e-5)
-            start += len(images[i][0])
+    _, encode, want, images = naflex
+    packed = pack(images, layout)
+    for i, tokens, pooled in each_image(encode(packed), packed, layout):
+        np.testing.assert_allclose(tokens, want[f"tokens_{i}"], atol=5e-5)
+        np.testing.assert_allclose(pooled, want[f"pooled_{i}"], atol=5e-5)
 
 
 def test_texts_and_logits_equal_transformers(naflex):
-    model, want, images = naflex
-    t = np.asarray(model.text(want["ids"]))
+    model, encode, want, images = naflex
+    t = np.asarray(jax.jit(lambda ids: model.text(ids))(want["ids"]))
     np.testing.assert_allclose(t, want["text"], atol=5e-5)
-    z = np.asarray(model.vision(pack(images, LAYOUTS["alone"], 1)).pooled)[:, 0]
+    z = np.asarray(encode(pack(images, "alone")).pooled)[:, 0]
     z, t = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (z, t))
     np.testing.assert_allclose(model.logits(z, t), want["logits"], atol=5e-5)
 
@@ -102,7 +108,7 @@ def test_fixed_resolution_equals_transformers(name):
     z = model.embed_images(list(want["pixels"]))
     pooled = want["pooled"] / np.linalg.norm(want["pooled"], axis=-1, keepdims=True)
     np.testing.assert_allclose(z, pooled, atol=5e-5)
-    t = np.asarray(model.text(want["ids"]))
+    t = np.asarray(jax.jit(lambda ids: model.text(ids))(want["ids"]))
     np.testing.assert_allclose(t, want["text"], atol=5e-5)
     t = t / np.linalg.norm(t, axis=-1, keepdims=True)
     np.testing.assert_allclose(model.logits(z, t), want["logits"], atol=5e-5)
@@ -534,13 +540,14 @@ def test_settings_that_a_format_lacks_are_named(setting, value, formats, tmp_pat
 
 def test_bfloat16_stays_close_to_float32(naflex):
     """The cosine distance is at most 1e-3; measured, 8e-5."""
-    model, want, images = naflex
+    _, encode, want, images = naflex
     half = navit.load(
         GOLDEN / ("siglip2_a" if len(want["ids"][0]) == 12 else "siglip2_b"),
         overrides=["model.dtype=bfloat16"],
     )
-    packed = pack(images, LAYOUTS["packed"], 3)
-    a, b = (np.asarray(m.vision(packed).pooled) for m in (model, half))
+    packed = pack(images, "packed")
+    runs = encode, jax.jit(lambda packed: half.vision(packed))
+    a, b = (np.asarray(run(packed).pooled) for run in runs)
     a, b = (x[packed.grids[..., 0] > 0].astype(np.float64) for x in (a, b))
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     assert 0 < (1 - cosine).max() < 1e-3

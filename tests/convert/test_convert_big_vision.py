@@ -2,7 +2,7 @@
 
 The two towers are stated here as big_vision's models/vit.py, naflex_vit.py and
 text_transformer.py are made of linen's layers, so the parameters come out under the
-names that its checkpoints have.
+names that its checkpoints have. Like naflex_vit.py, the image tower masks padding.
 """
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import LAYOUTS, pack, restack
+from test_convert import LAYOUTS, each_image, pack, restack
 
 import navit
 
@@ -33,9 +33,9 @@ class EncoderBlock(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x, _=None):
+    def __call__(self, x, mask):
         y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y, mask=mask)
         return x + MlpBlock(self.mlp_dim)(nn.LayerNorm()(x)), None
 
 
@@ -46,19 +46,20 @@ class Encoder(nn.Module):
     scan: bool
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, mask=None):
         if self.scan:
             stack = nn.scan(
                 EncoderBlock,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
+                in_axes=nn.broadcast,
                 length=self.depth,
             )
-            x, _ = stack(self.mlp_dim, self.heads, name="encoderblock")(x, None)
+            x, _ = stack(self.mlp_dim, self.heads, name="encoderblock")(x, mask)
         else:
             for i in range(self.depth):
                 block = EncoderBlock(self.mlp_dim, self.heads, name=f"encoderblock_{i}")
-                x, _ = block(x)
+                x, _ = block(x, mask)
         return nn.LayerNorm(name="encoder_norm")(x)
 
 
@@ -67,9 +68,10 @@ class MAPHead(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, mask):
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, WIDTH))
-        x = nn.MultiHeadDotProductAttention(num_heads=self.heads)(probe, x)
+        attend = nn.MultiHeadDotProductAttention(num_heads=self.heads)
+        x = attend(probe, x, mask=mask)
         return (x + MlpBlock(self.mlp_dim)(nn.LayerNorm()(x)))[:, 0]
 
 
@@ -82,18 +84,21 @@ class Image(nn.Module):
         x = nn.Dense(WIDTH, name="embedding")(patches)
         init = nn.initializers.normal(0.2)
         table = self.param("pos_embedding", init, (SIDE, SIDE, WIDTH))
+        # The first cells of an array that any of GRIDS fits into.
         resized = jax.image.scale_and_translate(
             table,
-            (*grid, WIDTH),
+            (*np.max(GRIDS, axis=0).tolist(), WIDTH),
             (0, 1),
-            jnp.array([grid[0] / SIDE, grid[1] / SIDE]),
+            grid / SIDE,
             jnp.zeros(2),
             "bilinear",
             antialias=True,
         )
-        x = x + resized.reshape(-1, WIDTH)
-        x = Encoder(3, MLP, HEADS, self.scan, name="Transformer")(x)
-        pooled = MAPHead(MLP, HEADS)(x)
+        place = jnp.arange(patches.shape[1])
+        x = x + resized[place // grid[1], place % grid[1]][None]
+        mask = (place < grid[0] * grid[1])[None, None, None]
+        x = Encoder(3, MLP, HEADS, self.scan, name="Transformer")(x, mask)
+        pooled = MAPHead(MLP, HEADS)(x, mask)
         if self.embed_dim:
             pooled = nn.Dense(self.embed_dim, name="head")(pooled)
         return pooled, x
@@ -119,56 +124,54 @@ def case(request, tmp_path_factory):
     scan_image, scan_text, *embed_dim = request.param
     image, text = Image(scan_image, *embed_dim), Text(scan_text, *embed_dim)
     patches = [
-        rng.uniform(-1, 1, (1, h * w, PATCH**2 * 3)).astype(np.float32)
-        for h, w in GRIDS
+        rng.uniform(-1, 1, (h * w, PATCH**2 * 3)).astype(np.float32) for h, w in GRIDS
     ]
     ids = rng.integers(0, 61, (4, LENGTH))
-    make = jax.random.key(0)
+    longest = max(len(p) for p in patches)
+    padded = [np.pad(p, ((0, longest - len(p)), (0, 0)))[None] for p in patches]
+    grids = np.array(GRIDS)
+
+    def draw(path, leaf):
+        scale = jax.tree_util.keystr(path).endswith("['scale']")
+        return np.float32(scale + 0.2 * rng.standard_normal(leaf.shape))
+
+    shapes = {
+        "img": jax.eval_shape(image.init, jax.random.key(0), padded[0], grids[0]),
+        "txt": jax.eval_shape(text.init, jax.random.key(0), ids),
+    }
+    params = {
+        tower: jax.tree_util.tree_map_with_path(draw, shape["params"])
+        for tower, shape in shapes.items()
+    }
+    params |= {"t": np.array([1.3], np.float32), "b": np.array([-4.2], np.float32)}
     with jax.default_matmul_precision("highest"):
-        params = {
-            "img": jax.jit(image.init, static_argnums=2)(make, patches[6], GRIDS[6]),
-            "txt": jax.jit(text.init)(make, ids),
-            "t": np.array([1.3], np.float32),
-            "b": np.array([-4.2], np.float32),
-        }
-        params |= {tower: params[tower]["params"] for tower in ("img", "txt")}
-        params = jax.tree.map(  # norms and biases too
-            lambda x: np.asarray(x + 0.1 * rng.standard_normal(x.shape), np.float32),
-            params,
-        )
-        apply = jax.jit(image.apply, static_argnums=2)
+        apply = jax.jit(image.apply)
         out = [
             apply({"params": params["img"]}, p, g)
-            for p, g in zip(patches, GRIDS, strict=True)
+            for p, g in zip(padded, grids, strict=True)
         ]
         texts = jax.jit(text.apply)({"params": params["txt"]}, ids)
     flat = flax.traverse_util.flatten_dict({"params": params}, sep="/")
     file = tmp_path_factory.mktemp("big_vision") / "model.npz"
     np.savez(file, **flat)
-    return navit.load(file), flat, patches, ids, out, np.asarray(texts)
+    model = navit.load(file)
+    encode = jax.jit(lambda packed: model.vision(packed))
+    return model, encode, flat, patches, ids, out, np.asarray(texts)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_images_equal_big_vision(case, layout):
     """Beyond 64 patches a side too, where its own model gives NaN."""
-    model, _, patches, _, out, _ = case
-    images = [(p[0], g) for p, g in zip(patches, GRIDS, strict=True)]
-    rows = LAYOUTS[layout]
-    packed = pack(images, rows, max(map(len, rows)))
-    found = model.vision(packed)
-    for b, row in enumerate(rows):
-        start = 0
-        for slot, i in enumerate(row):
-            tokens = np.asarray(found.tokens)[b, start : start + len(patches[i][0])]
-            np.testing.assert_allclose(tokens, out[i][1][0], atol=5e-5)
-            pooled = np.asarray(found.pooled)[b, slot]
-            np.testing.assert_allclose(pooled, out[i][0][0], atol=5e-5)
-            start += len(patches[i][0])
+    _, encode, _, patches, _, out, _ = case
+    packed = pack(list(zip(patches, GRIDS, strict=True)), layout)
+    for i, tokens, pooled in each_image(encode(packed), packed, layout):
+        np.testing.assert_allclose(tokens, out[i][1][0, : len(tokens)], atol=5e-5)
+        np.testing.assert_allclose(pooled, out[i][0][0], atol=5e-5)
 
 
 def test_texts_scale_and_bias_equal_big_vision(case):
-    model, flat, _, ids, _, texts = case
-    np.testing.assert_allclose(model.text(ids), texts, atol=5e-5)
+    model, _, flat, _, ids, _, texts = case
+    np.testing.assert_allclose(jax.jit(lambda x: model.text(x))(ids), texts, atol=5e-5)
     t, b = flat["params/t"][0], flat["params/b"][0]
     one = np.ones((1, 1), np.float32)
     np.testing.assert_allclose(model.logits(one, one), [[np.exp(t) + b]], rtol=1e-6)
@@ -176,7 +179,7 @@ def test_texts_scale_and_bias_equal_big_vision(case):
 
 def test_the_file_is_reproduced_tensor_for_tensor(case, tmp_path):
     """In the public layout: the image tower unscanned, the text tower scanned."""
-    model, flat, *_ = case
+    model, _, flat, *_ = case
     flat = dict(flat)
     restack(flat, "params/img/Transformer/encoderblock", False)
     restack(flat, "params/txt/Encoder_0/encoderblock", True)
