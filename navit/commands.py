@@ -21,7 +21,7 @@ from navit.config.towers import starting_from
 def _config(args: argparse.Namespace) -> config_lib.Config:
     """The config of a command, with the towers that a training run of it has."""
     config = config_lib.load(args.config, args.overrides)
-    if config.init_towers and config.init:
+    if config.init_towers and config.init is not None:
         config, _ = _from_weights(config, args.overrides)
     return config
 
@@ -33,6 +33,7 @@ def _from_weights(
     from navit.convert.stored import build
     from navit.weights import read
 
+    assert config.init is not None
     weights = read(config.init)
     config = starting_from(
         config, weights.model, where=weights.where, overrides=overrides
@@ -56,7 +57,7 @@ def train(args: argparse.Namespace) -> int:
     workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
     with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
-        if config.init:
+        if config.init is not None:
             # If there is a run to resume, all processes restore it together.
             hosts.check_same_config(config)
             hosts.check_same(f"whether {workdir} holds a run", f"{is_workdir(workdir)}")
@@ -136,7 +137,7 @@ def index(args: argparse.Namespace) -> int:
     print(summary.describe("data.train", train))
     if data.eval is not None:
         # One index serves all parts of a folder, so it is not read twice.
-        same = ("", getattr(data.train, "path", ""))
+        same = (None, getattr(data.train, "path", ""))
         again = args.again and getattr(data.eval, "path", None) not in same
         source = pipeline.open_eval_source(data, again=again)
         print(summary.describe("data.eval", source))

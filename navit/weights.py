@@ -138,7 +138,9 @@ def weights_of(model: Embedder) -> Weights:
 
 
 def _files(text: TextConfig | None) -> tuple[Path, ...]:
-    tokenizer = Path(text.tokenizer if text else "").expanduser()
+    if text is None or text.tokenizer is None:
+        return ()
+    tokenizer = Path(text.tokenizer).expanduser()
     return (tokenizer,) if tokenizer.is_file() else ()
 
 

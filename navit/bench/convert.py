@@ -69,7 +69,7 @@ def _random(size: str) -> Weights:
     text = "So400m" if size == "g" else size
     model = ModelConfig(
         vision=variants.vision(f"{size}/16"),
-        text=variants.text(text, vocab_size=256_000, length=64, tokenizer=""),
+        text=variants.text(text, vocab_size=256_000, length=64, tokenizer=None),
     )
     shapes = shapes_of(model)
     rng = np.random.default_rng(0)

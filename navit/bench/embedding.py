@@ -163,7 +163,7 @@ def _report(sides: dict[str, Side], budget: int, count: int, rounds: int) -> Non
 def _random(size: str) -> Weights:
     model = ModelConfig(
         vision=variants.vision(f"{size}/16"),
-        text=variants.text(size, depth=1, vocab_size=1000, length=64, tokenizer=""),
+        text=variants.text(size, depth=1, vocab_size=1000, length=64, tokenizer=None),
     )
     shapes = shapes_of(model)
     rng = np.random.default_rng(0)

@@ -83,7 +83,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep: int = 2
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    profile_steps: str = ""
+    profile_steps: str | None = None
 
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
@@ -107,7 +107,7 @@ class TrainConfig:
     @property
     def profile_window(self) -> tuple[int, int] | None:
         """The first step to trace, and the first step after the trace."""
-        if not self.profile_steps:
+        if self.profile_steps is None:
             return None
         first, _, last = self.profile_steps.partition(":")
         if not (first.isdecimal() and last.isdecimal()):
@@ -178,10 +178,12 @@ class Config:
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
-    init: str = ""
+    init: str | None = None
     init_towers: bool = False
 
     def __post_init__(self) -> None:
+        if self.init == "":
+            raise ValueError("init is empty: set init=PATH, or init=none")
         _check_losses(self)
         most = self.data.most_tokens(self.model.vision.patch_size)
         if most > self.data.row_tokens:

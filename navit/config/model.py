@@ -138,10 +138,10 @@ class TextConfig:
     """The text tower: `length` token ids in, the last position projected out.
 
     `tokenizer`: "bytes", which needs no file, or the path of a SentencePiece `.model`
-    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. Empty: unknown.
+    or a `tokenizer.json`: Gemma's (SigLIP 2) or SigLIP 1's. None: unknown.
     """
 
-    tokenizer: str = "bytes"
+    tokenizer: str | None = "bytes"
     vocab_size: int = 258
     length: int = 64
     width: int = 768

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+# Fields of which "" meant "not given", which is None now.
+_NOT_GIVEN = {
+    "Config": ("init",),
+    "TrainConfig": ("profile_steps",),
+    "TextConfig": ("tokenizer",),
+    "Folder": ("path", "table"),
+    "TarShards": ("caption",),
+    "Stream": ("caption",),
+}
+
 
 def upgraded(data: Any) -> Any:
     """The JSON data of a config, or of a part of one, with this version's fields.
@@ -15,6 +25,8 @@ def upgraded(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     data = {key: upgraded(value) for key, value in data.items()}
+    fields = _NOT_GIVEN.get(str(data.get("type")), ())
+    data |= dict.fromkeys(name for name in fields if data.get(name) == "")
     if data.get("type") == "TrainConfig" and "loss" in data:
         loss = {"type": str(data.pop("loss")).capitalize()}
         implementation = data.pop("loss_implementation", "auto")

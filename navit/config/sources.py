@@ -28,18 +28,18 @@ class Synthetic:
 class Folder:
     """Photographs in `path` (URLs too) with a table of `file[,caption][,label]`.
 
-    `table` is a CSV, JSONL or Parquet file, relative to `path`; empty means the only
+    `table` is a CSV, JSONL or Parquet file, relative to `path`; None means the only
     one there. `split` keeps every image ("all"), or sets a share `holdout` of them
     aside by a hash of the file name: "eval" is that part, and "train" is the rest.
     `missing`: the share of the table's files that may be missing, and of its rows that
     may have neither a caption nor a label; 0 allows none.
-    As `data.eval`, an empty `path` means the folder of `data.train` with its `missing`,
-    and its table too if `table` is empty.
+    As `data.eval`, a `path` of None means the folder of `data.train` with its
+    `missing`, and its table too if `table` is None.
     """
 
     short = "folder"
-    path: str = ""
-    table: str = ""
+    path: str | None = None
+    table: str | None = None
     split: Literal["all", "train", "eval"] = "all"
     holdout: float = 0.1
     missing: float = 0.0
@@ -58,14 +58,14 @@ class TarShards:
 
     `path`: `~/cc12m/{00000..01242}.tar`, a glob, or a folder of .tar files; URLs too.
     `caption`, `label`: the member's extension, and for a .json also the field, as
-    `json.caption` or `json.meta.title`. An empty caption means the .txt, or else the
+    `json.caption` or `json.meta.title`. A caption of None means the .txt, or else the
     field `caption` of the .json. `classes`: a text file with one class name per line.
     `missing`: the share of the shards that may be missing.
     """
 
     short = "tars"
     path: str = ""
-    caption: str = ""
+    caption: str | None = None
     label: str = "cls"
     classes: str = ""
     missing: float = 0.0
@@ -147,7 +147,7 @@ class Stream:
 
     `path`: as in `TarShards`, for `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
     too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as in
-    `TarShards`, or a feature; empty means the feature `caption`. Each epoch shuffles
+    `TarShards`, or a feature; None means the feature `caption`. Each epoch shuffles
     the files, and then the records, `window` at a time. Labels are not read.
     `missing`: the share of the files that may be missing.
     """
@@ -155,7 +155,7 @@ class Stream:
     short = "stream"
     path: str = ""
     image: str = "image"
-    caption: str = ""
+    caption: str | None = None
     window: int = 1000
     missing: float = 0.0
 

@@ -139,7 +139,7 @@ def _model(path: Path, stored: dict[str, tuple[int, ...]]) -> ModelConfig:
             embed_dim=shape(head, 2)[-1] if head in stored else None,
             **tower(_IMG),
         ),
-        text=TextConfig(tokenizer="", vocab_size=vocab, length=length, **tower(_TXT)),
+        text=TextConfig(tokenizer=None, vocab_size=vocab, length=length, **tower(_TXT)),
     )
 
 

@@ -100,7 +100,10 @@ def model_of(
             **tower("vision", vision),
         ),
         text=TextConfig(
-            tokenizer="", vocab_size=vocab, length=length, **tower("text", texts)
+            tokenizer=None,
+            vocab_size=vocab,
+            length=length,
+            **tower("text", texts),
         ),
     )
     _agree(path, config, config_of(model))

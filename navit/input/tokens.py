@@ -32,7 +32,9 @@ class Tokenizer(NamedTuple):
     is_siglip1: bool = False
 
 
-def encode(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> np.ndarray:
+def encode(
+    texts: Sequence[str], length: int, tokenizer: str | None = "bytes"
+) -> np.ndarray:
     """Token ids, int32 `[len(texts), length]`.
 
     The text is treated as in SigLIP: lower-cased, without a beginning-of-text token,
@@ -44,7 +46,8 @@ def encode(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> np.nd
     collapsed, and `</s>` is the padding (transformers' SiglipTokenizer).
 
     Args:
-      tokenizer: "bytes", or the path of a SentencePiece `.model` or `tokenizer.json`.
+      tokenizer: "bytes", or the path of a SentencePiece `.model` or `tokenizer.json`;
+        None if it is unknown.
 
     Raises:
       FileNotFoundError, ValueError: if the file does not exist, or lacks these tokens.
@@ -58,7 +61,9 @@ def encode(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> np.nd
     return ids
 
 
-def share_cut(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> float:
+def share_cut(
+    texts: Sequence[str], length: int, tokenizer: str | None = "bytes"
+) -> float:
     """Share of captions whose end `encode` cuts off."""
     opened = open_tokenizer(tokenizer)
     if not len(texts):
@@ -66,7 +71,7 @@ def share_cut(texts: Sequence[str], length: int, tokenizer: str = "bytes") -> fl
     return float(np.mean([len(x) > length - 1 for x in opened.split(texts)]))
 
 
-def check_vocabulary(tokenizer: str, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: str | None, vocab_size: int) -> None:
     """Raises ValueError if a tokenizer has ids beyond an embedding table."""
     size = open_tokenizer(tokenizer).size
     if size > vocab_size:
@@ -79,11 +84,11 @@ def check_vocabulary(tokenizer: str, vocab_size: int) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def open_tokenizer(name: str) -> Tokenizer:
+def open_tokenizer(name: str | None) -> Tokenizer:
     """Opens a tokenizer by the name that `encode` takes; raises as `encode`."""
     if name == "bytes":
         return Tokenizer(_split_bytes, VOCAB_SIZE, EOS, PAD)
-    path = Path(name).expanduser()
+    path = Path(name or "").expanduser()
     if not name or not path.is_file():
         what = f"there is no tokenizer {name!r}" if name else "no tokenizer was found"
         raise FileNotFoundError(

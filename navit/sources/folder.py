@@ -33,9 +33,10 @@ class FolderSource:
     """
 
     def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
-        self._storage = storage.open_storage(folder.path)
-        remote = storage.is_remote(folder.path)
-        listing = self._storage.listing(folder.path)
+        path = _path(folder)
+        self._storage = storage.open_storage(path)
+        remote = storage.is_remote(path)
+        listing = self._storage.listing(path)
         self._root, table = _find(folder, listing)
         with self._opened(table, self._storage.stat(table).size) as file:
             named = read_table(file, table, self._root, missing=folder.missing)
@@ -146,15 +147,23 @@ def _table(folder: config.Folder) -> str:
     if folder.table:
         root = _root(folder)
         return f"{root}/{inside(root, folder.table, 'data.train.table')}"
-    listing = storage.open_storage(folder.path).listing(folder.path)
-    return _find(folder, listing)[1]
+    path = _path(folder)
+    return _find(folder, storage.open_storage(path).listing(path))[1]
+
+
+def _path(folder: config.Folder) -> str:
+    if not folder.path:
+        raise FileNotFoundError(
+            "the folder has no path: set data.train.path (or data.eval.path) to the "
+            "folder with your images"
+        )
+    return folder.path
 
 
 def _root(folder: config.Folder) -> str:
     """The folder without a trailing slash."""
-    if storage.is_remote(folder.path):
-        return folder.path.rstrip("/")
-    return str(Path(folder.path).expanduser())
+    path = _path(folder)
+    return path.rstrip("/") if storage.is_remote(path) else str(Path(path).expanduser())
 
 
 def _resolved(path: str) -> str:
@@ -166,7 +175,7 @@ def _find(
 ) -> tuple[str, str]:
     """The folder without a trailing slash, and its table."""
     root = _root(folder)
-    if not folder.path or not (listing or Path(root).is_dir()):
+    if not (listing or Path(root).is_dir()):
         raise FileNotFoundError(
             f"there is no folder {folder.path!r}: set data.train.path (or "
             "data.eval.path) to the folder with your images"

@@ -197,7 +197,7 @@ class TarReader:
             return tar.offset
 
 
-def caption_fields(caption: str) -> list[tuple[str, str]]:
+def caption_fields(caption: str | None) -> list[tuple[str, str]]:
     """(member, field of a .json) of each place where a caption may be."""
     return [_spec(name) for name in ([caption] if caption else _CAPTIONS)]
 

@@ -183,7 +183,7 @@ class Checkpoints:
         """
         config = config_lib.from_json(self._about(FORMAT, _SAME_MODEL)["config"])
         text = config.model.text
-        if text is None or text.tokenizer in ("", "bytes"):
+        if text is None or text.tokenizer in (None, "bytes"):
             return config
         beside = self._path / Path(text.tokenizer).name
         if Path(text.tokenizer).expanduser().is_file() or not beside.is_file():

@@ -90,7 +90,7 @@ def check_config(config: Config) -> None:
         needs is missing.
     """
     check_installed(config)
-    if config.init_towers and not config.init:
+    if config.init_towers and config.init is None:
         raise ValueError(
             "init_towers=true takes the towers of the weights in init, and init is not "
             "set: give init=PATH, or set init_towers=false"
@@ -99,7 +99,7 @@ def check_config(config: Config) -> None:
     if tower is not None and config.train.needs("captions"):
         tokens.check_vocabulary(tower.tokenizer, tower.vocab_size)
     for name in ("vision_lr", "text_lr"):
-        if getattr(config.optim, name) == 0 and not config.init:
+        if getattr(config.optim, name) == 0 and config.init is None:
             raise ValueError(
                 f"optim.{name}=0 freezes a tower whose weights are random: start from "
                 "trained weights with init=PATH, or train the tower"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -16,7 +17,7 @@ from navit.config import Config, ModelConfig
 from navit.files import write_atomic
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
-from navit.train import hosts
+from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, rounding_changes
 from navit.train.optim import make_optimizer
@@ -87,16 +88,14 @@ def start(
 def trained_model(workdir: Path) -> ModelConfig | None:
     """The model of the run to resume in `workdir`; None if there is no checkpoint.
 
-    Moves damaged checkpoints aside; raises as `Checkpoints.set_damaged_aside`.
+    Moves damaged checkpoints aside; raises as `Checkpoints.set_damaged_aside`, and as
+    `lock.held`.
     """
     if not is_workdir(workdir):
         return None
-    checkpoints = Checkpoints(workdir)
-    try:
+    with lock.held(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
         latest = checkpoints.set_damaged_aside()
         return None if latest is None else checkpoints.config().model
-    finally:
-        checkpoints.close()
 
 
 def _record(changed: list[str], step: int, workdir: Path) -> None:
@@ -110,6 +109,8 @@ def _record(changed: list[str], step: int, workdir: Path) -> None:
 
 def _keep_tokenizer(config: Config, workdir: Path) -> None:
     """Copies the tokenizer's file, so that the work directory is self-contained."""
-    tokenizer = Path(config.model.text.tokenizer if config.model.text else "")
-    if tokenizer.expanduser().is_file():
-        shutil.copyfile(tokenizer.expanduser(), workdir / tokenizer.name)
+    if config.model.text is None or config.model.text.tokenizer is None:
+        return
+    tokenizer = Path(config.model.text.tokenizer).expanduser()
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, workdir / tokenizer.name)

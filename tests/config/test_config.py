@@ -14,6 +14,7 @@ from navit.config import (
     Classification,
     Config,
     Folder,
+    Mixture,
     ParquetImages,
     PositionConfig,
     Sigmoid,
@@ -268,6 +269,7 @@ def test_text_that_is_not_an_assignment_is_refused(assignment):
         (["model.vision.pool=mean", "model.text=None"], ["sigmoid", "text"]),
         (["train.losses=classification"], ["classification", "num_classes"]),
         (["train.steps=0"], ["steps", "0"]),
+        (["init="], ["init=PATH", "init=none"]),
     ],
 )
 def test_a_config_that_contradicts_itself_names_both_values(assignments, words):
@@ -319,6 +321,25 @@ def test_json_keeps_the_kind_of_source_and_no_text_tower():
     assert type(back.data.train) is Folder
     assert back.model.text is None
     assert type(back.data.budgets) is tuple
+
+
+@pytest.mark.parametrize(
+    "train",
+    [Folder("a"), Folder(table="t.csv"), TarShards("a"), Mixture((TarShards("a"),))],
+)
+def test_json_of_earlier_versions_has_empty_text_for_none(train):
+    original = Config(data=config.DataConfig(train=train))
+    original = config.override(original, ["model.text.tokenizer=none"])
+    # `label` keeps its own meaning of an empty text.
+    data = config.to_json(config.override(original, ["data.eval=tfds:a"]))
+    data["data"]["eval"]["label"] = ""
+    data |= {"init": ""}
+    data["train"]["profile_steps"] = data["model"]["text"]["tokenizer"] = ""
+    for part in data["data"]["train"].get("sources", [data["data"]["train"]]):
+        part |= {key: "" for key, value in part.items() if value is None}
+    back = config.from_json(data)
+    assert back.data.eval == Tfds("a", label="")
+    assert config.override(back, ["data.eval=none"]) == original
 
 
 def test_json_with_an_unknown_key_or_type_is_refused_by_name():

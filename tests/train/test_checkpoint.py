@@ -119,6 +119,7 @@ def test_a_config_saved_with_one_loss_is_the_same_config(loss, saved, tmp_path):
         config = override(config, ["train.losses.sigmoid.implementation=ring"])
     data = to_json(config)
     implementation = data["train"].pop("losses")[0].get("implementation", "auto")
+    data |= {"init": ""}  # now None
     data["train"] |= {"loss": loss, "loss_implementation": implementation}
     about = workdir / "checkpoints/3/about/metadata"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"config": data}))

@@ -29,6 +29,7 @@ from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
 from navit.train.optim import make_optimizer
+from navit.train.start import trained_model
 from navit.train.state import init_state
 
 
@@ -174,6 +175,16 @@ def test_a_second_run_in_the_same_work_directory_is_refused(uninterrupted, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
     with lock.held(uninterrupted):
         assert navit.load(uninterrupted).step == 6
+
+
+def test_a_run_with_init_finds_the_lock_before_it_touches_checkpoints(tmp_path):
+    damaged = tmp_path / "checkpoints" / "3"
+    damaged.mkdir(parents=True)
+    with lock.held(tmp_path), pytest.raises(ValueError, match="is training in"):
+        trained_model(tmp_path)
+    with pytest.raises(ValueError, match=r"step 3 .* is damaged"):
+        trained_model(tmp_path)
+    assert damaged.exists()
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path):
