@@ -93,6 +93,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.losses={','.join(names)} must name one part or more, each once"
             )
+        for part in self.losses:
+            if not 0 < part.weight < float("inf"):
+                raise ValueError(
+                    f"train.losses.{part.short}.weight must be positive, not "
+                    f"{part.weight}"
+                )
         window = self.profile_window
         if window and not 1 <= window[0] < window[1] <= self.steps + 1:
             raise ValueError(

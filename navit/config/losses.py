@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from navit.config.overrides import positive
-
 # What a part may need of the model ("text_tower", "classifier") and of the data.
 Need = Literal["text_tower", "captions", "classifier", "labels"]
 
@@ -30,9 +28,6 @@ class Sigmoid:
     weight: float = 1.0
     implementation: Literal["auto", "dense", "gather", "ring"] = "auto"
 
-    def __post_init__(self) -> None:
-        positive(self, "weight")
-
 
 @dataclasses.dataclass(frozen=True)
 class Softmax:
@@ -42,9 +37,6 @@ class Softmax:
     needs = ("text_tower", "captions")
     weight: float = 1.0
 
-    def __post_init__(self) -> None:
-        positive(self, "weight")
-
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
@@ -53,9 +45,6 @@ class Classification:
     short = "classification"
     needs = ("classifier", "labels")
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive(self, "weight")
 
 
 Loss = Sigmoid | Softmax | Classification

@@ -42,28 +42,31 @@ class Classes(NamedTuple):
     real: Bool[Array, " m"]
 
 
-class Outputs(NamedTuple):
-    """What the model makes of a batch; None where no part of the loss needs it."""
-
-    pairs: Pairs | None = None
-    classes: Classes | None = None
-
-
 def weighted_sum(
-    losses: tuple[Loss, ...], outputs: Outputs, rules: Rules = Rules()
+    losses: tuple[Loss, ...],
+    *,
+    pairs: Pairs | None,
+    classes: Classes | None,
+    rules: Rules = Rules(),
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The loss, and the value of each of its parts before its weight, by name."""
-    values = {part.short: _value(part, outputs, rules) for part in losses}
+    """The loss, and the value of each of its parts before its weight, by name.
+
+    Args:
+      pairs, classes: what the model makes of a batch; None if no part needs it.
+    """
+    values = {part.short: _value(part, pairs, classes, rules) for part in losses}
     first, *others = (part.weight * values[part.short] for part in losses)
     return sum(others, start=first), values
 
 
-def _value(part: Loss, outputs: Outputs, rules: Rules) -> Float[Array, ""]:
+def _value(
+    part: Loss, pairs: Pairs | None, classes: Classes | None, rules: Rules
+) -> Float[Array, ""]:
     if isinstance(part, Classification):
-        assert outputs.classes is not None
-        return classification_loss(*outputs.classes)
-    assert outputs.pairs is not None
-    images, texts, real, scale, bias = outputs.pairs
+        assert classes is not None
+        return classification_loss(*classes)
+    assert pairs is not None
+    images, texts, real, scale, bias = pairs
     match part:
         case Sigmoid(implementation=implementation):
             return sigmoid_loss(

@@ -189,17 +189,12 @@ def _check_rows(config: Config, devices: int) -> None:
             "change it, or set mesh.data and mesh.fsdp to use fewer"
         )
     parts = config.train.microbatches
-    if rows // devices % ((group or 1) * parts) and parts > 1:
+    if rows // devices % ((group or 1) * parts):
         raise ValueError(
             f"data.rows={rows} over {devices} devices is {rows // devices} rows each, "
             f"which train.microbatches={parts} cannot split into whole groups of "
-            f"data.caption_rows={group or 1}: change one of them"
-        )
-    if rows // devices % (group or 1):
-        raise ValueError(
-            f"data.rows={rows} over {devices} devices is {rows // devices} rows each, "
-            f"which is not a multiple of data.caption_rows={group}: change one of "
-            "them, or use fewer devices (mesh.data, mesh.fsdp)"
+            f"data.caption_rows={group or 1}: change one of them, or use fewer devices "
+            "(mesh.data, mesh.fsdp)"
         )
 
 

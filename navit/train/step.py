@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from navit.batch import Batch, PackedImages
 from navit.config import Config, Sigmoid
-from navit.losses.parts import Classes, Outputs, Pairs, weighted_sum
+from navit.losses.parts import Classes, Pairs, weighted_sum
 from navit.model.two_tower import TwoTower, normalize
 from navit.sharding import Rules
 from navit.train.state import TrainState
@@ -73,7 +73,7 @@ def batch_loss(
             scale=model.scale[...],
             bias=model.bias[...],
         )
-    return weighted_sum(config.train.losses, Outputs(pairs, classes), rules)
+    return weighted_sum(config.train.losses, pairs=pairs, classes=classes, rules=rules)
 
 
 def by_microbatch(
