@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,19 @@ _SAMPLE, _LATE = 10_000, 2**40
 # than an empty one, so the number of steps is scaled down.
 _RATES, _MOMENTS = 33, 16
 _FEWER = 0.99
+
+
+class Statistics(NamedTuple):
+    """An epoch at one row length, as its first block has it; shares are from 0 to 1."""
+
+    row_tokens: int
+    padding: float
+    images_per_row: float
+    slots: int
+    slots_filled: float
+    captions_filled: float
+    steps_per_epoch: int
+    left_out: float
 
 
 class BatchPlans(Sequence):
@@ -109,10 +123,23 @@ class BatchPlans(Sequence):
         used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._data.rows)
         return used, 1 - len(used.index) / max(1, int(self._counts[0]))
 
+    def statistics(self) -> Statistics:
+        used, left_out = self.first_block()
+        images, row_tokens = len(used.index), self._data.row_tokens
+        return Statistics(
+            row_tokens=row_tokens,
+            padding=1 - float(used.lengths.sum()) / (len(used) * row_tokens),
+            images_per_row=images / len(used),
+            slots=self.slots,
+            slots_filled=images / (len(used) * self.slots),
+            captions_filled=self.captions_filled(used),
+            steps_per_epoch=self.steps_per_epoch,
+            left_out=left_out,
+        )
+
     def summary(self) -> str:
         """Describes an epoch in one line."""
-        used, left_out = self.first_block()
-        fill = used.lengths.sum() / (len(used) * self._data.row_tokens)
+        epoch = self.statistics()
         group = f"in {self.caption_rows} rows" if self.caption_rows > 1 else "per row"
         never = ""
         if self.never_drawn:
@@ -121,11 +148,11 @@ class BatchPlans(Sequence):
                 f"{len(self._sizes)}"
             )
         return (
-            f"{self.steps_per_epoch} steps per epoch: "
-            f"{len(used.index) / len(used):.1f} images per row of "
-            f"{self._data.row_tokens} tokens and {self.slots} slots, "
-            f"fill {fill:.1%}, {left_out:.1%} of the images left out{never}; captions "
-            f"fill {self.captions_filled(used):.0%} of {self.captions} places {group}"
+            f"{epoch.steps_per_epoch} steps per epoch: {epoch.images_per_row:.1f} "
+            f"images per row of {epoch.row_tokens} tokens and {epoch.slots} slots, "
+            f"fill {1 - epoch.padding:.1%}, {epoch.left_out:.1%} of the images left "
+            f"out{never}; captions fill {epoch.captions_filled:.0%} of "
+            f"{self.captions} places {group}"
         )
 
     def captions_filled(self, rows: Rows) -> float:

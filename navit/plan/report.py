@@ -13,24 +13,11 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.files import write_atomic
-from navit.plan.batches import BatchPlans
+from navit.plan.batches import BatchPlans, Statistics
 from navit.plan.epoch import Part, typical_tokens
 
 # Below this share of padding, one image per row is as good, and simpler.
 _LITTLE = 0.02
-
-
-class Line(NamedTuple):
-    """An epoch at one row length; shares are between 0 and 1."""
-
-    row_tokens: int
-    padding: float
-    images_per_row: float
-    slots: int
-    slots_filled: float
-    captions_filled: float
-    steps_per_epoch: int
-    left_out: float
 
 
 class Report(NamedTuple):
@@ -40,7 +27,7 @@ class Report(NamedTuple):
     lengths: `[m]` tokens of each image of an epoch's first block.
     """
 
-    lines: list[Line]
+    lines: list[Statistics]
     alone: float
     lengths: np.ndarray
 
@@ -84,22 +71,9 @@ def report(
             captions=data.captions if own else None,
         )
         plans = BatchPlans(sizes, changed, patch_size=patch_size, steps=1, parts=parts)
-        used, left_out = plans.first_block()
-        images = len(used.index)
-        lines.append(
-            Line(
-                row_tokens,
-                1 - float(used.lengths.sum()) / (len(used) * row_tokens),
-                images / len(used),
-                plans.slots,
-                images / (len(used) * plans.slots),
-                plans.captions_filled(used),
-                plans.steps_per_epoch,
-                left_out,
-            )
-        )
+        lines.append(plans.statistics())
         if own:
-            lengths = used.lengths
+            lengths = plans.first_block()[0].lengths
     alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
     return Report(lines, alone, lengths)
 
