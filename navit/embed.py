@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,8 +35,21 @@ from navit.plan import epoch as plan
 from navit.plan.geometry import check_count
 from navit.sharding import split_rows
 from navit.sources.images import ArrayLike, ImageLike, size_of, sizes_of
+from navit.sources.source import Record
 
 log = logging.getLogger("navit")
+
+
+class Embedded(NamedTuple):
+    """What `Embedder.embed_source` returns.
+
+    Attributes:
+      vectors: float32 `[m, e]`; 0 for an image that cannot be read.
+      errors: of several processes, only the one that decodes an image has its error.
+    """
+
+    vectors: np.ndarray
+    errors: fill.Errors
 
 
 class Embedder:
@@ -82,34 +95,31 @@ class Embedder:
         sizes = sizes_of(images)
         if not len(sizes):
             return np.zeros((0, self._embed_dim), np.float32)
-
-        def fail(index: int, error: ValueError) -> None:
+        vectors, errors = self.embed_source(
+            lambda i: Record(images[i]), sizes, max_tokens, stop=True
+        )
+        for index, error in errors:
             raise ValueError(f"image {index} cannot be read: {error}") from error
-
-        return self.embed_source(lambda i: images[i], sizes, max_tokens, on_error=fail)
+        return vectors
 
     def embed_source(
         self,
-        load: Callable[[int], ImageLike],
+        read: Callable[[int], Record],
         sizes: np.ndarray,
         max_tokens: int,
         *,
-        on_error: Callable[[int, ValueError], None],
+        stop: bool = False,
         normalized: bool = True,
         progress: bool = False,
-    ) -> np.ndarray:
-        """Embeds images as `embed_images` does, but loads them on demand.
+    ) -> Embedded:
+        """Embeds images as `embed_images` does, but reads them on demand.
 
         Args:
-          load: index -> image, from several threads.
+          read: index -> record, from several threads.
           sizes: `[m, 2]` (height, width) of each.
-          on_error: called with (index, error); unless it raises, that vector is 0. Of
-            several processes, only the one that decodes the image calls it.
+          stop: return at an image that cannot be read, without the images after it.
           normalized: return vectors of unit norm; if False, as they are pooled.
           progress: show a progress bar on the terminal.
-
-        Returns:
-          float32 `[m, e]`.
 
         Raises:
           ValueError: if a grid extends beyond the model's position table, or the budget
@@ -139,15 +149,15 @@ class Embedder:
         own = [part.slice(first, first + share) for part in parts]
         fill_rows = functools.partial(
             fill.fill_rows,
-            load=load,
+            read=read,
             patch_size=patch_size,
             row_tokens=max_tokens,
             slots=slots,
             image_size=self.vision.config.image_size,
             dct=data.dct,
-            on_error=on_error,
         )
         out = np.zeros((len(grids), self._embed_dim), np.float32)
+        errors: fill.Errors = []
         with tqdm(
             total=len(grids),
             desc=f"{max_tokens} tokens",
@@ -155,15 +165,18 @@ class Embedder:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for part, packed in zip(parts, _ahead(fill_rows, own), strict=True):
-                placed = split_rows(packed, self.vision.rules)
+            for part, filled in zip(parts, _ahead(fill_rows, own), strict=True):
+                errors += filled.errors
+                if errors and stop:
+                    break
+                placed = split_rows(filled.images, self.vision.rules)
                 vectors = np.asarray(
                     embed_packed(self.vision, placed, max_tokens, normalized)
                 )
                 counts = np.diff(part.offsets)
                 out[part.index] = vectors[np.arange(slots) < counts[:, None]]
                 bar.update(len(part.index))
-        return out
+        return Embedded(out, errors)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds captions: float32 `[len, e]`, unit norm, in order.
@@ -237,8 +250,8 @@ class Embedder:
 
 
 def _ahead(
-    fill_rows: Callable[[plan.Rows], PackedImages], parts: Sequence[plan.Rows]
-) -> Iterator[PackedImages]:
+    fill_rows: Callable[[plan.Rows], fill.Filled], parts: Sequence[plan.Rows]
+) -> Iterator[fill.Filled]:
     """Yields the batch of each part in order, and makes the next ones meanwhile."""
     if len(parts) == 1:
         return iter([fill_rows(parts[0])])
@@ -288,10 +301,10 @@ def embed_files(
     Raises:
       ValueError: names the first unreadable image, unless they are skipped.
     """
-    readable, sizes, failed = [], [], set()
+    readable, sizes = [], []
 
     def fail(name: str, error: Exception) -> None:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = getattr(error, "strerror", None) or error
         if not skip_unreadable:
             raise ValueError(
                 f"cannot read {name}: {reason} (--skip-unreadable leaves it out)"
@@ -309,21 +322,20 @@ def embed_files(
     if not readable:
         raise ValueError(f"none of the {len(images)} images is readable")
 
-    def load(index: int) -> bytes:
+    def read(index: int) -> Record:
         with readable[index].open() as file:
-            return file.read()
+            return Record(file.read())
 
-    def skip(index: int, error: ValueError) -> None:
-        fail(readable[index].name, error)
-        failed.add(index)
-
-    vectors = embedder.embed_source(
-        load,
+    vectors, errors = embedder.embed_source(
+        read,
         np.array(sizes),
         max_tokens,
-        on_error=skip,
+        stop=not skip_unreadable,
         progress=True,
     )
+    for index, reason in errors:
+        fail(readable[index].name, reason)
+    failed = {index for index, _ in errors}
     embedded = [i for i in range(len(readable)) if i not in failed]
     buffer = io.BytesIO()
     names = np.array([readable[i].name for i in embedded])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,32 @@ from navit.config import (
     VisionConfig,
 )
 from navit.model.vision import Vision
+from navit.sources import examples
+from navit.sources.images import standard
+from navit.sources.source import Source
 
 PATCH = 4
+
+
+def read_image(source: Source, index: int):
+    """An image of a source, read whole: the file's bytes or `[height, width, 3]`."""
+    return standard(source.record(index).image)
+
+
+def serialize_example(features: dict[str, Any]) -> bytes:
+    """A `tf.train.Example`; each feature is bytes, text, integers or floats.
+
+    A feature is one value or a list of them. Text is encoded as UTF-8.
+    """
+    example = examples.example_message()()
+    for name, value in features.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        values = [v.encode() if isinstance(v, str) else v for v in values]
+        kind = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
+        feature = example.features.feature[name]
+        if values:
+            getattr(feature, kind[type(values[0])]).value.extend(values)
+    return example.SerializeToString(deterministic=True)
 
 
 def vision_config(**overrides) -> VisionConfig:

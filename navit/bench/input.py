@@ -19,7 +19,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grain
@@ -31,7 +31,7 @@ from navit.input import pipeline, pixels
 from navit.plan import geometry
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
-from navit.sources.images import ImageLike
+from navit.sources.images import ImageLike, standard
 from navit.sources.source import Source
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
@@ -59,7 +59,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
     rows = [plans[i] for i in range(batches)]
     index = np.concatenate([x.index for x in rows]).tolist()
     with _timed() as seconds:
-        images = {i: source.image(i) for i in index}
+        images = {i: standard(source.record(i).image) for i in index}
     _line("read", len(index), seconds[0])
 
     materialize = pipeline.Materialize(
@@ -95,7 +95,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
 
 
 def _pixels(
-    images: dict[int, ImageLike],
+    images: Mapping[int, ImageLike],
     index: list[int],
     grids: np.ndarray,
     boxes: list,

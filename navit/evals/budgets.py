@@ -81,12 +81,6 @@ def evaluate(
     chance = {k: v for e in evaluators for k, v in e.chance.items()}
     budgets = {}
     named: set[int] = set()
-
-    def report(index: int, error: ValueError) -> None:
-        if index not in named:  # once, not at every budget
-            named.add(index)
-            log.warning("not evaluated: %s (%s)", source.name(index), error)
-
     chosen_budgets = _budgets(config)
     if chosen_budgets != config.eval.budgets:
         log.info(
@@ -98,15 +92,18 @@ def evaluate(
     for budget in chosen_budgets:
         log.info("%d images at %d tokens", count, budget)
         start = time.perf_counter()
-        images = embedder.embed_source(
-            source.image,
+        images, errors = embedder.embed_source(
+            source.record,
             source.sizes[:count],
             budget,
-            on_error=report,
             normalized=not of_pooled,
             progress=jax.process_index() == 0,
         )
         seconds = time.perf_counter() - start
+        for index, error in errors:
+            if index not in named:  # once, not at every budget
+                named.add(index)
+                log.warning("not evaluated: %s (%s)", source.name(index), error)
         unreadable = ~images.any(-1)  # in any process: all have the same vectors
         images[unreadable] = np.nan
         metrics = {k: v for e in of_pooled for k, v in e.run(images)}
@@ -235,7 +232,7 @@ def _comparisons(
     """Evaluators of unit vectors, if the model has a trained text tower."""
     if not config.train.needs("text_tower"):
         return []
-    captions = [source.captions(i) for i in range(_count(config, source))]
+    captions = [source.record(i).captions for i in range(_count(config, source))]
     chosen = _choose(source.tasks, tasks)
     return [
         ZeroShot(embedder.embed_texts, chosen, config.eval.prompts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -11,15 +11,34 @@ from navit.batch import PackedImages
 from navit.input import memory, pixels
 from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
-from navit.sources.images import ArrayLike, ImageLike, sizes_of
+from navit.sources.images import ArrayLike, ImageLike, sizes_of, standard
+from navit.sources.source import Record
 
 # Each kind of draw has its own number in the random key; `navit.plan` has others.
 _WHICH_TOKENS = 3
 
 
+# (record index, error) of each image that cannot be read: a ValueError for a bad record
+# or image, an OSError for storage that fails.
+Errors = list[tuple[int, ValueError | OSError]]
+
+
+class Filled(NamedTuple):
+    """Decoded rows.
+
+    Attributes:
+      images: an image that cannot be read leaves its slot empty.
+      captions: those of each planned image, in order; none if its record is unreadable.
+    """
+
+    images: PackedImages
+    captions: list[tuple[str, ...]]
+    errors: Errors
+
+
 def fill_rows(
     rows: Rows,
-    load: Callable[[int], ImageLike],
+    read: Callable[[int], Record],
     *,
     patch_size: int,
     row_tokens: int,
@@ -27,20 +46,19 @@ def fill_rows(
     image_size: int | None = None,
     dct: str = "fast",
     seed: int = 0,
-    on_error: Callable[[int, ValueError], None],
-) -> PackedImages:
+) -> Filled:
     """Decodes each planned image straight into its place.
 
     Args:
       rows: the plan.
-      load: record index -> image.
+      read: record index -> its image and captions.
       seed: if an image keeps only some tokens, they are drawn from the seed, the epoch
         and the record.
       image_size: resize to this many pixels a side, and cut to the grid from the top
         left; None resizes to the grid.
-      on_error: called with (record index, error) for an image that cannot be decoded;
-        unless it raises, the slot stays empty and the shapes stay the same.
     """
+    captions: list[tuple[str, ...]] = [()] * len(rows.index)
+    errors: Errors = []
     packed = PackedImages(
         patches=np.zeros((len(rows), row_tokens, patch_size**2 * 3), np.uint8),
         segment_ids=np.zeros((len(rows), row_tokens), np.int32),
@@ -57,10 +75,12 @@ def fill_rows(
             box = None if rows.boxes is None else tuple(rows.boxes[i].tolist())
             try:
                 size = (image_size, image_size) if image_size else (height, width)
-                array = pixels.load(load(index), *size, dct=dct, box=box)
+                image, captions[i] = read(index)
+                # An open file is read here, so that its OSError is one.
+                array = pixels.load(standard(image), *size, dct=dct, box=box)
                 array = array[:height, :width]
             except (ValueError, OSError) as error:
-                on_error(index, ValueError(str(error)))
+                errors.append((index, error))
                 continue
             if rows.flips is not None and rows.flips[i]:
                 array = array[:, ::-1]
@@ -76,7 +96,7 @@ def fill_rows(
             packed.segment_ids[row, tokens] = slot + 1
             packed.coords[row, tokens] = coords
             packed.grids[row, slot] = grid
-    return packed
+    return Filled(packed, captions, errors)
 
 
 @overload
@@ -188,19 +208,16 @@ def pack(
     else:
         _check_memory(rows, row_tokens, patch_size)
         planned = _rows_of(grids, rows, row_tokens, slots)
-
-    def fail(index: int, error: ValueError) -> None:
-        raise ValueError(f"image {index} cannot be decoded: {error}") from error
-
-    packed = fill_rows(
+    packed, _, errors = fill_rows(
         planned,
-        lambda i: images[i],
+        lambda i: Record(images[i]),
         patch_size=patch_size,
         row_tokens=row_tokens,
         slots=slots,
         dct=dct,
-        on_error=fail,
     )
+    for image, error in errors:
+        raise ValueError(f"image {image} cannot be decoded: {error}") from error
     index = slot_array(planned, slots, planned.index, -1)
     if rows is not None:
         return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)

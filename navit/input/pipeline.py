@@ -20,12 +20,11 @@ from absl import flags
 from navit import config
 from navit.batch import Batch, PackedImages
 from navit.input import memory, tokens
-from navit.input.fill import fill_rows, slot_array
+from navit.input.fill import Errors, fill_rows, slot_array
 from navit.input.stream_plan import Planned, StreamPlans
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import VERSION, Part, Rows, grids_of
 from navit.plan.groups import host_rows
-from navit.sources.images import ImageLike
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
 from navit.sources.mixture import MixtureSource
@@ -107,69 +106,57 @@ class Materialize(grain.transforms.Map):
 
     def map(self, rows: Rows) -> Batch:
         slots, source = self._slots, self._source
-        captions: dict[int, str] = {}
-        lost: list[int] = []
-
-        def load(index: int) -> ImageLike:
-            # A record needs both; without either, its slot stays empty.
-            try:
-                captions[index] = self._caption(index, rows.epoch)
-                return source.image(index)
-            except OSError:
-                lost.append(index)
-                raise
-
-        images = fill_rows(
+        group = self._data.caption_rows or 1
+        images, captions, errors = fill_rows(
             rows,
-            load,
+            source.record,
             patch_size=self._patch_size,
             row_tokens=self._data.row_tokens,
             slots=slots,
             dct=self._data.dct,
             seed=self._data.seed,
-            on_error=self._report,
         )
-        if len(rows.index) == len(lost) >= _NO_ACCIDENT:
-            raise OSError(
-                f"not one of the {len(rows.index)} images of a batch could be read "
-                f"(first {source.name(lost[0])}): is the storage still "
-                "there? The run can resume from its last checkpoint"
-            )
+        self._report(errors, len(rows.index))
         token_ids = np.zeros((len(rows.index), 1), np.int32)
         if self._text:
-            texts = [captions.get(int(i), "") for i in rows.index]
+            texts = [
+                self._drawn(own, int(index), rows.epoch)
+                for index, own in zip(rows.index, captions, strict=True)
+            ]
             token_ids = tokens.encode(texts, self._text.length, self._text.tokenizer)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
             task = next(iter(source.tasks.values()))
             labels = task.labels[rows.index].astype(np.int32)
-        batch = Batch(
+        return Batch(
             images=images,
-            text=slot_array(
-                rows,
-                self._captions,
-                token_ids,
-                tokens.PAD,
-                group=self._data.caption_rows or 1,
-            ),
+            text=slot_array(rows, self._captions, token_ids, tokens.PAD, group=group),
             label=slot_array(rows, slots, labels, -1),
             id=slot_array(rows, slots, rows.index, -1),
             size=slot_array(rows, slots, source.sizes[rows.index], 0),
         )
-        return batch
 
-    def _caption(self, index: int, epoch: int) -> str:
-        captions = self._source.captions(index)
-        if len(captions) == 1:
-            return captions[0]
+    def _drawn(self, captions: tuple[str, ...], index: int, epoch: int) -> str:
+        """One caption of a record; "" if there is none, as the record is unreadable."""
+        if len(captions) < 2:
+            return captions[0] if captions else ""
         rng = np.random.default_rng([self._data.seed, epoch, _WHICH_CAPTION, index])
         return captions[rng.integers(len(captions))]
 
-    def _report(self, index: int, error: ValueError) -> None:
-        name = self._source.name(index)
-        if name not in self._named:
-            self._named.add(name)
-            log.warning("left empty: %s (%s)", name, error)
+    def _report(self, errors: Errors, count: int) -> None:
+        """Names the unreadable images; raises OSError if the storage is at fault."""
+        for index, error in errors:
+            name = self._source.name(index)
+            if name not in self._named:
+                self._named.add(name)
+                log.warning("left empty: %s (%s)", name, error)
+        lost = [index for index, error in errors if isinstance(error, OSError)]
+        if count == len(lost) >= _NO_ACCIDENT:
+            raise OSError(
+                f"not one of the {count} images of a batch could be read (first "
+                f"{self._source.name(lost[0])}): is the storage still there? The run "
+                "can resume from its last checkpoint"
+            )
 
 
 class MaterializeStream(grain.transforms.Map):

@@ -18,7 +18,7 @@ import numpy as np
 from navit import config
 from navit.plan import groups, sampling
 from navit.plan.epoch import Rows, draw
-from navit.sources.stream import Record, StreamSource
+from navit.sources.stream import Streamed, StreamSource
 
 # Each kind of draw has its own number in the random key.
 _ORDER, _DRAWS, _GROUPS = 5, 6, 7
@@ -36,7 +36,7 @@ class Planned(NamedTuple):
     """
 
     rows: Rows
-    records: tuple[Record, ...]
+    records: tuple[Streamed, ...]
     numbers: np.ndarray
 
 

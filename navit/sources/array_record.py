@@ -55,9 +55,6 @@ class ArrayRecordReader:
     def name(self, index: int) -> str:
         return f"{self._path}: record {index}"
 
-    def image(self, index: int) -> bytes:
-        return _image(self._example(index), self._image)
-
     def record(self, index: int) -> records.Raw:
         example = self._example(index)
         return records.Raw(

@@ -1,4 +1,4 @@
-"""Reads and writes `tf.train.Example` with protobuf's runtime, without TensorFlow.
+"""Reads `tf.train.Example` with protobuf's runtime, without TensorFlow.
 
 The message is TensorFlow's public format (tensorflow/core/example/example.proto and
 feature.proto). It is defined in its own descriptor pool, so that it does not clash with
@@ -10,10 +10,38 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    message,
+    message_factory,
+    text_format,
+)
 
-_PACKAGE = "navit.example"
-_FIELD = descriptor_pb2.FieldDescriptorProto
+_FILE = """
+  name: "navit/example.proto" package: "navit.example" syntax: "proto3"
+  message_type { name: "Example"
+    field { name: "features" number: 1 label: LABEL_OPTIONAL type_name: "Features" } }
+  message_type { name: "Features"
+    field { name: "feature" number: 1 label: LABEL_REPEATED
+            type_name: "FeatureEntry" }
+    nested_type { name: "FeatureEntry" options { map_entry: true }
+      field { name: "key" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }
+      field { name: "value" number: 2 label: LABEL_OPTIONAL type_name: "Feature" } } }
+  message_type { name: "Feature" oneof_decl { name: "kind" }
+    field { name: "bytes_list" number: 1 label: LABEL_OPTIONAL oneof_index: 0
+            type_name: "BytesList" }
+    field { name: "float_list" number: 2 label: LABEL_OPTIONAL oneof_index: 0
+            type_name: "FloatList" }
+    field { name: "int64_list" number: 3 label: LABEL_OPTIONAL oneof_index: 0
+            type_name: "Int64List" } }
+  message_type { name: "BytesList"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+  message_type { name: "FloatList"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
+  message_type { name: "Int64List"
+    field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+"""
 
 
 def parse(data: bytes) -> dict[str, list[Any]]:
@@ -23,7 +51,7 @@ def parse(data: bytes) -> dict[str, list[Any]]:
       ValueError: if `data` is not a `tf.train.Example`.
     """
     try:
-        example = _message().FromString(data)
+        example = example_message().FromString(data)
     except message.DecodeError as error:
         raise ValueError(f"not a tf.train.Example: {error}") from None
     if not example.features.feature:
@@ -35,58 +63,10 @@ def parse(data: bytes) -> dict[str, list[Any]]:
     return features
 
 
-def serialize(features: dict[str, Any]) -> bytes:
-    """The inverse of `parse`; each feature is bytes, text, integers or floats.
-
-    A feature is one value or a list of them. Text is encoded as UTF-8.
-    """
-    example = _message()()
-    for name, value in features.items():
-        values = value if isinstance(value, list | tuple) else [value]
-        values = [v.encode() if isinstance(v, str) else v for v in values]
-        kind = {bytes: "bytes_list", int: "int64_list", float: "float_list"}
-        feature = example.features.feature[name]
-        if values:
-            getattr(feature, kind[type(values[0])]).value.extend(values)
-    return example.SerializeToString(deterministic=True)
-
-
 @functools.cache
-def _message() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(
-        name="navit/example.proto", package=_PACKAGE, syntax="proto3"
-    )
-    for name, kind in (
-        ("BytesList", _FIELD.TYPE_BYTES),
-        ("FloatList", _FIELD.TYPE_FLOAT),
-        ("Int64List", _FIELD.TYPE_INT64),
-    ):
-        _add(file.message_type.add(name=name), "value", 1, kind, repeated=True)
-    feature = file.message_type.add(name="Feature")
-    feature.oneof_decl.add(name="kind")
-    for number, name in enumerate(("bytes_list", "float_list", "int64_list"), 1):
-        kind = "".join(word.capitalize() for word in name.split("_"))
-        _add(feature, name, number, kind).oneof_index = 0
-    features = file.message_type.add(name="Features")
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    _add(entry, "key", 1, _FIELD.TYPE_STRING)
-    _add(entry, "value", 2, "Feature")
-    _add(features, "feature", 1, "Features.FeatureEntry", repeated=True)
-    _add(file.message_type.add(name="Example"), "features", 1, "Features")
+def example_message() -> Any:
+    """The class of the message."""
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    descriptor = pool.FindMessageTypeByName(f"{_PACKAGE}.Example")
+    pool.Add(text_format.Parse(_FILE, descriptor_pb2.FileDescriptorProto()))
+    descriptor = pool.FindMessageTypeByName("navit.example.Example")
     return message_factory.GetMessageClass(descriptor)
-
-
-def _add(
-    parent: Any, name: str, number: int, kind: int | str, *, repeated: bool = False
-) -> Any:
-    field = parent.field.add(name=name, number=number)
-    field.label = _FIELD.LABEL_REPEATED if repeated else _FIELD.LABEL_OPTIONAL
-    if isinstance(kind, str):
-        field.type, field.type_name = _FIELD.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
-    else:
-        field.type = kind
-    return field

@@ -12,10 +12,10 @@ import numpy as np
 
 from navit import config
 from navit.sources import records, storage
-from navit.sources.index import Record, measure
+from navit.sources.index import Entry, measure
 from navit.sources.kept import Place, digest
 from navit.sources.missing import check_missing
-from navit.sources.source import Task
+from navit.sources.source import Record, Task
 from navit.sources.table import SUFFIXES, inside, read_table
 
 
@@ -48,14 +48,14 @@ class FolderSource:
             for entry in named
             if (stat := self._stat(entry.file, listing)) is not None
         }
-        entries = [entry for entry in named if entry.file in stats]
+        listed = [entry for entry in named if entry.file in stats]
         absent = [entry.file for entry in named if entry.file not in stats]
         what, remedy = f"files of {table}", "add them, or delete their lines"
         check_missing(absent, len(named), folder.missing, what, remedy)
         index = measure(
-            lambda i: self._inspect(entries[i].file, stats[entries[i].file].size),
-            lambda i: self._path(entries[i].file),
-            len(entries),
+            lambda i: Entry.of(self._image(listed[i].file, stats[listed[i].file].size)),
+            lambda i: self._path(listed[i].file),
+            len(listed),
             Place(
                 None if remote else Path(self._root),
                 table,
@@ -63,7 +63,7 @@ class FolderSource:
             ),
             again=again,
         )
-        split = {i for i, e in enumerate(entries) if _is_in(folder, e.file)}
+        split = {i for i, e in enumerate(listed) if _is_in(folder, e.file)}
         kept = [i for i in index.kept.tolist() if i in split]
         if not kept:
             what = f"{len(split)} unreadable images" if split else "no image"
@@ -71,35 +71,32 @@ class FolderSource:
                 f"split={folder.split!r} with holdout={folder.holdout} has {what} of "
                 f"{table}: change the holdout or use split='all'"
             )
-        self.left_out = len(split) - len(kept)
-        self._entries = [entries[i] for i in kept]
+        self.left_out, self.damaged = len(split) - len(kept), 0
+        self._listed = [listed[i] for i in kept]
+        self._lengths = [stats[x.file].size for x in self._listed]
         self.sizes = index.sizes[kept]
         self.tasks = {}
         if names:
             number = {name: i for i, name in enumerate(names)} | {"": -1}
-            ids = np.array([number[labels[e.file]] for e in self._entries], np.int32)
+            ids = np.array([number[labels[x.file]] for x in self._listed], np.int32)
             self.tasks["label"] = Task(names, ids)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._listed)
 
-    def image(self, index: int) -> bytes:
-        return self._storage.read(self.name(index))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        if captions := self._entries[index].captions:
-            return captions
-        task = self.tasks["label"]
-        return (task.class_names[task.labels[index]],)
+    def record(self, index: int) -> Record:
+        listed = self._listed[index]
+        captions = listed.captions or (self.tasks["label"].name(index),)
+        return Record(self._image(listed.file, self._lengths[index]), captions)
 
     def name(self, index: int) -> str:
-        return self._path(self._entries[index].file)
+        return self._path(self._listed[index].file)
 
     def fingerprint(self) -> str:
         """Changes with the files' names, sizes, order, captions and labels."""
         rows = [
-            [*entry, *map(int, size)]
-            for entry, size in zip(self._entries, self.sizes, strict=True)
+            [*listed, *map(int, size)]
+            for listed, size in zip(self._listed, self.sizes, strict=True)
         ]
         checksum = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return f"{len(rows)} images (table and sizes {checksum[:16]})"
@@ -111,13 +108,10 @@ class FolderSource:
         read = functools.partial(self._storage.read_range, path)
         return storage.opened(read, size, self._storage.block)
 
-    def _inspect(self, file: str, size: int) -> Record:
+    def _image(self, file: str, size: int) -> str | BinaryIO:
+        """A path, as a local file is not kept open, unlike a shard."""
         path = self._path(file)
-        if storage.is_remote(path):
-            with self._opened(path, size) as opened:
-                return Record.of(opened)
-        with storage.open_file(path) as opened:  # not kept open, unlike a shard
-            return Record.of(opened)
+        return self._opened(path, size) if storage.is_remote(path) else path
 
     def _stat(
         self, file: str, listing: dict[str, storage.Stat] | None

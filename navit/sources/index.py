@@ -12,12 +12,12 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from navit.sources.images import size_of
+from navit.sources.images import ImageLike, size_of
 from navit.sources.kept import (
     Place,
     find_beside,
@@ -35,8 +35,8 @@ MIN_KEPT = 1000
 SAVE_EVERY = 20_000
 
 
-class Record(NamedTuple):
-    """One record's entry in the index."""
+class Entry(NamedTuple):
+    """One record in the index."""
 
     height: int
     width: int
@@ -44,14 +44,12 @@ class Record(NamedTuple):
     text: int = 0  # crc32 of the captions
 
     @staticmethod
-    def of(
-        image: bytes | BinaryIO, label: str = "", captions: Iterable[str] = ()
-    ) -> Record:
+    def of(image: ImageLike, label: str = "", captions: Iterable[str] = ()) -> Entry:
         """Makes the entry; raises ValueError if `image` is not an image."""
         height, width = size_of(image)
         text = "\0".join(captions)
         check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
-        return Record(height, width, label, check)
+        return Entry(height, width, label, check)
 
 
 class Index(NamedTuple):
@@ -85,7 +83,7 @@ class Index(NamedTuple):
 
 
 def measure(
-    inspect: Callable[[int], Record],
+    inspect: Callable[[int], Entry],
     name: Callable[[int], str],
     count: int,
     place: Place,
@@ -142,7 +140,7 @@ class _State:
         self.labels: list[bytes] = []
         self.unreadable: dict[int, str] = {}
 
-    def add(self, records: Iterable[Record | str]) -> None:
+    def add(self, records: Iterable[Entry | str]) -> None:
         for record in records:
             if isinstance(record, str):
                 self.unreadable[self.done] = record
@@ -160,13 +158,13 @@ class _State:
 
 def _fill(
     state: _State,
-    inspect: Callable[[int], Record],
+    inspect: Callable[[int], Entry],
     count: int,
     place: Place,
     *,
     keep: bool,
 ) -> None:
-    def one(record: int) -> Record | str:
+    def one(record: int) -> Entry | str:
         try:
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:

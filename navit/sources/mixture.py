@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from navit.sources.images import ImageLike
-from navit.sources.source import Source, Task
+from navit.sources.source import Record, Source, Task
 
 log = logging.getLogger("navit")
 
@@ -33,8 +32,8 @@ class MixtureSource:
         self.shares: list[float] = (shares / shares.sum()).tolist()
         self._offsets = np.cumsum([0, *self.counts[:-1]])
         self.sizes = np.concatenate([source.sizes for source in sources])
-        self.left_out = sum(getattr(source, "left_out", 0) for source in sources)
-        self.damaged = sum(getattr(source, "damaged", 0) for source in sources)
+        self.left_out = sum(source.left_out for source in sources)
+        self.damaged = sum(source.damaged for source in sources)
         self.tasks = {}
         for name in dict.fromkeys(name for s in sources for name in s.tasks):
             task = _shared(name, sources)
@@ -50,13 +49,9 @@ class MixtureSource:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def image(self, index: int) -> ImageLike:
+    def record(self, index: int) -> Record:
         source, index = self._at(index)
-        return source.image(index)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        source, index = self._at(index)
-        return source.captions(index)
+        return source.record(index)
 
     def name(self, index: int) -> str:
         source, index = self._at(index)

@@ -113,19 +113,14 @@ class ParquetReader:
         file, number = self._groups[group]
         return f"{file}: row {row} of group {number}"
 
-    def image(self, index: int) -> bytes:
-        value = self._value(index, self._image)
-        value = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(value, bytes):
-            raise ValueError(f"the column {self._image!r} has no bytes of an image")
-        return value
-
     def record(self, index: int) -> records.Raw:
+        image = self._value(index, self._image)
+        image = image.get("bytes") if isinstance(image, dict) else image
+        if not isinstance(image, bytes):
+            raise ValueError(f"the column {self._image!r} has no bytes of an image")
         label = self._value(index, self._label) if self._label else None
         caption = self._value(index, self._caption) if self._caption else None
-        return records.Raw(
-            self.image(index), records.label_text(label), records.texts(caption)
-        )
+        return records.Raw(image, records.label_text(label), records.texts(caption))
 
     def _place(self, index: int) -> tuple[int, int]:
         """(row group, row in it)."""

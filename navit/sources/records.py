@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from navit.sources.index import Record, measure
+from navit.sources.index import Entry, measure
 from navit.sources.kept import Place
-from navit.sources.source import Task
+from navit.sources.source import Record, Task
 
 _MAX_UNNAMED = 1_000_000
 # The index stores all labels at the length of the longest.
@@ -36,7 +36,6 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
-    def image(self, index: int) -> bytes: ...
     def record(self, index: int) -> Raw: ...
 
 
@@ -59,7 +58,6 @@ class RecordSource:
             again=again,
         )
         self._kept = index.kept
-        self._last = -1, b""
         self._described = index.describe()
         self.left_out, self.damaged = len(index.unreadable), len(reader.damaged)
         self.sizes = index.sizes[self._kept]
@@ -70,18 +68,10 @@ class RecordSource:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def image(self, index: int) -> bytes:
-        last, image = self._last
-        return image if last == index else self._reader.image(int(self._kept[index]))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        record = self._reader.record(int(self._kept[index]))
-        if isinstance(record.image, bytes):
-            self._last = index, record.image  # probably needed next
-        if record.captions:
-            return record.captions
-        task = self.tasks["label"]
-        return (task.class_names[task.labels[index]],)
+    def record(self, index: int) -> Record:
+        raw = self._reader.record(int(self._kept[index]))
+        captions = raw.captions or (self.tasks["label"].name(index),)
+        return Record(raw.image, captions)
 
     def name(self, index: int) -> str:
         return self._reader.name(int(self._kept[index]))
@@ -226,11 +216,11 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _inspect(reader: Reader, index: int) -> Record:
+def _inspect(reader: Reader, index: int) -> Entry:
     raw = reader.record(index)
     if not raw.captions and not raw.label:
         raise ValueError("it has no caption and no label")
-    return Record.of(raw.image, raw.label, raw.captions)
+    return Entry.of(raw.image, raw.label, raw.captions)
 
 
 def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None:

@@ -15,16 +15,34 @@ class Task(NamedTuple):
     class_names: tuple[str, ...]
     labels: np.ndarray  # [len] int32
 
+    def name(self, index: int) -> str:
+        """The class name of an image that has a label."""
+        return self.class_names[self.labels[index]]
+
+
+class Record(NamedTuple):
+    """An image with its captions.
+
+    The image may be a path or an open file: it is read only if it is used.
+    """
+
+    image: ImageLike
+    captions: tuple[str, ...] = ()
+
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to images, their captions and their sizes."""
+    """Random access to images with their captions; the sizes are known before.
+
+    `record` raises ValueError or OSError for a record that cannot be read.
+    """
 
     sizes: np.ndarray  # [len, 2] int32 (height, width), upright
     tasks: dict[str, Task]  # the first one labels the training batch
+    left_out: int  # unreadable images, which are not counted in len
+    damaged: int  # files that are damaged
 
     def __len__(self) -> int: ...
-    def image(self, index: int) -> ImageLike: ...
-    def captions(self, index: int) -> tuple[str, ...]: ...
+    def record(self, index: int) -> Record: ...
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...  # changes when the data does

@@ -42,7 +42,6 @@ class Storage(Protocol):
 
     block: int  # bytes worth fetching at a time
 
-    def read(self, path: str) -> bytes: ...
     def read_range(self, path: str, start: int, size: int) -> bytes: ...
     def stat(self, path: str) -> Stat: ...
     def listing(self, folder: str) -> dict[str, Stat] | None: ...
@@ -63,10 +62,6 @@ class Local:
     def __setstate__(self, state: dict) -> None:
         del state
         self.__init__()  # type: ignore[misc]
-
-    def read(self, path: str) -> bytes:
-        with open_file(path) as file:
-            return file.read()
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
         # This reference keeps the descriptor open if the cache evicts it meanwhile.
@@ -100,9 +95,6 @@ class Remote:
     def __init__(self, url: str) -> None:
         self._fs = _filesystem(url)
         self._failing_since: float | None = None
-
-    def read(self, path: str) -> bytes:
-        return self._retried(path, lambda: self._fs.cat_file(path))
 
     def read_range(self, path: str, start: int, size: int) -> bytes:
         end = start + size
@@ -267,6 +259,14 @@ class _Range(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+    def readall(self) -> bytes:  # in one request, unlike RawIOBase's
+        wanted = self._size - self._at
+        data = self._read(self._at, wanted) if wanted > 0 else b""
+        self._at += len(data)
+        if self._at < self._size:
+            raise ValueError(f"it ends after {self._at} of {self._size} bytes")
+        return data
 
 
 def _braces(path: str) -> Iterable[str]:

@@ -16,15 +16,15 @@ import numpy as np
 
 from navit import config
 from navit.sources import examples, records, storage, tar
-from navit.sources.images import ImageLike, size_of
+from navit.sources.images import size_of
 from navit.sources.kept import digest
-from navit.sources.source import Task
+from navit.sources.source import Record, Task
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tfrecord", ".tfrecord-*", ".tfrecords")
 _DAMAGE = (tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 
-class Record(NamedTuple):
+class Streamed(NamedTuple):
     """One record; one with an `error` leaves its slot empty, and is counted."""
 
     name: str
@@ -55,7 +55,7 @@ class StreamSource:
         files = [(PurePath(f).name, self._storage.stat(f).size) for f in self.files]
         return f"{len(files)} files in order (names and lengths {digest(files)[:16]})"
 
-    def read(self, order: Sequence[int]) -> Iterator[Record]:
+    def read(self, order: Sequence[int]) -> Iterator[Streamed]:
         """The records of the files, file by file in this order.
 
         A damaged file is used up to the damage, which counts as a record with an error.
@@ -72,7 +72,7 @@ class StreamSource:
                     for key, raw in read(opened):
                         yield _record(f"{file}: {key}", raw, self._raw)
                 except _DAMAGE as error:
-                    yield Record(file, error=f"damaged from here on: {error}")
+                    yield Streamed(file, error=f"damaged from here on: {error}")
 
     def _raw(self, data: bytes | dict[str, bytes]) -> records.Raw:
         captions: tuple[str, ...] = ()
@@ -123,7 +123,9 @@ class StreamSource:
 class Carried:
     """The records of one batch as a source."""
 
-    def __init__(self, carried: tuple[Record, ...]) -> None:
+    left_out = damaged = 0
+
+    def __init__(self, carried: tuple[Streamed, ...]) -> None:
         self.tasks: dict[str, Task] = {}
         self._records = carried
         self.sizes = np.array([r.size for r in carried], np.int32).reshape(-1, 2)
@@ -131,11 +133,11 @@ class Carried:
     def __len__(self) -> int:
         return len(self._records)
 
-    def image(self, index: int) -> ImageLike:
-        return self._usable(index).image
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._usable(index).captions
+    def record(self, index: int) -> Record:
+        streamed = self._records[index]
+        if streamed.error:
+            raise ValueError(streamed.error)
+        return Record(streamed.image, streamed.captions)
 
     def name(self, index: int) -> str:
         return self._records[index].name
@@ -143,19 +145,14 @@ class Carried:
     def fingerprint(self) -> str:
         return f"{len(self)} records"
 
-    def _usable(self, index: int) -> Record:
-        if self._records[index].error:
-            raise ValueError(self._records[index].error)
-        return self._records[index]
 
-
-def _record(name: str, data: Any, parse: Callable[[Any], records.Raw]) -> Record:
+def _record(name: str, data: Any, parse: Callable[[Any], records.Raw]) -> Streamed:
     try:
         raw = parse(data)
         assert isinstance(raw.image, bytes)
-        return Record(name, raw.image, raw.captions, size_of(raw.image))
+        return Streamed(name, raw.image, raw.captions, size_of(raw.image))
     except (ValueError, RecursionError) as error:
-        return Record(name, error=str(error))
+        return Streamed(name, error=str(error))
 
 
 def _examples(file: BinaryIO) -> Iterator[tuple[str, bytes]]:

@@ -18,11 +18,9 @@ def describe(name: str, source: Source) -> str:
         "megapixels": (height * width / 1e6, ".3g"),
         "height / width": (height / width, ".3g"),
     }
-    left_out = getattr(source, "left_out", 0)
-    damaged = getattr(source, "damaged", 0)
-    lines = [f"{name}: {len(source)} images, {left_out} unreadable"]
-    if damaged:
-        lines[0] += f", {damaged} damaged shards"
+    lines = [f"{name}: {len(source)} images, {source.left_out} unreadable"]
+    if source.damaged:
+        lines[0] += f", {source.damaged} damaged shards"
     for task, (names, labels) in source.tasks.items():
         count = int((labels >= 0).sum())
         lines.append(f"  task {task}: {len(names)} classes, {count} images labelled")

@@ -14,7 +14,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from navit.sources.source import Task
+from navit.sources.source import Record, Task
 
 COLORS = {
     "red": (200, 40, 36),
@@ -55,6 +55,8 @@ class SyntheticSource:
     Shapes and positions carry no label.
     """
 
+    left_out = damaged = 0
+
     def __init__(self, size: int, seed: int = 0) -> None:
         self._size, self._seed = size, seed
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
@@ -77,17 +79,11 @@ class SyntheticSource:
         digest = hashlib.sha256(np.ascontiguousarray(self.sizes, "<i4").tobytes())
         return f"{self._size} drawn images (sizes {digest.hexdigest()[:16]})"
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        *_, figure, dots, _ = self._traits(index)
-        coarse = list(COLORS)[figure]
-        if dots < 0:
-            return (coarse,)
-        fine = _fine_name(list(DOTS)[dots])
-        return coarse, fine, f"{coarse}, {fine}"
-
-    def image(self, index: int) -> np.ndarray:
-        """Draws image `index`: `[height, width, 3]` uint8."""
+    def record(self, index: int) -> Record:
+        """Draws image `index`, `[height, width, 3]` uint8, and names its colours."""
         rng, height, width, figure, dots, diameter = self._traits(index)
+        coarse = list(COLORS)[figure]
+        captions: tuple[str, ...] = (coarse,)
         color = np.array(list(COLORS.values())[figure]) + rng.integers(-18, 19, 3)
         fill = tuple(color.clip(0, 255).tolist())
         ground = (int(rng.integers(*_GROUND)),) * 3
@@ -98,12 +94,14 @@ class SyntheticSource:
         sides = int(rng.integers(3, 9))
         draw.regular_polygon((x, y, radius), sides, int(rng.integers(360)), fill=fill)
         if dots >= 0:
+            fine = _fine_name(list(DOTS)[dots])
+            captions = coarse, fine, f"{coarse}, {fine}"
             fill = list(DOTS.values())[dots]
             for _ in range(rng.integers(6, 13)):
                 left, top = rng.integers(0, (width - diameter, height - diameter))
                 box = (left, top, left + diameter - 1, top + diameter - 1)
                 draw.ellipse(tuple(map(int, box)), fill=fill)
-        return np.asarray(canvas)
+        return Record(np.asarray(canvas), captions)
 
     def _traits(
         self, index: int

@@ -26,7 +26,7 @@ _QUOTES = (
 )
 
 
-class Entry(NamedTuple):
+class Listed(NamedTuple):
     """One image of a table."""
 
     file: str
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 def read_table(
     file: BinaryIO, table: str, root: str, *, missing: float = 0.0
-) -> list[Entry]:
+) -> list[Listed]:
     """The table's images in order, each with all its captions.
 
     An image with a label may have no caption.
@@ -159,7 +159,7 @@ def inside(root: str, file: str, where: str) -> str:
 
 def _entries(
     rows: Iterable[tuple[str, dict]], table: str, root: str, missing: float
-) -> list[Entry]:
+) -> list[Listed]:
     count, empty = 0, []
     captions: dict[str, list[str]] = {}
     labels: dict[str, str | None] = {}
@@ -187,7 +187,7 @@ def _entries(
     check_missing(empty, count, missing, what, remedy)
     if not captions:
         raise ValueError(f"{table} lists no images")
-    return [Entry(f, tuple(c), labels[f]) for f, c in captions.items()]
+    return [Listed(f, tuple(c), labels[f]) for f, c in captions.items()]
 
 
 def _file(row: dict, where: str, root: str) -> str:

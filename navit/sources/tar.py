@@ -91,11 +91,6 @@ class TarReader:
         key = self._keys[index].decode(errors="replace")
         return f"{self._shards[self._shard[index]]}: {key}"
 
-    def image(self, index: int) -> bytes:
-        data = self._read(index, "image")
-        assert data is not None
-        return data
-
     def record(self, index: int) -> records.Raw:
         captions: tuple[str, ...] = ()
         for name, field in self._caption:

@@ -81,21 +81,15 @@ class TfdsReader:
     def name(self, index: int) -> str:
         return f"{self._name}: record {index}"
 
-    def image(self, index: int) -> bytes:
-        return self._encoded(self._read(index), index)
-
     def record(self, index: int) -> records.Raw:
         data, where = self._read(index), self.name(index)
         caption = records.nested(data, self._caption, where) if self._caption else None
         label = records.nested(data, self._label, where) if self._label else None
         return records.Raw(
-            self._encoded(data, index),
+            bytes(records.nested(data, self._image, where)),
             records.label_text(label),
             records.texts(caption),
         )
-
-    def _encoded(self, record: dict, index: int) -> bytes:
-        return bytes(records.nested(record, self._image, self.name(index)))
 
     def _read(self, index: int) -> dict:
         try:

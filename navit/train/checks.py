@@ -137,7 +137,7 @@ def _some_captions(source: Source | StreamSource) -> list[str]:
     starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
     runs = np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1)
     indices = np.unique(runs).tolist()
-    return [caption for i in indices for caption in source.captions(i)]
+    return [caption for i in indices for caption in source.record(i).captions]
 
 
 def check_devices(config: Config, rules: Rules) -> None:

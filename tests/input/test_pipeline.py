@@ -17,6 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import read_image
 from PIL import Image
 
 import navit
@@ -50,7 +51,8 @@ from navit.input.tokens import encode
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import Rows
 from navit.sources.images import size_of
-from navit.sources.stream import Record
+from navit.sources.source import Record
+from navit.sources.stream import Streamed
 from navit.sources.synthetic import SyntheticSource
 
 STEPS = 8
@@ -361,11 +363,11 @@ def test_batches_match_the_plan_and_the_source(one_run):
             index = int(batch.id[row, slot])
             assert tuple(batch.size[row, slot]) == tuple(source.sizes[index])
             assert batch.label[row, slot] == source.tasks["coarse"].labels[index]
-            texts = encode(source.captions(index), 24).tolist()
+            texts = encode(source.record(index).captions, 24).tolist()
             assert batch.text[row, slot].tolist() in texts
             rows, columns = batch.images.grids[row, slot].tolist()
             expected = np.zeros((rows * columns, 768), np.uint8)
-            image = pixels.load(source.image(index), rows * 16, columns * 16)
+            image = pixels.load(read_image(source, index), rows * 16, columns * 16)
             pixels.to_patches(image, 16, expected)
             mine = batch.images.segment_ids[row] == slot + 1
             np.testing.assert_array_equal(batch.images.patches[row, mine], expected)
@@ -471,7 +473,7 @@ def test_the_captions_of_a_group_of_rows_are_one_list(hosts):
         for ids, texts in zip(batch.id.reshape(-1, 32), batch.text, strict=True):
             ids = ids[ids >= 0]
             for index, found in zip(ids, texts, strict=False):
-                captions = source.captions(int(index))
+                captions = source.record(int(index)).captions
                 assert found.tolist() in encode(captions, 24).tolist()
             assert not texts[len(ids) :].any()
     together = map(
@@ -486,8 +488,9 @@ class OneBroken(SyntheticSource):
 
     broken = 7
 
-    def image(self, index: int):
-        return b"garbage" if index == self.broken else super().image(index)
+    def record(self, index: int) -> Record:
+        record = super().record(index)
+        return record._replace(image=b"garbage") if index == self.broken else record
 
 
 def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
@@ -517,13 +520,13 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
 class OneSilent(SyntheticSource):
     """The synthetic images, except one whose record can no longer be read."""
 
-    def captions(self, index: int):
+    def record(self, index: int) -> Record:
         if index == OneBroken.broken:
             raise OSError("the shard ends here")
-        return super().captions(index)
+        return super().record(index)
 
 
-def test_a_caption_that_cannot_be_read_leaves_its_slot_empty(one_run):
+def test_a_record_that_cannot_be_read_leaves_its_slot_empty(one_run):
     found = batches(config(), OneSilent(size=40, seed=2))
     for batch, whole in zip(found, one_run, strict=True):
         lost = whole.id == OneBroken.broken
@@ -544,11 +547,8 @@ class Far(SyntheticSource):
     def __init__(self) -> None:
         self.sizes, self.tasks = FarSizes(), {}
 
-    def image(self, index: int) -> np.ndarray:
-        return solid(16, 16)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return (f"image {index}",)
+    def record(self, index: int) -> Record:
+        return Record(solid(16, 16), (f"image {index}",))
 
 
 def test_ids_beyond_31_bits_stay_as_they_are():
@@ -563,7 +563,7 @@ def test_ids_beyond_31_bits_stay_as_they_are():
     )
     batch = Materialize(Far(), config().data, **options).map(rows)
     assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
-    record = Record("a", solid(16, 16), ("a caption",), (16, 16))
+    record = Streamed("a", solid(16, 16), ("a caption",), (16, 16))
     planned = Planned(dataclasses.replace(rows, index=np.arange(3)), (record,) * 3, ids)
     make = functools.partial(Materialize, data=config().data, **options)
     batch = MaterializeStream(make).map(planned)
@@ -571,7 +571,7 @@ def test_ids_beyond_31_bits_stay_as_they_are():
 
 
 class AllGone(SyntheticSource):
-    def image(self, index: int):
+    def record(self, index: int) -> Record:
         raise OSError("input/output error")
 
 
@@ -589,8 +589,8 @@ def test_storage_that_is_gone_stops_the_run():
 )
 def test_a_position_table_too_small_is_refused_before_any_decode(position):
     class Closed(SyntheticSource):
-        def image(self, index):
-            raise MemoryError("an image was decoded")
+        def record(self, index):
+            raise MemoryError("a record was read")
 
     vision = VisionConfig(position=position)
     data = config().data
@@ -632,8 +632,8 @@ def test_a_benchmark_of_no_batches_is_refused():
 class Plain(SyntheticSource):
     """Only the captions matter, so the images are quick."""
 
-    def image(self, index: int):
-        return solid(8, 8)
+    def record(self, index: int) -> Record:
+        return super().record(index)._replace(image=solid(8, 8))
 
 
 def drawn(cfg: Config) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -666,13 +666,15 @@ def planned(images, grids, **draws):
     count = len(images)
     arrays = {k: v if k == "epoch" else np.array(v) for k, v in draws.items()}
     rows = Rows(np.arange(count + 1), np.arange(count), np.array(grids), **arrays)
-
-    def fail(index, error):
-        raise error
-
-    return fill_rows(
-        rows, images.__getitem__, patch_size=4, row_tokens=12, slots=1, on_error=fail
+    filled = fill_rows(
+        rows,
+        lambda i: Record(images[i]),
+        patch_size=4,
+        row_tokens=12,
+        slots=1,
     )
+    assert not filled.errors
+    return filled.images
 
 
 def test_planned_boxes_and_flips_reach_the_pixels(rng):

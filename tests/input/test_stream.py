@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from helpers import serialize_example
 from test_pipeline import assert_same
 
 from navit.batch import Batch, PackedImages
@@ -35,7 +36,6 @@ from navit.input.pipeline import fingerprint, train_batches
 from navit.input.stream_plan import StreamPlans
 from navit.input.tokens import encode
 from navit.plan import geometry
-from navit.sources import examples
 from navit.sources.kinds import open_source, open_train_source
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -65,7 +65,7 @@ def tfrecord_of(rows=ROWS) -> bytes:
     out = b""
     for row in rows:
         image = (SAMPLE / row["file"]).read_bytes()
-        data = examples.serialize({"image": image, "caption": row["caption"]})
+        data = serialize_example({"image": image, "caption": row["caption"]})
         out += len(data).to_bytes(8, "little") + bytes(4) + data + bytes(4)
     return out
 

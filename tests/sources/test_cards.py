@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import read_image
 
 from navit import config
 from navit.config import Config, DataConfig, Folder, Tfds
@@ -103,8 +104,12 @@ def card_source(name: str, **options) -> dict:
 
 def assert_holds(source, rows, captions) -> None:
     folder = open_source(Folder(str(SAMPLE)))
-    images = {Path(folder.name(i)).name: folder.image(i) for i in range(len(folder))}
-    found = {source.image(i): source.captions(i) for i in range(len(source))}
+    images = {
+        Path(folder.name(i)).name: read_image(folder, i) for i in range(len(folder))
+    }
+    found = {
+        read_image(source, i): source.record(i).captions for i in range(len(source))
+    }
     assert found == {images[row["file"]]: captions(row) for row in rows}
 
 

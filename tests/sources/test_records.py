@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
+from helpers import read_image, serialize_example
 
 from navit import config
 from navit.config import ArrayRecords, Folder, Mixture, ParquetImages, Synthetic, Tfds
@@ -43,9 +44,9 @@ def assert_is_the_sample(source: Source, rows=ROWS, several=False) -> None:
     assert len(source) == len(rows)
     for i in np.random.default_rng(0).permutation(len(rows)).tolist():
         j = place[rows[i]["file"]]
-        assert source.image(i) == image_of(rows[i])
+        assert read_image(source, i) == image_of(rows[i])
         expected = (rows[i]["caption"], "second") if several else (rows[i]["caption"],)
-        assert source.captions(i) == expected
+        assert source.record(i).captions == expected
         assert source.sizes[i].tolist() == folder.sizes[j].tolist()
         task = source.tasks["label"]
         assert task.class_names[task.labels[i]] == rows[i]["label"]
@@ -60,7 +61,7 @@ def write_records(path: Path, payloads: list[bytes]) -> str:
 
 
 def example(row: dict, **features) -> bytes:
-    return examples.serialize(
+    return serialize_example(
         {"image": image_of(row), "caption": [row["caption"], "second"], **features}
     )
 
@@ -101,7 +102,7 @@ def test_an_example_is_read_as_the_wire_format_defines():
         "é": [],
     }
     written = {"image": [b"\xff\xd8", b""], "ratio": [0.5, -2.0], "label": [7, -1]}
-    assert examples.parse(examples.serialize(written)) == written
+    assert examples.parse(serialize_example(written)) == written
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,8 @@ def test_our_examples_are_those_of_tfds():
         "f['c'].float_list.value.append(0.25);"
         "d = e.SerializeToString();"
         "assert examples.parse(d) == {'a': [b'x'], 'b': [1, -5], 'c': [0.25]};"
-        "assert p.Example.FromString(examples.serialize(examples.parse(d))) == e;"
+        "ours = examples.example_message().FromString(d).SerializeToString();"
+        "assert p.Example.FromString(ours) == e;"
         "assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -147,7 +149,7 @@ def test_array_records_equal_the_files_and_their_table(array_records, pattern):
     source = open_source(ArrayRecords(f"{array_records}{pattern}", classes=names))
     assert_is_the_sample(source, several=True)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.image(12) == source.image(12)
+    assert read_image(copy, 12) == read_image(source, 12)
 
 
 def test_files_as_tfds_names_them(tmp_path):
@@ -173,9 +175,9 @@ def test_a_record_without_what_it_needs_is_left_out_and_counted(tmp_path, caplog
     good = example(ROWS[0])
     payloads = [
         good,
-        examples.serialize({"image": image_of(ROWS[1])}),  # no caption, no label
-        examples.serialize({"image": b"no image", "caption": "x"}),
-        examples.serialize({"image": 5, "caption": "x"}),
+        serialize_example({"image": image_of(ROWS[1])}),  # no caption, no label
+        serialize_example({"image": b"no image", "caption": "x"}),
+        serialize_example({"image": 5, "caption": "x"}),
         b"garbage",
         good,
     ]
@@ -187,7 +189,7 @@ def test_a_record_without_what_it_needs_is_left_out_and_counted(tmp_path, caplog
     path = write_records(tmp_path / "a.array_record", payloads)
     source = open_source(ArrayRecords(path))
     assert (len(source), source.left_out) == (23, 3)
-    assert all(source.image(i) == image_of(ROWS[0]) for i in range(23))
+    assert all(read_image(source, i) == image_of(ROWS[0]) for i in range(23))
     assert "record 24: not a tf.train.Example" in caplog.text
 
 
@@ -254,7 +256,7 @@ def test_rows_that_hold_images_equal_the_files(tmp_path, struct_, group):
     source = open_source(ParquetImages(str(tmp_path)))
     assert_is_the_sample(source)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.image(12) == source.image(12)
+    assert read_image(copy, 12) == read_image(source, 12)
 
 
 def test_parquet_behind_a_url_equals_local(tmp_path):
@@ -269,7 +271,7 @@ def test_parquet_behind_a_url_equals_local(tmp_path):
         assert_is_the_sample(source)
         assert source.fingerprint() == local.fingerprint()
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.image(12) == local.image(12)
+    assert read_image(copy, 12) == read_image(local, 12)
     remote.pipe("/broken/a.parquet", b"PAR1 no")
     with pytest.raises(ValueError, match="not one of 1 files is readable Parquet"):
         open_source(ParquetImages("memory://broken"))
@@ -299,7 +301,7 @@ def test_a_row_group_is_read_once_for_its_neighbours(tmp_path, monkeypatch):
     assert sorted(set(read)) == list(range(5)) and len(read) <= 10
     read.clear()
     for i in range(4):
-        source.image(i), source.captions(i)
+        read_image(source, i), source.record(i).captions
     assert len(read) <= 1
 
 
@@ -323,7 +325,7 @@ def test_rows_without_bytes_and_damaged_files_are_counted(tmp_path, caplog):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     source = open_source(ParquetImages(str(tmp_path), caption="text"))
     assert (len(source), source.left_out) == (1, 1)
-    assert source.captions(0) == ("b",) and "b.parquet" in caplog.text
+    assert source.record(0).captions == ("b",) and "b.parquet" in caplog.text
     with pytest.raises(ValueError, match=r"'title' \(it has: image, text\)"):
         open_source(ParquetImages(str(tmp_path), caption="title"))
 
@@ -347,16 +349,17 @@ def test_parquet_files_of_other_columns_are_refused_by_name(tmp_path):
 def test_an_image_with_its_caption_is_one_read(tmp_path, monkeypatch):
     pa.parquet.write_table(parquet_table(), tmp_path / "a.parquet")
     source = open_source(ParquetImages(str(tmp_path)))
-    images = [source.image(i) for i in range(len(source))]
-    reader = source._reader
-    asked = []
-    monkeypatch.setattr(
-        reader, "image", lambda i, get=reader.image: asked.append(i) or get(i)
-    )
-    for i, image in enumerate(images):
-        assert source.captions(i)
-        assert source.image(i) == image
-    assert asked == list(range(len(images)))
+    reader, asked = source._reader, []
+    real = reader._value
+
+    def value(index, column):
+        asked.append((index, column))
+        return real(index, column)
+
+    monkeypatch.setattr(reader, "_value", value)
+    for i in range(len(source)):
+        assert all(source.record(i))
+    assert [i for i, column in asked if column == "image"] == list(range(len(source)))
 
 
 # What they have in common
@@ -411,7 +414,7 @@ def test_a_label_beyond_its_names_is_an_error(tmp_path):
 def test_an_index_is_kept_for_records_too(array_records, monkeypatch):
     monkeypatch.setattr(sizes, "MIN_KEPT", 0)
     first = open_source(ArrayRecords(str(array_records)))
-    monkeypatch.setattr(sizes.Record, "of", None)
+    monkeypatch.setattr(sizes.Entry, "of", None)
     again = open_source(ArrayRecords(str(array_records)))
     assert again.fingerprint() == first.fingerprint()
     np.testing.assert_array_equal(again.sizes, first.sizes)
@@ -438,19 +441,24 @@ def test_a_mixture_holds_every_image_of_every_source(array_records):
         for i in range(len(single)):
             index = int(offset) + i
             assert mixture.name(index) == single.name(i)
-            assert mixture.captions(index) == single.captions(i)
+            assert mixture.record(index).captions == single.record(i).captions
             assert mixture.sizes[index].tolist() == single.sizes[i].tolist()
-            np.testing.assert_array_equal(mixture.image(index), single.image(i))
+            np.testing.assert_array_equal(
+                read_image(mixture, index), read_image(single, i)
+            )
     label = mixture.tasks["label"]
     assert label.class_names == tuple(CLASSES)
     assert (label.labels[17:22] == -1).all() and (label.labels[22:] >= 0).all()
     assert (mixture.tasks["coarse"].labels[17:22] >= 0).all()
     for outside in (-1, 39):
         with pytest.raises(IndexError):
-            mixture.image(outside)
+            read_image(mixture, outside)
     other = open_source(Mixture(parts, (1.0, 1.0, 1.0)))
     assert other.fingerprint() != mixture.fingerprint()
-    assert pickle.loads(pickle.dumps(mixture)).captions(38) == mixture.captions(38)
+    assert (
+        pickle.loads(pickle.dumps(mixture)).record(38).captions
+        == mixture.record(38).captions
+    )
 
 
 def test_without_weights_every_image_counts_alike():

@@ -31,11 +31,11 @@ def encoded(width: int, height: int, format: str = "jpeg", **options) -> bytes:
 IMAGES = [encoded(8 + i, 20) for i in range(30)]
 
 
-def inspect(i: int) -> sizes.Record:
-    return sizes.Record.of(IMAGES[i], f"l{i % 3}", (f"caption {i}",))
+def inspect(i: int) -> sizes.Entry:
+    return sizes.Entry.of(IMAGES[i], f"l{i % 3}", (f"caption {i}",))
 
 
-def bad_inspect(i: int) -> sizes.Record:
+def bad_inspect(i: int) -> sizes.Entry:
     """Every seventh is none."""
     if i % 7 == 3:
         raise ValueError("no\nimage")
@@ -191,7 +191,7 @@ def test_equal_data_is_described_alike_and_other_data_is_not(place):
 
 def test_no_readable_record_is_an_error_with_the_reason(place):
     with pytest.raises(ValueError, match=r"not one of the 1 .* the set .*not an image"):
-        measure(place, lambda i: sizes.Record.of(b"text"), count=1)
+        measure(place, lambda i: sizes.Entry.of(b"text"), count=1)
 
 
 def test_no_records_at_all_is_an_error(place):
@@ -200,7 +200,7 @@ def test_no_records_at_all_is_an_error(place):
 
 
 def test_half_a_surrogate_pair_stops_no_index(place):
-    odd = sizes.Record.of(IMAGES[0], "a\ud800", ("b\udfff",))
+    odd = sizes.Entry.of(IMAGES[0], "a\ud800", ("b\udfff",))
     index = measure(place, lambda i: odd, count=2)
     assert index.labels.tolist() == [b"a?", b"a?"]
 
@@ -224,7 +224,7 @@ def test_sizes_are_upright_and_cost_no_more_than_the_header(format, orientation)
         return data[start : start + size]
 
     with storage.opened(read_range, len(data), 4096) as opened:
-        record = sizes.Record.of(opened)
+        record = sizes.Entry.of(opened)
     upright = (700, 900) if orientation < 5 else (900, 700)
     assert (record.height, record.width) == upright
     if format in ("jpeg", "png"):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import read_image
 from PIL import Image
 
 from navit.config import DataConfig, Folder
 from navit.input.pipeline import open_eval_source
 from navit.sources.folder import FolderSource
-from navit.sources.storage import Local
+from navit.sources.storage import Local, open_file
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 
@@ -44,14 +45,16 @@ def error_of(*args, **options) -> str:
 
 
 def captions(source: FolderSource) -> dict[str, tuple[str, ...]]:
-    return {Path(source.name(i)).name: source.captions(i) for i in range(len(source))}
+    return {
+        Path(source.name(i)).name: source.record(i).captions for i in range(len(source))
+    }
 
 
 def test_a_csv_with_several_rows_a_file(folder):
     source = open_folder(folder, 'file,caption\n1.png,one\n0.png,"a, b"\n1.png,uno\n')
     assert captions(source) == {"1.png": ("one", "uno"), "0.png": ("a, b",)}
     assert source.sizes.tolist() == [[30, 21], [30, 20]]
-    assert source.image(0) == (folder / "1.png").read_bytes()
+    assert read_image(source, 0) == (folder / "1.png").read_bytes()
     assert source.tasks == {}
 
 
@@ -185,7 +188,7 @@ def test_a_named_pipe_is_left_out_and_does_not_block(folder, caplog):
     assert list(captions(source)) == ["0.png"]
     (record,) = caplog.records
     assert "1.png is not a regular file" in record.getMessage()
-    for read in (Local().read, lambda path: Local().read_range(path, 0, 1)):
+    for read in (open_file, lambda path: Local().read_range(path, 0, 1)):
         with pytest.raises(OSError, match="not a regular file"):
             read(str(folder / "1.png"))
 

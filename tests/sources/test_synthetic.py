@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers import read_image
 
 from navit.sources.synthetic import COLORS, DOTS, SyntheticSource
 
@@ -19,8 +20,10 @@ def test_an_image_depends_only_on_seed_and_index(source):
     again, larger = SyntheticSource(SIZE, seed=3), SyntheticSource(2 * SIZE, seed=3)
     for index in (17, 0, 299):  # in another order than drawn before
         for other in (again, larger):
-            np.testing.assert_array_equal(source.image(index), other.image(index))
-            assert source.captions(index) == other.captions(index)
+            np.testing.assert_array_equal(
+                read_image(source, index), read_image(other, index)
+            )
+            assert source.record(index).captions == other.record(index).captions
     np.testing.assert_array_equal(larger.sizes[:SIZE], source.sizes)
     for name, task in source.tasks.items():
         assert larger.tasks[name].class_names == task.class_names
@@ -38,7 +41,7 @@ def test_another_seed_is_another_set(source):
 def test_sizes_are_those_of_the_images(source):
     assert len(source) == len(source.sizes) == SIZE
     for index in range(0, SIZE, 10):
-        image = source.image(index)
+        image = read_image(source, index)
         assert image.dtype == np.uint8
         assert image.shape == (*source.sizes[index], 3)
 
@@ -60,7 +63,7 @@ def test_captions_name_the_classes_of_both_tasks(source):
     for task in (coarse, fine):
         assert len(set(task.class_names)) == len(task.class_names) > 1
     for index in range(SIZE):
-        captions = source.captions(index)
+        captions = source.record(index).captions
         coarse_name = coarse.class_names[coarse.labels[index]]
         if fine.labels[index] < 0:
             assert captions == (coarse_name,)
@@ -96,8 +99,8 @@ def test_the_pixels_show_the_colours_of_the_caption(source):
     palette = COLORS | DOTS
     names, colors = list(palette), np.array(list(palette.values()))
     for index in range(0, SIZE, 10):
-        named = set(re.findall(r"\w+", source.captions(index)[-1])) - {"dots"}
-        pixels = source.image(index).reshape(-1, 3).astype(int)
+        named = set(re.findall(r"\w+", source.record(index).captions[-1])) - {"dots"}
+        pixels = read_image(source, index).reshape(-1, 3).astype(int)
         grey = pixels[(np.ptp(pixels, axis=-1) == 0) & (pixels[:, 0] % 255 > 0)]
         assert len(np.unique(grey)) == 1
         nearest = ((pixels[:, None] - colors) ** 2).sum(-1).argmin(-1)
@@ -107,9 +110,8 @@ def test_the_pixels_show_the_colours_of_the_caption(source):
 
 @pytest.mark.parametrize("index", [-1, SIZE, 10**9])
 def test_an_index_outside_is_an_index_error(source, index):
-    for read in (source.image, source.captions):
-        with pytest.raises(IndexError, match=f"{index}.*{SIZE}"):
-            read(index)
+    with pytest.raises(IndexError, match=f"{index}.*{SIZE}"):
+        source.record(index)
 
 
 def test_names_tell_images_apart(source):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import read_image
 
 from navit.config import Folder, TarShards
 from navit.sources import index as sizes
 from navit.sources import storage
 from navit.sources.folder import FolderSource
+from navit.sources.images import standard
 from navit.sources.kinds import open_source
 from navit.sources.source import Source
 
@@ -83,8 +85,8 @@ def test_access_equals_the_files_and_their_table(shards, photos, pattern):
     assert sorted(keys(source)) == sorted(place)
     for i in np.random.default_rng(0).permutation(len(source)).tolist():
         j = place[keys(source)[i]]
-        assert source.image(i) == folder.image(j)
-        assert source.captions(i) == folder.captions(j)
+        assert read_image(source, i) == read_image(folder, j)
+        assert source.record(i).captions == folder.record(j).captions
         assert source.sizes[i].tolist() == folder.sizes[j].tolist()
         task, other = source.tasks["label"], folder.tasks["label"]
         label = CLASSES[int(task.class_names[task.labels[i]])]
@@ -142,10 +144,10 @@ def test_every_tar_format_and_long_or_odd_names(tmp_path, format):
     write_tar(tmp_path / "a.tar", members, format)
     source = opened(tmp_path / "a.tar")
     assert len(source) == len(names)
-    assert [source.captions(i) for i in range(len(names))] == [
+    assert [source.record(i).captions for i in range(len(names))] == [
         (f"c{i}",) for i in range(len(names))
     ]
-    assert all(source.image(i) == image for i in range(len(names)))
+    assert all(read_image(source, i) == image for i in range(len(names)))
     assert not (tmp_path.parent / "up.JPG").exists()
 
 
@@ -160,7 +162,7 @@ def test_every_tar_format_and_long_or_odd_names(tmp_path, format):
 )
 def test_captions_are_a_member_or_a_field_of_the_json(shards, caption, expected):
     source = opened(shards, caption=caption)
-    assert source.captions(keys(source).index("astronaut")) == expected
+    assert source.record(keys(source).index("astronaut")).captions == expected
 
 
 def test_only_a_json_or_only_a_class_is_enough(tmp_path):
@@ -185,7 +187,10 @@ def test_only_a_json_or_only_a_class_is_enough(tmp_path):
     )
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     source = opened(tmp_path, classes=str(tmp_path / "names.txt"))
-    assert [source.captions(i) for i in range(len(source))] == [("said",), ("dog",)]
+    assert [source.record(i).captions for i in range(len(source))] == [
+        ("said",),
+        ("dog",),
+    ]
     assert source.tasks["label"].labels.tolist() == [-1, 1]
     assert source.left_out == 4
     (listed,) = (tmp_path / ".navit").glob("unreadable*")
@@ -200,7 +205,7 @@ def test_only_a_json_or_only_a_class_is_enough(tmp_path):
 @pytest.mark.parametrize("cut", [100, 512, 700, 5_000, 60_000, -1024, -1025, -100_000])
 def test_the_whole_samples_of_a_truncated_shard_are_used(shards, caplog, cut):
     whole = opened(shards)
-    images = {key: whole.image(i) for i, key in enumerate(keys(whole))}
+    images = {key: read_image(whole, i) for i, key in enumerate(keys(whole))}
     path = shards / "00001.tar"
     data = path.read_bytes()
     with tarfile.open(path) as tar:
@@ -216,7 +221,9 @@ def test_the_whole_samples_of_a_truncated_shard_are_used(shards, caplog, cut):
         if ends[row["file"]] > cut or ends[Path(row["file"]).stem + ".txt"] > cut
     }
     assert set(keys(source)) >= set(images) - lost
-    assert all(source.image(i) == images[key] for i, key in enumerate(keys(source)))
+    assert all(
+        read_image(source, i) == images[key] for i, key in enumerate(keys(source))
+    )
     assert "damaged" in caplog.text and "00001.tar" in caplog.text
     assert source.damaged == 1
 
@@ -250,9 +257,12 @@ def test_shards_are_scanned_once_and_again_when_one_changes(shards, monkeypatch)
 
 def test_a_pickled_source_reads_in_another_process(shards):
     source = opened(shards)
-    expected = source.image(3)
+    expected = read_image(source, 3)
     copy = pickle.loads(pickle.dumps(source))
-    assert copy.image(3) == expected and copy.captions(3) == source.captions(3)
+    assert (
+        read_image(copy, 3) == expected
+        and copy.record(3).captions == source.record(3).captions
+    )
 
 
 def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
@@ -262,7 +272,7 @@ def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
     source = opened(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for i in range(len(source)):
-        assert source.image(i)
+        assert read_image(source, i)
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
 
 
@@ -318,14 +328,14 @@ def test_shards_and_folders_behind_a_url(shards, photos, memory, caplog):
     for path in ("memory://bucket/set/{00000..00002}.tar", "memory://bucket/set"):
         remote = opened(path)
         assert remote.fingerprint() == local.fingerprint()
-        assert remote.image(4) == local.image(4)
-        assert remote.captions(4) == local.captions(4)
+        assert read_image(remote, 4) == read_image(local, 4)
+        assert remote.record(4).captions == local.record(4).captions
     memory.put(str(photos), "/bucket/photos", recursive=True)
     folder = FolderSource(Folder(str(photos)))
     for path in ("memory://bucket/photos", "memory://bucket/photos/"):
         remote = FolderSource(Folder(path))
         assert remote.fingerprint() == folder.fingerprint()
-        assert remote.image(2) == folder.image(2)
+        assert read_image(remote, 2) == read_image(folder, 2)
     assert FolderSource(Folder(path, table="captions.csv")).sizes.any()
     for wrong in (
         {"path": "memory://bucket/nothing"},
@@ -382,7 +392,7 @@ def test_a_passing_error_is_tried_again(shards, server, clock, error):
     source = opened("memory://bucket/set")
     assert source.fingerprint() == opened(shards).fingerprint()
     server += [error] * 4
-    assert source.image(4) == opened(shards).image(4)
+    assert read_image(source, 4) == read_image(opened(shards), 4)
     assert not server
 
 
@@ -394,7 +404,7 @@ def test_an_error_that_stays_is_not_tried_again(server, clock, error, raised):
     source = opened("memory://bucket/set")
     server += [error, None]
     with pytest.raises(raised, match=r"40[34]"):
-        source.image(4)
+        read_image(source, 4)
     assert server == [None] and clock == [1.0]
 
 
@@ -402,16 +412,16 @@ def test_an_error_that_does_not_pass_ends_within_a_minute(server, clock):
     source = opened("memory://bucket/set")
     server += [Status(503)] * 5
     with pytest.raises(OSError, match=r"bucket/set/\d+\.tar: 503"):
-        source.image(4)
+        read_image(source, 4)
     assert not server and clock[0] < 20
     # If nothing succeeds at all, the waits of all reads together are bounded.
     server += [Status(503)] * 1000
     for _ in range(200):
         with pytest.raises(OSError):
-            source.image(4)
+            read_image(source, 4)
     assert clock[0] < 90
     server.clear()
-    assert source.image(4)
+    assert read_image(source, 4)
 
 
 def test_indexing_stops_at_a_passing_error_and_blames_no_image(server, clock, tmp_path):
@@ -422,6 +432,30 @@ def test_indexing_stops_at_a_passing_error_and_blames_no_image(server, clock, tm
     server.clear()
     assert len(opened("memory://bucket/set")) == len(ROWS)
     assert not list(tmp_path.rglob("unreadable*"))
+
+
+def test_an_image_is_fetched_only_if_it_is_used(photos, shards, memory, monkeypatch):
+    memory.put(str(photos), "/bucket/photos", recursive=True)
+    memory.put(str(shards), "/bucket/set", recursive=True)
+    folder = FolderSource(Folder("memory://bucket/photos"))
+    tar = opened("memory://bucket/set")
+    read, asked = type(memory).cat_file, []
+
+    def cat_file(self, path, start=0, end=None):
+        asked.append(end - start)
+        return read(self, path, start=start, end=end)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    record = folder.record(2)
+    assert record.captions and not asked
+    image = standard(record.image)
+    assert asked == [len(image)]
+    asked.clear()
+    record = tar.record(2)
+    assert record.captions and max(asked) < 1000
+    asked.clear()
+    image = standard(record.image)
+    assert asked == [len(image)]
 
 
 def test_a_listing_without_sizes_is_completed(photos, memory, monkeypatch):

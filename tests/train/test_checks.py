@@ -7,6 +7,7 @@ from helpers import tiny_config
 
 from navit.config import Folder, override
 from navit.sharding import make_mesh, use_mesh
+from navit.sources.source import Record
 from navit.sources.synthetic import SyntheticSource
 from navit.train import loop
 from navit.train.checks import _some_captions, check_devices
@@ -18,9 +19,9 @@ class Counted(SyntheticSource):
     def __len__(self) -> int:
         return self.claimed
 
-    def captions(self, index: int) -> tuple[str, ...]:
+    def record(self, index: int) -> Record:
         self.asked.append(index)
-        return (str(index),)
+        return Record(b"", (str(index),))
 
 
 @pytest.mark.parametrize("size", [1, 31, 40, 100_000])

@@ -130,7 +130,8 @@ def test_images_and_captions_stay_together(batch):
 
     for image, text, there in zip(np.asarray(images), texts, real, strict=True):
         if there:
-            assert text.tolist() in encode(source.captions(int(image[0])), 24).tolist()
+            captions = source.record(int(image[0])).captions
+            assert text.tolist() in encode(captions, 24).tolist()
     lost = int(batch.id[1, 0])
     ids = np.asarray(images)[:, 0].astype(int)[np.asarray(real)]
     assert sorted({*ids.tolist(), lost}) == sorted(batch.id[batch.id >= 0].tolist())
