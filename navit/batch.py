@@ -79,31 +79,58 @@ class Batch(NamedTuple):
     """A training batch: packed images, their captions, and data for every slot.
 
     Captions come in one list per group of rows, so that the text tower does not run on
-    empty slots, which most slots are. Caption k of a group belongs to its k-th slot
-    with an id, row by row. With `g = b` and `c = s`, slot k of a row has caption k.
+    empty slots, which most slots are. The vectors of slots with the same owner are
+    summed.
 
     Attributes:
       images: the packed images.
       text: `[g, c, t]` int32 token ids of captions.
+      owner: `[b, s]` int32 place, among the captions of the row's group, of the caption
+        that belongs to the slot's image; -1 = empty slot.
       label: `[b, s]` int32 class, -1 = none.
       id: `[b, s]` int64 index of the record in its source; -1 = empty slot. A slot with
-        an id and an empty grid is for an image that could not be read. On a device,
-        int32 with 0 in place of every index (`on_device`).
+        an id and an empty grid is for an image that could not be read. None on a
+        device, where JAX would cut it to its lower 32 bits.
       size: `[b, s, 2]` int32 (height, width) of the image before any resize.
     """
 
     images: PackedImages
     text: Any
+    owner: Any
     label: Any
     id: Any
     size: Any
 
-    def on_device(self) -> Batch:
-        """The batch for devices, which need only the sign of the ids.
+    def check(self) -> None:
+        """Checks that the slots with an image, and only those, own a caption.
 
-        JAX would cut an int64 to its lower 32 bits, and a cut id may be negative.
+        For host arrays, never under jit.
+
+        Raises:
+          ValueError: names the field, its value and what is expected.
         """
-        return self._replace(id=np.minimum(self.id, 0).astype(np.int32))
+        text, owner, ids = (np.asarray(x) for x in (self.text, self.owner, self.id))
+        slots = np.shape(self.images.grids)[:2]
+        if text.ndim != 3 or not len(text) or slots[0] % len(text):
+            raise ValueError(
+                f"text must be [g, c, t] with g | {slots[0]}, not {text.shape}"
+            )
+        if owner.shape != slots or ids.shape != slots:
+            raise ValueError(
+                f"owner and id must be {slots}, not {owner.shape} and {ids.shape}"
+            )
+        wrong = np.argwhere((owner < 0) != (ids < 0))
+        if len(wrong):
+            row, slot = wrong[0]
+            raise ValueError(
+                f"row {row} slot {slot} has the id {ids[row, slot]} and the owner "
+                f"{owner[row, slot]}: both are -1 in an empty slot, and only there"
+            )
+        if owner.size and not -1 <= owner.min() <= owner.max() < text.shape[1]:
+            raise ValueError(
+                f"owners are from {owner.min()} to {owner.max()}, and a group has "
+                f"{text.shape[1]} captions"
+            )
 
 
 def tokens_per_slot(segment_ids: np.ndarray, slots: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from navit.batch import PackedImages, fill, tokens_per_slot
+from navit.batch import Batch, PackedImages, fill, tokens_per_slot
 
 PATCH = 4
 
@@ -112,3 +112,37 @@ def test_tokens_per_slot_counts_like_a_loop(rng):
 
 def test_fill_is_the_share_of_tokens_that_are_not_padding():
     assert fill(packed()) == pytest.approx((6 + 4 + 6) / 24)
+
+
+def batch() -> Batch:
+    """The rows of `packed` as one group with four captions."""
+    return Batch(
+        images=packed(),
+        text=np.zeros((1, 4, 5), np.int32),
+        owner=np.array([[0, 1], [2, -1]], np.int32),
+        label=np.full((2, 2), -1, np.int32),
+        id=np.array([[7, 8], [2**40, -1]]),
+        size=np.zeros((2, 2, 2), np.int32),
+    )
+
+
+def test_check_accepts_owners_in_any_order_and_several_slots_of_one_owner():
+    batch().check()
+    batch()._replace(owner=np.array([[3, 1], [1, -1]], np.int32)).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("owner", np.zeros((1, 4), np.int32), r"owner .*\(2, 2\), not \(1, 4\)"),
+        ("id", np.zeros((2, 3)), r"id .*\(2, 2\).*\(2, 3\)"),
+        ("owner", np.array([[0, 1], [2, 3]]), "row 1 slot 1 .*-1 .*3"),
+        ("owner", np.array([[0, -1], [2, -1]]), "row 0 slot 1 .*8 .*-1"),
+        ("owner", np.array([[0, 4], [2, -1]]), "from -1 to 4.* 4 captions"),
+        ("text", np.zeros((3, 4, 5), np.int32), r"text .*\(3, 4, 5\)"),
+        ("text", np.zeros((4, 5), np.int32), r"text .*\(4, 5\)"),
+    ],
+)
+def test_check_names_owners_that_are_wrong(field, value, words):
+    with pytest.raises(ValueError, match=words):
+        batch()._replace(**{field: value}).check()

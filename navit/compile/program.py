@@ -84,8 +84,9 @@ def train_program(config: Config, devices: list[Any]) -> Program:
         batch = Batch(
             images=images,
             text=integers(groups, captions, text.length if text else 1),
+            owner=integers(b, slots),
             label=integers(b, slots),
-            id=integers(b, slots),
+            id=None,
             size=integers(b, slots, 2),
         )
         lowered = make_train_step(config, optimizer, rules).lower(state, batch)

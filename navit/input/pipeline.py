@@ -128,9 +128,14 @@ class Materialize(grain.transforms.Map):
         if source.tasks:
             task = next(iter(source.tasks.values()))
             labels = task.labels[rows.index].astype(np.int32)
+        # The captions of a group are in the order of its images.
+        counts = np.diff(rows.offsets[::group])
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        owner = np.arange(len(rows.index), dtype=np.int32) - first.astype(np.int32)
         return Batch(
             images=images,
             text=slot_array(rows, self._captions, token_ids, tokens.PAD, group=group),
+            owner=slot_array(rows, slots, owner, -1),
             label=slot_array(rows, slots, labels, -1),
             id=slot_array(rows, slots, rows.index, -1),
             size=slot_array(rows, slots, source.sizes[rows.index], 0),

@@ -56,7 +56,7 @@ class Feed:
         return time.perf_counter() - running.result() if running.done() else 0.0
 
     def _put(self, batch: Batch) -> None:
-        self._next = batch, split_rows(batch.on_device(), self._rules)
+        self._next = batch, split_rows(batch._replace(id=None), self._rules)
 
 
 def _end(metrics: Any) -> float:

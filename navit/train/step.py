@@ -117,22 +117,19 @@ def with_captions(
 ) -> tuple[Float[Array, "m e"], Bool[Array, " m"]]:
     """The image of each caption in `batch.text`, and whether it is real.
 
-    There are `m = g * c` captions. No row leaves its device.
+    There are `m = g * c` captions. The vectors of slots with the same owner are summed.
+    No row leaves its device.
     """
     groups, places, _ = batch.text.shape
-    real = batch.images.grids[..., 0] > 0
-    if (groups, places) == real.shape:
-        return pooled.reshape(-1, pooled.shape[-1]), real.reshape(-1)
 
     def grouped(x: Array) -> Array:
         x = x.reshape(-1, *x.shape[2:])
         return x.reshape(groups, -1, *x.shape[1:], out_sharding=rules("batch"))
 
-    planned = grouped(batch.id >= 0)
-    place = jnp.where(planned, jnp.cumsum(planned, 1) - 1, -1)
     # A product with a one-hot matrix: its gradient is a product too, not a scatter.
-    chosen = place[:, None, :] == jnp.arange(places)[:, None]
-    present = (chosen & grouped(real)[:, None, :]).any(-1)
+    chosen = grouped(batch.owner)[:, None, :] == jnp.arange(places)[:, None]
+    real = grouped(batch.images.grids[..., 0] > 0)
+    present = (chosen & real[:, None, :]).any(-1)
     highest = jax.lax.Precision.HIGHEST
     ones = chosen.astype(pooled.dtype)
     pooled = jnp.einsum("gcs,gse->gce", ones, grouped(pooled), precision=highest)

@@ -75,7 +75,14 @@ def test_config_lowers_for_a_pod(path):
     n, s = data.row_tokens, data.slots
     patches = array(n, patch, dtype="uint8")
     images = PackedImages(patches, array(n), array(n, 2), array(s, 2))
-    batch = Batch(images, array(s, text.length), array(s), array(s), array(s, 2))
+    batch = Batch(
+        images=images,
+        text=array(s, text.length),
+        owner=array(s),
+        label=array(s),
+        id=None,
+        size=array(s, 2),
+    )
     optimizer = make_optimizer(config.optim, config.train.steps)
     with jax.sharding.use_abstract_mesh(mesh):
         state = jax.eval_shape(functools.partial(init_state, config, optimizer, rules))

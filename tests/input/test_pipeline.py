@@ -350,6 +350,7 @@ def test_batches_match_the_plan_and_the_source(one_run):
     assert len(one_run) == STEPS
     for batch in one_run:
         PackedImages(*batch.images).check()
+        batch.check()
         assert batch.images.patches.shape == (2, 48, 768)
         assert batch.text.shape == (2, 4, 24)
         for array in [*batch.images[1:], batch.text, batch.label, batch.size]:
@@ -501,6 +502,7 @@ def test_an_unreadable_image_leaves_its_slot_empty_and_the_rest_as_it_was(
     met = 0
     for batch, whole in zip(got, one_run, strict=True):
         PackedImages(*batch.images).check()
+        batch.check()
         for row, slot in np.argwhere(whole.id == OneBroken.broken):
             met += 1
             mine = whole.images.segment_ids[row] == slot + 1

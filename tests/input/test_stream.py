@@ -114,6 +114,7 @@ def test_batches_hold_the_records_each_once_an_epoch(shards, one_run):
     seen: dict[int, str] = {}
     for batch in one_run:
         PackedImages(*batch.images).check()
+        batch.check()
         empty = batch.id < 0
         np.testing.assert_array_equal(empty, batch.images.grids.prod(-1) == 0)
         assert (batch.label == -1).all() and not batch.text[empty].any()
@@ -249,6 +250,7 @@ def test_unreadable_records_are_counted_named_and_not_fatal(tmp_path, caplog):
         assert found_in and all(reason in line for line in found_in)
     for batch in found:
         PackedImages(*batch.images).check()
+        batch.check()
 
 
 def test_a_tar_that_ends_between_two_members_is_damaged(tmp_path):
@@ -295,6 +297,7 @@ def test_the_captions_of_a_group_of_rows_are_one_list(shards, captions):
     ]
     for batch, *parts in zip(whole, *hosts, strict=True):
         PackedImages(*batch.images).check()
+        batch.check()
         assert batch.text.shape == (2, captions, 24)
         counts = (batch.id.reshape(2, -1) >= 0).sum(1)
         assert batch.text.any(-1).sum(1).tolist() == counts.tolist()

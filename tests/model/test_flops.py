@@ -101,7 +101,14 @@ def test_against_xla(pool):
         array(b, n, 2),
         array(b, 1, 2),
     )
-    batch = Batch(images, array(b, 1, t), array(b, 1), array(b, 1), array(b, 1, 2))
+    batch = Batch(
+        images=images,
+        text=array(b, 1, t),
+        owner=array(b, 1),
+        label=array(b, 1),
+        id=None,
+        size=array(b, 1, 2),
+    )
     tower = jax.eval_shape(lambda: TwoTower(model, rngs=nnx.Rngs(0)))
     lowered = jax.jit(lambda m, x: batch_loss(m, x, config)).lower(tower, batch)
     expected = lowered.cost_analysis()["flops"]

@@ -22,7 +22,7 @@ def batch(number: int) -> Batch:
     slots = np.zeros((2, 3), np.int32)
     text = np.zeros((2, 3, 5), np.int32)
     ids = np.array([[number, -1, 2**31], [2**32 - 1, 2**40, -1]])
-    return Batch(images, text, slots, ids, text[..., :2])
+    return Batch(images, text, slots, slots, ids, text[..., :2])
 
 
 def stream(count: int, seconds: float = 0.0, read: list[int] | None = None):
@@ -45,11 +45,11 @@ def test_batches_come_in_order_each_on_the_device_too():
     with Feed(stream(5), Rules()) as feed:
         for _ in range(5):
             host, on_device = feed.take()
-            assert isinstance(on_device.id, jax.Array)
-            np.testing.assert_array_equal(host.id < 0, on_device.id < 0)
+            assert isinstance(on_device.owner, jax.Array) and on_device.id is None
+            np.testing.assert_array_equal(host.owner, on_device.owner)
             np.testing.assert_array_equal(host.images.grids, on_device.images.grids)
             found.append(int(host.id[0, 0]))
-            feed.ahead({"loss": on_device.id.sum()})
+            feed.ahead({"loss": on_device.owner.sum()})
     assert found == [0, 1, 2, 3, 4]
 
 
@@ -90,4 +90,4 @@ def test_a_read_error_reaches_the_caller():
     with Feed(broken(), Rules()) as feed:
         _, on_device = feed.take()
         with pytest.raises(OSError, match="storage is gone"):
-            feed.ahead({"loss": on_device.id.sum()})
+            feed.ahead({"loss": on_device.owner.sum()})

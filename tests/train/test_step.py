@@ -48,13 +48,15 @@ def batch() -> Batch:
 
 def per_slot(batch: Batch) -> Batch:
     """The same batch with a caption for every slot."""
+    slots = np.arange(batch.id.shape[1], dtype=np.int32)
+    owner = np.where(batch.id >= 0, slots, -1)
     text = np.zeros((*batch.id.shape, batch.text.shape[-1]), np.int32)
     for group, texts in enumerate(batch.text):
         rows = slice(GROUP * group, GROUP * (group + 1))
         planned = np.argwhere(batch.id[rows] >= 0)
         for (row, slot), tokens in zip(planned, texts, strict=False):
             text[rows][row, slot] = tokens
-    return batch._replace(text=text)
+    return batch._replace(text=text, owner=owner)
 
 
 def loss_and_gradients(config: Config, batch: Batch):
@@ -130,12 +132,31 @@ def test_images_and_captions_stay_together(batch):
 
     for image, text, there in zip(np.asarray(images), texts, real, strict=True):
         if there:
-            captions = source.record(int(image[0])).captions
-            assert text.tolist() in encode(captions, 24).tolist()
+            assert (
+                text.tolist()
+                in encode(source.record(int(image[0])).captions, 24).tolist()
+            )
     lost = int(batch.id[1, 0])
     ids = np.asarray(images)[:, 0].astype(int)[np.asarray(real)]
     assert sorted({*ids.tolist(), lost}) == sorted(batch.id[batch.id >= 0].tolist())
     assert lost not in ids
+
+
+def test_slots_with_the_same_owner_are_summed(batch, rng):
+    """As the segments of one image; a slot's owner may be any caption of its group."""
+    pooled = rng.standard_normal((*batch.id.shape, 3)).astype(np.float32)
+    owner = rng.integers(-1, 4, batch.id.shape).astype(np.int32)
+    places = batch.text.shape[1]
+    shared = jax.tree.map(jnp.asarray, batch._replace(owner=owner, id=None))
+    found, real = map(np.asarray, with_captions(jnp.asarray(pooled), shared))
+    expected = np.zeros((len(batch.text), places, 3), np.float32)
+    filled = np.zeros((len(batch.text), places), bool)
+    for row, slot in np.argwhere(owner >= 0):
+        place = row // GROUP, owner[row, slot]
+        expected[place] += pooled[row, slot]
+        filled[place] |= batch.images.grids[row, slot, 0] > 0
+    np.testing.assert_allclose(found, expected.reshape(-1, 3), atol=1e-6)
+    np.testing.assert_array_equal(real, filled.reshape(-1))
 
 
 def test_no_row_leaves_its_device(batch):

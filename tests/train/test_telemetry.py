@@ -34,7 +34,7 @@ def a_batch(rng, seen=(0, 1, 2)):
     ids = np.full((2, 4), -1, np.int32)
     ids[0, :2], ids[1, 0] = (0, 1), 2
     text = np.zeros((2, 4, 24), np.int32)
-    return Batch(images, text, ids, ids, np.zeros((2, 4, 2), np.int32))
+    return Batch(images, text, ids, ids, ids, np.zeros((2, 4, 2), np.int32))
 
 
 def read_after(batches, monkeypatch, **train):
