@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from navit.sources.kept import (
     write_arrays,
     write_beside,
 )
-from navit.sources.passing import is_passing
+from navit.sources.passing import is_exhausted, is_passing
 
 log = logging.getLogger("navit")
 
@@ -93,8 +93,9 @@ def measure(
     """The index of `count` records: read from its file, or made and saved there.
 
     A record whose `inspect` raises ValueError or OSError is left out, listed and
-    counted. A pass that was interrupted, or stopped by a transient error such as a lost
-    connection, resumes from what it saved.
+    counted; one that meets a transient error, such as a server's, only if it does so
+    again while another record is readable. A pass that was interrupted, or stopped by a
+    lost connection, resumes from what it saved.
 
     Args:
       again: read every record even if there is an index.
@@ -164,13 +165,35 @@ def _fill(
     *,
     keep: bool,
 ) -> None:
-    def one(record: int) -> Entry | str:
+    def one(record: int) -> Entry | str | BaseException:
+        """A transient error is returned as it is, and of others the reason."""
         try:
             return inspect(record)
         except (ValueError, OSError, RecursionError) as error:
-            if is_passing(error):
-                raise error.__cause__ or error from None  # resume later
-            return " ".join(str(error).split())[:200] or type(error).__name__
+            if is_exhausted(error):
+                raise error.__cause__ or error from None
+            return (error.__cause__ or error) if is_passing(error) else _reason(error)
+
+    def read(batch: range) -> Iterator[Entry | str]:
+        results = pool.map(one, batch)
+        for record, result in zip(batch, results, strict=False):
+            if isinstance(result, BaseException):
+                rest = range(record, batch.stop)
+                yield from settled(dict(zip(rest, [result, *results], strict=True)))
+                return
+            yield result
+
+    def settled(results: dict[int, Entry | str | BaseException]) -> list[Entry | str]:
+        """Tries failed records again, if the connection is not what failed."""
+        failed = {i: x for i, x in results.items() if isinstance(x, BaseException)}
+        good = [i for i, x in results.items() if isinstance(x, Entry)]
+        good += np.flatnonzero(state.sizes[: state.done, 0])[-1:].tolist()
+        if not good or isinstance(one(good[0]), BaseException):
+            raise next(iter(failed.values()))  # resume later
+        results |= dict(zip(failed, pool.map(one, failed), strict=True))
+        return [
+            _reason(x) if isinstance(x, BaseException) else x for x in results.values()
+        ]
 
     chunk = max(SAVE_EVERY, count // 50)
     threads = min(32, 4 * (os.cpu_count() or 1))
@@ -189,7 +212,7 @@ def _fill(
             while state.done < count:
                 # In steps, so that the bar moves and Ctrl-C takes effect.
                 batch = range(state.done, min(count, state.done + 256))
-                state.add(pool.map(one, batch))
+                state.add(read(batch))
                 bar.update(len(batch))
                 if keep and state.done - saved >= chunk:
                     _save(state, place)
@@ -197,6 +220,10 @@ def _fill(
         finally:  # also if interrupted
             if keep and state.done > saved:
                 _save(state, place)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _report(index: Index, name: Callable[[int], str], place: Place, keep: bool) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import functools
 
+# This process or machine has no more of something, which no file is to blame for.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _PASSING = (
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
+    *_EXHAUSTED,
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.ENETDOWN,
@@ -37,6 +37,14 @@ def is_passing(error: BaseException | None) -> bool:
     return (
         passing or isinstance(error, _aiohttp_errors()) or is_passing(error.__cause__)
     )
+
+
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether files or memory have run out, judged by the error or its cause."""
+    if error is None:
+        return False
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _EXHAUSTED or is_exhausted(error.__cause__)
 
 
 def http_status(error: BaseException) -> int | None:

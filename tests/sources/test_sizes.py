@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,12 @@ def test_an_interrupted_index_resumed_equals_one_made_at_once(place, monkeypatch
 def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
     """Otherwise all images would be listed as unreadable for good."""
 
+    lost = threading.Event()
+
     def offline(i):
-        if i < 20:
+        if i == 20:
+            lost.set()
+        if not lost.is_set():
             return inspect(i)
         try:
             raise OSError(errno.ETIMEDOUT, "timed out")
@@ -126,6 +131,52 @@ def test_a_lost_connection_stops_the_pass_and_blames_no_image(place):
     assert not list(place.folder.rglob("unreadable*"))
     index = measure(place)
     assert len(index.kept) == 30 and not index.unreadable
+
+
+@pytest.mark.parametrize("broken", [0, 13, 29])
+def test_a_record_whose_reads_always_fail_is_left_out(place, monkeypatch, broken):
+    """Otherwise the pass would stop at it each time it resumes."""
+    tries = []
+
+    def failing(i):
+        if i != broken:
+            return inspect(i)
+        tries.append(i)
+        raise ConnectionError("503: try again later")
+
+    index = measure(place, failing)
+    assert index.unreadable == {broken: "503: try again later"}
+    assert len(index.kept) == 29 and len(tries) == 2
+    # The same if a pass resumes at it, with nothing after it.
+    state = sizes._State(30)
+    state.add(map(inspect, range(29)))
+    sizes._save(state, place)
+    index = measure(place, lambda i: failing(broken) if i == 29 else inspect(i))
+    assert [*index.unreadable] == [29]
+
+
+def test_a_record_that_is_readable_the_second_time_is_kept(place):
+    seen = set()
+
+    def flaky(i):
+        if i % 3 == 0 and i not in seen:
+            seen.add(i)
+            raise ConnectionError("try again")
+        return inspect(i)
+
+    assert_same(measure(place, flaky), sizes.measure(inspect, str, 30, place))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_a_machine_without_files_or_memory_stops_the_pass(place, number):
+    def exhausted(i):
+        if i != 7:
+            return inspect(i)
+        raise ValueError("cannot read") from OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)):
+        measure(place, exhausted)
+    assert len(measure(place).kept) == 30
 
 
 def test_records_left_out_are_logged_again_on_every_opening(place, caplog):

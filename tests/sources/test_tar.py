@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -432,6 +433,25 @@ def test_indexing_stops_at_a_passing_error_and_blames_no_image(server, clock, tm
     server.clear()
     assert len(opened("memory://bucket/set")) == len(ROWS)
     assert not list(tmp_path.rglob("unreadable*"))
+
+
+def test_an_object_that_always_fails_is_left_out_of_the_index(
+    photos, memory, monkeypatch, clock, caplog
+):
+    memory.put(str(photos), "/bucket/photos", recursive=True)
+    read, asked = type(memory).cat_file, []
+
+    def cat_file(self, path, **options):
+        asked.append(path)
+        if "astronaut" in path:
+            raise Status(503)
+        return read(self, path, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    source = FolderSource(Folder("memory://bucket/photos"))
+    whole = FolderSource(Folder(str(photos)))
+    assert (len(source), source.left_out) == (len(whole) - 1, 1)
+    assert re.search(r"unreadable: .*/astronaut.jpg: .*503", caplog.text)
 
 
 def test_an_image_is_fetched_only_if_it_is_used(photos, shards, memory, monkeypatch):
