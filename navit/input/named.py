@@ -46,7 +46,7 @@ def images_of(
             for i in range(len(reader)):
                 opened = functools.partial(reader.open_image, i)
                 images.append(Named(reader.name(i), opened))
-        elif argument.endswith(table.SUFFIXES):
+        elif table.is_table(argument):
             root = argument.rpartition("/")[0] or ("/" if argument[0] == "/" else ".")
             with _open(argument) as file:
                 names = table.read_files(file, argument, root)

@@ -16,7 +16,7 @@ from navit.sources.index import Entry, measure
 from navit.sources.kept import Place, digest
 from navit.sources.missing import check_missing
 from navit.sources.source import Record, Task
-from navit.sources.table import SUFFIXES, inside, read_table
+from navit.sources.table import inside, is_table, read_table
 
 
 class FolderSource:
@@ -180,7 +180,7 @@ def _find(
         if name not in names and not (Path(root) / name).is_file():
             raise FileNotFoundError(f"there is no table {root}/{name}")
         return root, f"{root}/{name}"
-    tables = [name for name in names if name.endswith(SUFFIXES) and "/" not in name]
+    tables = [name for name in names if is_table(name) and "/" not in name]
     if len(tables) != 1:
         what = f"{len(tables)} tables" if tables else "no .csv, .jsonl or .parquet"
         raise FileNotFoundError(

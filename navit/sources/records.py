@@ -106,7 +106,9 @@ def label_text(value: Any) -> str:
     Raises:
       ValueError: if it is neither an integer nor text, or too long for a class name.
     """
-    if isinstance(value, list | tuple | np.ndarray) and np.ndim(value) == 1:
+    if isinstance(value, list | tuple) or (
+        isinstance(value, np.ndarray) and value.ndim == 1
+    ):
         if len(value) > 1:
             raise ValueError(f"expected one label, not {len(value)}")
         value = value[0] if len(value) else None

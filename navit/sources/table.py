@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from navit.sources.missing import check_missing
 
-SUFFIXES = (".csv", ".jsonl", ".parquet")
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 # Other trainers' names for the columns (transformers, open_clip) are accepted too.
 _FILE = ("file", "file_name", "filepath")
@@ -24,6 +24,11 @@ _QUOTES = (
     "put a caption with a comma or a line break in double quotes, close them, and "
     "write a double quote inside them twice"
 )
+
+
+def is_table(name: str) -> bool:
+    """Whether a file's name has a table's suffix, in any case."""
+    return name.lower().endswith(_SUFFIXES)
 
 
 class Listed(NamedTuple):
@@ -72,10 +77,11 @@ def read_files(file: BinaryIO, table: str, root: str) -> list[str]:
 
 def _rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
     """Each row with its place in the table, such as "captions.csv line 3"."""
-    if table.endswith(".parquet"):
+    suffix = table.lower().rpartition(".")[2]
+    if suffix == "parquet":
         yield from _parquet_rows(file, table)
         return
-    read = _csv_rows if table.endswith(".csv") else _json_lines
+    read = _csv_rows if suffix == "csv" else _json_lines
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         yield from read(text, table)
 
@@ -171,7 +177,7 @@ def _entries(
         many = caption if isinstance(caption, list) else [caption] if caption else []
         for value in many:
             if not isinstance(value, str):
-                raise ValueError(f"{where}: a caption must be text, not {value!r}")
+                raise ValueError(f"{where}: a caption must be text, not {value!r:.60}")
         many = [value for value in many if value.strip()]
         if not many and label is None:
             empty.append(f"{where} ({name})")
@@ -193,7 +199,7 @@ def _entries(
 def _file(row: dict, where: str, root: str) -> str:
     name = _column(row, _FILE, where)
     if not isinstance(name, str):
-        raise ValueError(f"{where}: a file name must be text, not {name!r}")
+        raise ValueError(f"{where}: a file name must be text, not {name!r:.60}")
     return inside(root, name, where)
 
 

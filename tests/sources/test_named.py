@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from navit.config import Folder
 from navit.input.named import images_of
+from navit.sources.folder import FolderSource
 
 FILES = ["0.png", "1.PNG", "below/2.png", "below/deep/3.png"]
 
@@ -44,6 +46,16 @@ def test_files_folders_tables_and_a_list_come_in_the_order_given(photos):
     images = images_of(arguments, lines)
     assert [image.name for image in images] == [f"{path}/{x}" for x in expected]
     assert contents(images) == [(photos / x).read_bytes() for x in expected]
+
+
+def test_the_suffix_of_a_table_may_be_in_capitals(photos):
+    (photos / "t.csv").rename(photos / "T.CSV")
+    images = images_of([f"{photos}/T.CSV"])
+    assert [x.name for x in images] == [f"{photos}/1.PNG", f"{photos}/0.png"]
+    (photos / "T.CSV").write_text("file,caption\n0.png,x\n")
+    for table in ("", "T.CSV"):
+        source = FolderSource(Folder(str(photos), table=table))
+        assert source.record(0).captions == ("x",)
 
 
 def test_a_table_in_this_folder_needs_no_folder(photos, monkeypatch):

@@ -370,7 +370,7 @@ def test_labels_are_integers_or_words():
         "3"
     ] * 5
     assert [records.label_text(v) for v in (None, [], -1, "", "-1")] == [""] * 5
-    for wrong in (1.5, [1, 2], {"a": 1}, True):
+    for wrong in (1.5, [1, 2], [0.5, 10**400], {"a": 1}, True):
         with pytest.raises(ValueError, match="label"):
             records.label_text(wrong)
 
