@@ -6,88 +6,119 @@ segment. The logits of a gathered segment also stay in a CPU's cache.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
-
-from navit.kernels.splash import SAVED
 
 
 def unpack(
-    qkv: Float[Array, "b n c"],
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
     segment_ids: Int[Array, "b n"],
+    kv_segment_ids: Int[Array, "b m"] | None = None,
     *,
-    width: int,
     max_segments: int,
     max_segment_tokens: int,
-) -> Float[Array, "b n d"]:
+) -> Float[Array, "b n h k"]:
     """`attention` (navit.model.attention), segment by segment.
 
     Args:
-      qkv: the queries of all heads, then all keys, then all values:
-        `c = 3 * h * width`.
       segment_ids: 0 = padding; segments may be in any order and need not be contiguous.
-      width: channels of a head.
+      kv_segment_ids: those of keys and values; None means the same.
       max_segments: the largest segment id that any row may have.
-      max_segment_tokens: the longest segment that any row may have; longer ones would
-        be cut.
+      max_segment_tokens: the longest segment that any row may have, of queries and of
+        keys; longer ones would be cut.
     """
+    keys = segment_ids if kv_segment_ids is None else kv_segment_ids
     if max_segments == 1:
-        out = _row_by_row(*split_heads(qkv, width), segment_ids > 0)
-        return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
+        if kv_segment_ids is not None:
+            some = (keys > 0).any(-1)[:, None, None, None]
+            k, v = (jnp.where(some, x, 0) for x in (k, v))
+        return _row_by_row(q, k, v, keys > 0)
+    places = _places(segment_ids, max_segments, max_segment_tokens)
+    of_keys = places
+    if kv_segment_ids is not None:
+        of_keys = _places(kv_segment_ids, max_segments, max_segment_tokens)
+
+    def gathered(x: Array, places: _Places) -> Array:
+        flat = x.reshape(*x.shape[:2], -1)
+        flat = _move(flat, places.token, places.keep, places.target, places.real)
+        return flat.reshape(x.shape[0] * max_segments, -1, *x.shape[2:])
+
+    # The keys and values of a segment without any are 0 here, and so is its output.
+    out = _row_by_row(
+        gathered(q, places),
+        gathered(k, of_keys),
+        gathered(v, of_keys),
+        of_keys.keep.reshape(q.shape[0] * max_segments, -1),
+    )
+    out = out.reshape(*places.token.shape, -1)
+    out = _move(out, places.target, places.real, places.token, places.keep)
+    return out.reshape(q.shape)
+
+
+class _Places(NamedTuple):
+    """Where tokens go: j counts the places of all segments, each with equally many.
+
+    Attributes:
+      token: the token that each place takes.
+      keep: whether a place takes any.
+      target: the place that each token goes to.
+      real: whether a token goes to any.
+    """
+
+    token: Int[Array, "b j"]
+    keep: Bool[Array, "b j"]
+    target: Int[Array, "b n"]
+    real: Bool[Array, "b n"]
+
+
+def _places(segment_ids: Int[Array, "b n"], segments: int, longest: int) -> _Places:
     b, n = segment_ids.shape
-    s, m = max_segments, min(max_segment_tokens, n)
+    s, m = segments, min(longest, n)
     # Sorts tokens by segment, padding last, so that segments may be in any order,
     # contiguous or not.
     order = jnp.argsort(jnp.where(segment_ids == 0, s + 1, segment_ids), axis=-1)
     place = jnp.argsort(order, axis=-1)
-    member = segment_ids[:, None, :] == jnp.arange(1, s + 1)[:, None]
+    member = segment_ids[:, None] == jnp.arange(1, s + 1)[None, :, None]
     counts = member.sum(-1)  # [b, s]
     starts = jnp.cumsum(counts, -1) - counts
-
-    # Maps each unpacked place to its token, and each token to its unpacked place.
-    filled = jnp.arange(m) < counts[:, :, None]  # [b, s, m]
-    token = jnp.minimum(starts[:, :, None] + jnp.arange(m), n - 1)
-    token = jnp.take_along_axis(order, token.reshape(b, s * m), 1)
-    keep = filled.reshape(b, s * m)
-    real = segment_ids > 0
+    within = jnp.arange(m)[None, None]
+    filled = within < counts[..., None]  # [b, s, m]
+    token = jnp.minimum(starts[..., None] + within, n - 1)
     slot = jnp.maximum(segment_ids - 1, 0)
-    within = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, m - 1)
-    target = slot * m + within
-
-    unpacked = _move(qkv, token, keep, target, real).reshape(b * s, m, -1)
-    out = _row_by_row(*split_heads(unpacked, width), filled.reshape(b * s, m))
-    out = out.reshape(b, s * m, -1)
-    return checkpoint_name(_move(out, target, real, token, keep), SAVED)
-
-
-def split_heads(qkv: Float[Array, "b n c"], width: int) -> tuple[Array, Array, Array]:
-    """Queries, keys and values, `[b, n, h, k]` each."""
-    q, k, v = (x.reshape(*x.shape[:2], -1, width) for x in jnp.split(qkv, 3, -1))
-    return q, k, v
+    at = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, m - 1)
+    return _Places(
+        token=jnp.take_along_axis(order, token.reshape(b, s * m), 1),
+        keep=filled.reshape(b, s * m),
+        target=slot * m + at,
+        real=segment_ids > 0,
+    )
 
 
 def _row_by_row(
     q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
-    visible: Bool[Array, "b n"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
+    visible: Bool[Array, "b m"],
 ) -> Float[Array, "b n h k"]:
-    """Every token sees the visible ones of its row; one row and one head at a time.
+    """Every query sees the visible keys of its row; one row and one head at a time.
 
-    The outputs of a row with no visible token are finite but meaningless.
+    A row with no visible key sees all of them.
     """
-    b, n, h, width = q.shape
-    # With every token hidden, the softmax would be over nothing.
+    _, n, h, width = q.shape
+    # Otherwise, with every key hidden, the softmax would be over nothing.
     visible |= ~visible.any(-1, keepdims=True)
-    if n < 128:  # such small products are faster in one batch
+    if max(n, k.shape[1]) < 128:  # such small products are faster in one batch
         return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None, None])
 
     def head(q: Array, k: Array, v: Array, visible: Array) -> Array:
         logits = jnp.einsum("qk,mk->qm", q, k, preferred_element_type=jnp.float32)
         # Not an added mask: hidden logits may overflow, and inf - inf is NaN.
-        logits = jnp.where(visible, logits * width**-0.5, -jnp.inf)
+        logits = jnp.where(visible[None], logits * width**-0.5, -jnp.inf)
         top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
         weights = jnp.exp(logits - top)
         out = jnp.einsum(
@@ -101,7 +132,7 @@ def _row_by_row(
         heads = [head(q[:, i], k[:, i], v[:, i], visible) for i in slices]
         return None, jnp.concatenate(heads, -1)
 
-    flat = (x.reshape(b, n, h * width) for x in (q, k, v))
+    flat = (x.reshape(*x.shape[:2], h * width) for x in (q, k, v))
     return jax.lax.scan(row, None, (*flat, visible))[1].reshape(q.shape)
 
 

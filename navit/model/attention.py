@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +15,20 @@ from jaxtyping import Array, Float, Int
 
 from navit.kernels.splash import SAVED, splash, splash_skip
 from navit.kernels.splash_blocks import LANES, SUBLANES, WHOLE_ROW, Segments, spread
-from navit.kernels.unpack import split_heads, unpack
+from navit.kernels.unpack import unpack
 from navit.sharding import platform
 
 _log = logging.getLogger(__name__)
+_KERNELS: dict[str, Any] = {"splash": splash, "splash_skip": splash_skip}
 
 
 def attention(
     q: Float[Array, "b n h k"],
-    k: Float[Array, "b n h k"],
-    v: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
     segment_ids: Int[Array, "b n"] | None,
     *,
+    kv_segment_ids: Int[Array, "b m"] | None = None,
     implementation: str | None = None,
     max_segments: int | None = None,
     max_segment_tokens: int | None = None,
@@ -33,15 +36,18 @@ def attention(
     """Scaled dot-product attention among the tokens of the same segment of a row.
 
     Outputs at padding (segment 0) are finite but meaningless. Finite values in another
-    segment or in padding never change a bit of a segment's output.
+    segment or in padding never change a bit of a segment's output. The output of a
+    query whose segment has no keys is 0, and so are its gradients.
 
     Values that the backward pass needs and that are costly to recompute are named
     "attention" for `jax.checkpoint_policies.save_only_these_names`.
 
     Args:
       segment_ids: 0 = padding; with None every token sees its whole row.
+      kv_segment_ids: the segments of keys and values, for cross-attention: m may differ
+        from n. With None they are those of the queries.
       implementation:
-        * "xla": the reference: a dense `[n, n]` mask; work grows with n squared.
+        * "xla": the reference: a dense `[n, m]` mask; work grows with n times m.
         * "unpack": gathers every segment into its own row, attends one row at a time so
           that the logits stay in a CPU's cache, and puts the result back. Exact, and 2
           to 17 times as fast on a CPU (`navit.bench.attention_speed`). Needs the two
@@ -50,36 +56,46 @@ def attention(
           block; the fastest for every such row.
         * "splash_skip": a TPU kernel for longer rows that visits only pairs of blocks
           with a segment in common; work grows with the sum of squared lengths. Row
-          lengths must be multiples of 128 tokens for both kernels.
+          lengths must be multiples of 128 tokens for both kernels. Both read queries,
+          keys and values of one length from one array, so with `kv_segment_ids` they
+          give way to "xla".
         * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
           kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
           "unpack" if the bounds show that it is less work. Otherwise "xla".
       max_segments: the largest segment id that any row may have.
-      max_segment_tokens: the longest segment that any row may have. Longer segments
-        would be cut, so take this bound from the plan.
+      max_segment_tokens: the longest segment that any row may have, of queries and of
+        keys. Longer segments would be cut, so take this bound from the plan.
 
     Raises:
-      ValueError: if the implementation is unknown, "unpack" has no bounds, or a TPU
-        kernel is requested on another platform or for a row length it does not support.
+      ValueError: if the shapes do not agree, the implementation is unknown, "unpack"
+        has no bounds, or a TPU kernel is requested on another platform or for a row
+        length it does not support.
     """
-    if not q.shape == k.shape == v.shape:
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"q {q.shape}, k {k.shape} and v {v.shape} must have the same shape: "
-            "repeat the heads of keys and values that several queries share"
+            f"q {q.shape}, k {k.shape} and v {v.shape} may differ only in the number "
+            "of queries: repeat the heads of keys and values that several queries share"
         )
-    attend = functools.partial(
-        _attend,
-        width=q.shape[-1],
-        implementation=implementation,
-        max_segments=max_segments,
-        max_segment_tokens=max_segment_tokens,
-    )
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ValueError("kv_segment_ids needs the segment_ids of the queries")
+    if segment_ids is not None and kv_segment_ids is None and q.shape != k.shape:
+        raise ValueError(
+            f"{q.shape[1]} queries and {k.shape[1]} keys need kv_segment_ids: "
+            "segment_ids are those of the queries"
+        )
 
-    def packed(q: Array, k: Array, v: Array, *ids: Array) -> Array:
-        qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in (q, k, v)], -1)
-        return attend(qkv, *ids).reshape(q.shape)
+    def attend(arrays: tuple[Array, ...], *ids: Any) -> Array:
+        out = _attend(
+            arrays,
+            *ids,
+            width=q.shape[-1],
+            implementation=implementation,
+            max_segments=max_segments,
+            max_segment_tokens=max_segment_tokens,
+        )
+        return out.reshape(arrays[0].shape)
 
-    return _per_shard(packed, (q, k, v), segment_ids)
+    return _per_shard(attend, (q, k, v), segment_ids, kv_segment_ids)
 
 
 def attention_qkvpacked(
@@ -107,7 +123,7 @@ def attention_qkvpacked(
         max_segments=max_segments,
         max_segment_tokens=max_segment_tokens,
     )
-    return _per_shard(attend, (qkv,), segment_ids)
+    return _per_shard(attend, (qkv,), segment_ids, None)
 
 
 def prepared(segment_ids: Int[Array, "b n"]) -> Int[Array, "b n"] | Segments:
@@ -115,68 +131,110 @@ def prepared(segment_ids: Int[Array, "b n"]) -> Int[Array, "b n"] | Segments:
     return spread(segment_ids) if platform() == "tpu" else segment_ids
 
 
-_KERNELS: dict[str, Callable[..., Array]] = {
-    "splash": splash,
-    "splash_skip": splash_skip,
-}
+def _per_shard(
+    attend: Callable[..., Array],
+    arrays: tuple[Array, ...],
+    segment_ids: Array | Segments | None,
+    kv_segment_ids: Array | None,
+) -> Array:
+    """Rows and heads are independent, so each device attends over its own."""
+    args = (arrays, segment_ids, kv_segment_ids)
+    rows, _, heads = (*jax.typeof(arrays[0]).sharding.spec, None, None, None)[:3]
+    if rows is None and heads is None:
+        return attend(*args)
+    whole = jax.P(rows, None, heads)
+    specs = (whole, jax.P(rows), jax.P(rows))
+    args = tuple(
+        jax.tree.map(functools.partial(jax.reshard, out_shardings=spec), arg)
+        for spec, arg in zip(specs, args, strict=True)
+    )
+    # check_vma=False: a kernel does not declare the axes over which its results vary.
+    mapped: Any = jax.shard_map(
+        attend, in_specs=specs, out_specs=whole, check_vma=False
+    )
+    return mapped(*args)
 
 
 def _attend(
-    qkv: Float[Array, "b n c"],
-    segment_ids: Int[Array, "b n"] | Segments | None = None,
+    arrays: tuple[Array, ...],
+    segment_ids: Int[Array, "b n"] | Segments | None,
+    kv_segment_ids: Int[Array, "b m"] | None,
     *,
     width: int,
     implementation: str | None,
     max_segments: int | None,
     max_segment_tokens: int | None,
 ) -> Float[Array, "b n d"]:
-    """Attention on one device, over its own rows and heads."""
-    if segment_ids is None:
-        return _dense(qkv, width=width)
-    row_tokens, channels = qkv.shape[1], qkv.shape[2] // 3
-    if implementation is None:
-        less = _less_work(max_segments, max_segment_tokens, row_tokens)
-        implementation = _choice(platform(), row_tokens, channels, less)
+    """Chooses an implementation and runs it, on one device's rows and heads.
+
+    Args:
+      arrays: q, k and v, `[b, n, h, k]` each, or only qkv, `[b, n, c]`.
+    """
+    n, channels = arrays[0].shape[1], sum(math.prod(x.shape[2:]) for x in arrays) // 3
+    crossed = kv_segment_ids is not None and platform() == "tpu"
+    if segment_ids is None or (crossed and implementation in (None, *_KERNELS)):
+        implementation = "xla"
+    elif implementation is None:
+        pairs = n * arrays[-1].shape[1]
+        less = _less_work(max_segments, max_segment_tokens, pairs)
+        implementation = _choice(platform(), n, channels, less)
     if implementation in _KERNELS:
         if platform() != "tpu":
             raise ValueError(
                 f"implementation={implementation!r} is a TPU kernel, but this runs on "
                 f'a {platform()}: use None, "xla" or "unpack"'
             )
+        qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
         return _KERNELS[implementation](qkv, segment_ids, width=width)
+    q, k, v = arrays if len(arrays) == 3 else split_heads(arrays[0], width)
     ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
     if implementation == "xla":
-        return _dense(qkv, ids, width=width)
-    if implementation == "unpack":
-        if not max_segments or not max_segment_tokens:
-            raise ValueError(
-                'implementation="unpack" needs max_segments and max_segment_tokens of '
-                f"at least 1, not {max_segments} and {max_segment_tokens}"
-            )
-        return unpack(
-            qkv,
+        out = _dense(q, k, v, ids, kv_segment_ids)
+    elif implementation != "unpack":
+        raise ValueError(
+            f'implementation {implementation!r} is not one of None, "xla", "unpack", '
+            '"splash", "splash_skip"'
+        )
+    elif not max_segments or not max_segment_tokens:
+        raise ValueError(
+            'implementation="unpack" needs max_segments and max_segment_tokens of '
+            f"at least 1, not {max_segments} and {max_segment_tokens}"
+        )
+    else:
+        assert ids is not None
+        out = unpack(
+            q,
+            k,
+            v,
             ids,
-            width=width,
+            kv_segment_ids,
             max_segments=max_segments,
             max_segment_tokens=max_segment_tokens,
         )
-    raise ValueError(
-        f'implementation {implementation!r} is not one of None, "xla", "unpack", '
-        '"splash", "splash_skip"'
-    )
+    return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
+
+
+def split_heads(qkv: Float[Array, "b n c"], width: int) -> tuple[Array, Array, Array]:
+    """Queries, keys and values, `[b, n, h, k]` each."""
+    q, k, v = (x.reshape(*x.shape[:2], -1, width) for x in jnp.split(qkv, 3, -1))
+    return q, k, v
 
 
 def _dense(
-    qkv: Float[Array, "b n c"],
-    segment_ids: Int[Array, "b n"] | None = None,
-    *,
-    width: int,
-) -> Float[Array, "b n d"]:
-    mask = None
-    if segment_ids is not None:
-        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    out = jax.nn.dot_product_attention(*split_heads(qkv, width), mask=mask)
-    return checkpoint_name(out.reshape(*out.shape[:2], -1), SAVED)
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
+    segment_ids: Int[Array, "b n"] | None,
+    kv_segment_ids: Int[Array, "b m"] | None,
+) -> Float[Array, "b n h k"]:
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(q, k, v)
+    keys = segment_ids if kv_segment_ids is None else kv_segment_ids
+    mask = segment_ids[:, None, :, None] == keys[:, None, None, :]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    if kv_segment_ids is None:
+        return out  # every token sees itself
+    return jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
 
 
 def _choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) -> str:
@@ -199,30 +257,7 @@ def _warn_once(message: str) -> None:
     _log.warning(message)
 
 
-def _less_work(segments: int | None, tokens: int | None, row_tokens: int) -> bool:
+def _less_work(segments: int | None, tokens: int | None, pairs: int) -> bool:
     if segments is None or tokens is None:
         return False
-    return segments * tokens**2 <= row_tokens**2
-
-
-def _per_shard(
-    attend: Callable[..., Array],
-    arrays: tuple[Array, ...],
-    segment_ids: Array | Segments | None,
-) -> Array:
-    """Rows and heads are independent, so each device attends over its own."""
-    rows, _, heads = (*jax.typeof(arrays[0]).sharding.spec, None, None, None)[:3]
-    ids = () if segment_ids is None else (segment_ids,)
-    if rows is None and heads is None:
-        return attend(*arrays, *ids)
-    whole, by_row = jax.P(rows, None, heads), jax.P(rows)
-    arrays = jax.tree.map(lambda x: jax.reshard(x, whole), arrays)
-    ids = jax.tree.map(lambda x: jax.reshard(x, by_row), ids)
-    # check_vma=False: a kernel does not declare the axes over which its results vary.
-    mapped: Any = jax.shard_map(
-        attend,
-        in_specs=(whole,) * len(arrays) + (by_row,) * len(ids),
-        out_specs=whole,
-        check_vma=False,
-    )
-    return mapped(*arrays, *ids)
+    return segments * tokens**2 <= pairs

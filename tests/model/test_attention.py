@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,7 +99,7 @@ def test_no_leak_between_segments_in_value_or_gradient(row, implementation, pois
 def test_padding_does_not_leak_into_the_one_segment(implementation, n, poisoned, rng):
     """Also without gathering, on either path that the length selects."""
     q, k, v = jnp.asarray(rng.normal(size=(3, 2, n, 2, 8)), jnp.float32)
-    segments = jnp.arange(n) < jnp.array([[n - 13], [20]])
+    segments = jnp.arange(n)[None] < jnp.array([[n - 13], [20]])
     outside = ~segments[..., None, None]
 
     @jax.jit
@@ -197,3 +199,99 @@ def test_errors_name_what_is_wrong(row):
         attention(*row, implementation="splosh")
     with pytest.raises(ValueError, match="needs max_segments and max_segment_tokens"):
         attention(*row, implementation="unpack")
+    q, k, v, segments = row
+    with pytest.raises(ValueError, match="need kv_segment_ids"):
+        attention(q[:, :5], k, v, segments[:, :5])
+    with pytest.raises(ValueError, match="needs the segment_ids of the queries"):
+        attention(q, k, v, None, kv_segment_ids=segments)
+    with pytest.raises(ValueError, match="only in the number of queries"):
+        attention(q[:, :, :1], k, v, segments)
+
+
+@pytest.fixture(params=["many segments", "one segment"])
+def crossed(row, rng, request):
+    """Queries `[2, 40]` to the row's keys: in other orders and numbers.
+
+    Segment 3 of row 0 has more queries than keys, and segment 2 of row 1 has no keys.
+    With one segment: row 1 has no keys, only padding.
+    """
+    _, k, v, key_ids = row
+    ids = np.zeros((2, 160), np.int32)
+    if request.param == "many segments":
+        ids[0, :100], ids[0, 100:105], ids[0, 110:117] = 3, 2, 1
+        ids[1, 3:9], ids[1, 12:15], ids[1, 20:30] = 4, 2, 1
+        bounds = BOUNDS
+    else:
+        ids[0, :31], ids[1, 4:9] = 1, 1
+        key_ids = (key_ids == 1).at[1].set(False).astype(jnp.int32)
+        bounds = dict(max_segments=1, max_segment_tokens=key_ids.shape[1])
+    q = jnp.asarray(rng.normal(size=(*ids.shape, 2, 8)), jnp.float32)
+    return q, k, v, jnp.asarray(ids), key_ids, bounds
+
+
+def cross(implementation, ids, key_ids, bounds):
+    """Attention from q to k and v, in one compiled function."""
+    return jax.jit(
+        lambda q, k, v: attention(
+            q,
+            k,
+            v,
+            ids,
+            kv_segment_ids=key_ids,
+            implementation=implementation,
+            **bounds,
+        )
+    )
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_cross_attention_equals_each_pair_alone(crossed, implementation):
+    q, k, v, ids, key_ids, bounds = crossed
+    found = np.asarray(cross(implementation, ids, key_ids, bounds)(q, k, v))
+    for b, s in {(b, int(s)) for b, row in enumerate(ids) for s in row if s}:
+        own, keys = np.asarray(ids[b] == s), np.asarray(key_ids[b] == s)
+        if not keys.any():
+            assert (found[b, own] == 0).all()
+            continue
+        pair = (q[b : b + 1, own], k[b : b + 1, keys], v[b : b + 1, keys])
+        expected = attention(*pair, None)[0]
+        np.testing.assert_allclose(found[b, own], expected, atol=2e-6)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("poisoned", POISONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_cross_attention_does_not_leak(crossed, implementation, poisoned):
+    """Only a segment's own keys reach its queries; without keys nothing does."""
+    q, k, v, ids, key_ids, bounds = crossed
+    attend = cross(implementation, ids, key_ids, bounds)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(1, 2, 3))
+    def gradients(own, q, k, v):
+        return jnp.where(own, attend(q, k, v) ** 2, 0).sum()
+
+    for b, s in {(b, int(s)) for b, row in enumerate(ids) for s in row if s}:
+        own, keys = np.zeros(ids.shape, bool), np.zeros(key_ids.shape, bool)
+        own[b], keys[b] = ids[b] == s, key_ids[b] == s
+        inside = own[..., None, None], keys[..., None, None], keys[..., None, None]
+        mixed = [
+            jnp.where(i, x, poisoned(x)) for i, x in zip(inside, (q, k, v), strict=True)
+        ]
+        before, after = attend(q, k, v), attend(*mixed)
+        np.testing.assert_array_equal(before[own], after[own])
+        for g, i in zip(gradients(inside[0], q, k, v), inside, strict=True):
+            g = np.asarray(g)
+            assert (g[np.broadcast_to(~i, g.shape)] == 0).all()
+            if keys.sum() != 1:  # the weight of an only key is 1, whatever the query
+                assert (g != 0).any() == keys.any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_cross_attention_to_the_same_segments_is_self_attention(row, implementation):
+    q, k, v, ids = row
+    own = attention(q, k, v, ids, implementation=implementation, **BOUNDS)
+    crossed = attention(
+        q, k, v, ids, kv_segment_ids=ids, implementation=implementation, **BOUNDS
+    )
+    np.testing.assert_array_equal(own, crossed)
