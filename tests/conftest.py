@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the suite's time is compilation, and this halves it.
@@ -26,3 +27,11 @@ install_import_hook("navit", "beartype.beartype")
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_ranks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of the model, no array gains axes by broadcasting."""
+    strict = request.path.parent.name in ("model", "kernels")
+    with jax.numpy_rank_promotion("raise" if strict else "allow"):
+        yield

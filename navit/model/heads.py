@@ -1,7 +1,8 @@
 """Pooling per segment: packed tokens -> one vector for every slot.
 
 Sums over segments are products with the `[n, s]` membership matrix, which accelerators
-compute faster than a scatter. The cost is linear in the row's length.
+compute faster than a scatter. The cost is linear in the row's length. `attention` from
+slots to tokens would mask a dense product, with one logit for each slot and token.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from navit.sharding import Rules
 
 def membership(segment_ids: Int[Array, "b n"], slots: int) -> Float[Array, "b n s"]:
     """1.0 where token n belongs to the image in slot s, else 0.0."""
-    return (segment_ids[..., None] == jnp.arange(1, slots + 1)).astype(jnp.float32)
+    return jax.nn.one_hot(segment_ids - 1, slots, dtype=jnp.float32)
 
 
 def mean_pool(

@@ -56,6 +56,7 @@ def product(
 
 
 def _plus(y: Float[Array, "... o"], bias: Float[Array, " o"]) -> Array:
+    bias = jnp.expand_dims(bias, range(y.ndim - 1))
     return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 

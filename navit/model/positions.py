@@ -63,9 +63,10 @@ class PositionEmbedding(nnx.Module):
         table = self.table[...].reshape(-1, self.width)
         if kind == "learned_1d":
             raster = coords[..., 0] * grid[..., 1] + coords[..., 1]
-            return _lookup(_one_hot(raster, size), table)
+            return _lookup(jax.nn.one_hot(raster, size, dtype=jnp.float32), table)
         if kind == "learned_2d":
-            row, column = _one_hot(coords[..., 0], size), _one_hot(coords[..., 1], size)
+            row = jax.nn.one_hot(coords[..., 0], size, dtype=jnp.float32)
+            column = jax.nn.one_hot(coords[..., 1], size, dtype=jnp.float32)
         else:
             row = axis_weights(coords[..., 0], grid[..., 0], size)
             column = axis_weights(coords[..., 1], grid[..., 1], size)
@@ -121,7 +122,7 @@ class _Sinusoidal(nnx.Module):
     def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
         half = self.width // 2
         frequency = 10_000.0 ** (-(jnp.arange(half) + self.axis / 2) / half)
-        angle = position[..., None] * frequency
+        angle = position[..., None] * frequency[None, None]
         return self.scale * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
@@ -141,7 +142,8 @@ class _Fourier(nnx.Module):
         self.scale = std * math.sqrt(2)
 
     def __call__(self, position: Float[Array, "b n"]) -> Float[Array, "b n d"]:
-        angle = position[..., None] * self.frequency[...] + self.phase[...]
+        frequency, phase = self.frequency[...], self.phase[...]
+        angle = position[..., None] * frequency[None, None] + phase[None, None]
         return self.scale * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
 
 
@@ -151,13 +153,10 @@ _ENCODINGS = {"learned": _Learned, "sinusoidal": _Sinusoidal, "fourier": _Fourie
 def _triangle(
     center: Float[Array, "*b"], reach: Float[Array, "*b"], size: int
 ) -> Float[Array, "*b {size}"]:
-    distance = jnp.abs(center[..., None] - jnp.arange(size)) / reach[..., None]
+    cells = jnp.expand_dims(jnp.arange(size), range(center.ndim))
+    distance = jnp.abs(center[..., None] - cells) / reach[..., None]
     weights = jnp.maximum(0.0, 1.0 - distance)
     return weights / weights.sum(-1, keepdims=True)
-
-
-def _one_hot(index: Int[Array, "*b"], size: int) -> Float[Array, "*b {size}"]:
-    return (index[..., None] == jnp.arange(size)).astype(jnp.float32)
 
 
 def _lookup(

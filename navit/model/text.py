@@ -88,7 +88,7 @@ class Text(nnx.Module):
         with jax.named_scope("embedding"):
             table = self.rules.gather(self.embedding[...], self.dtype)
             x = table.at[token_ids].get(out_sharding=self.rules("batch", None, None))
-            x = x.astype(jnp.float32) + self.position[...]
+            x = x.astype(jnp.float32) + self.position[...][None]
         count, length = token_ids.shape
         beside = 0
         if self.kernels:

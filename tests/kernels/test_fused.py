@@ -24,14 +24,16 @@ simulated = functools.partial(fused_mlp, **SIMULATED)
 
 def norm(x, w):
     mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    return (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale + w.bias
+    return (x - mean) / jnp.sqrt(variance + 1e-6) * w.scale[None, None] + w.bias[
+        None, None
+    ]
 
 
 def reference(x, w):
     x = x.astype(jnp.float32)
-    y = norm(x, w) @ w.up.astype(jnp.float32) + w.up_bias
+    y = norm(x, w) @ w.up.astype(jnp.float32) + w.up_bias[None, None]
     y = jax.nn.gelu(y, approximate=True)
-    return x + y @ w.down.astype(jnp.float32) + w.down_bias
+    return x + y @ w.down.astype(jnp.float32) + w.down_bias[None, None]
 
 
 def example(rng, width, hidden, dtype=jnp.float32, tokens=128):
@@ -80,7 +82,7 @@ def test_the_projection_equals_plain_jax_in_value_and_gradients(
     weight = jnp.asarray(rng.normal(size=(2, tokens, outputs)), jnp.float32)
 
     def plain(x, w):
-        return norm(x, w) @ w.kernel + w.kernel_bias, x
+        return norm(x, w) @ w.kernel + w.kernel_bias[None, None], x
 
     def run(f):
         y, back = jax.vjp(f, x, weights)
