@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from navit.batch import PackedImages as PackedImages
+    from navit.batch import PackedTokens as PackedTokens
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
     from navit.input.fill import pack as pack
@@ -22,6 +23,7 @@ _HOMES = {
     "Config": "navit.config",
     "Embedder": "navit.embed",
     "PackedImages": "navit.batch",
+    "PackedTokens": "navit.batch",
     "grid_for": "navit.plan.geometry",
     "load": "navit.weights",
     "pack": "navit.input.fill",

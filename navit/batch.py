@@ -1,8 +1,8 @@
 """The one batch type: images packed into rows of fixed length.
 
 NaFlex is packing with one image per row, so both share this contract. Letters: `b`
-rows, `n` tokens in a row, `s` slots in a row, `p` patch side, `t` text length; `g`
-groups of `b / g` rows each, with `c` places for captions.
+rows, `n` tokens in a row, `s` slots in a row, `p` patch side, `d` width, `t` text
+length; `g` groups of `b / g` rows each, with `c` places for captions.
 """
 
 from __future__ import annotations
@@ -73,6 +73,20 @@ class PackedImages(NamedTuple):
                 f"coords of row {row[i]} token {token[i]} are {tuple(at[i].tolist())}, "
                 f"outside their grid {tuple(own[i].tolist())}"
             )
+
+
+class PackedTokens(NamedTuple):
+    """`PackedImages` with a vector in place of each patch.
+
+    Attributes:
+      tokens: `[b, n, d]` float; 0 at padding.
+      segment_ids, coords, grids: as in `PackedImages`, with coords of 0 at padding.
+    """
+
+    tokens: Any
+    segment_ids: Any
+    coords: Any
+    grids: Any
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
-from navit.batch import PackedImages
+from navit.batch import PackedImages, PackedTokens
 from navit.input import memory, pixels
 from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
@@ -251,19 +251,26 @@ def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
 
 
 def unpack(
-    tokens: Any, packed: PackedImages, index: np.ndarray | None = None
+    tokens: Any,
+    packed: PackedImages | PackedTokens | None = None,
+    index: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
 
     Args:
-      tokens: `[b, n, d]` of numpy or jax, such as `model.vision(packed).tokens`.
-      packed: what the tokens were made from.
+      tokens: `PackedTokens`, such as `model.vision(packed).packed`; or `[b, n, d]` of
+        numpy or jax.
+      packed: where the tokens lie; None: as `PackedTokens` has it.
       index: `[b, s]`, from `pack`: the arrays come in the images' order, without those
         left out. None: they come row by row and slot by slot.
 
     Raises:
       ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
     """
+    if isinstance(tokens, PackedTokens):
+        packed, tokens = tokens if packed is None else packed, tokens.tokens
+    if packed is None:
+        raise ValueError("tokens that are not PackedTokens need packed, their layout")
     tokens = np.asarray(tokens)
     segment_ids, coords, grids = (np.asarray(x) for x in packed[1:])
     b, n = segment_ids.shape

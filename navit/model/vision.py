@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from navit.batch import PackedImages
+from navit.batch import PackedImages, PackedTokens
 from navit.config import ModelConfig, VisionConfig
 from navit.model.attention import attention_qkvpacked, prepared
 from navit.model.encoder import Encoder
@@ -25,15 +25,19 @@ class VisionOutput(NamedTuple):
     """What the image tower returns.
 
     Attributes:
-      tokens: after the final norm; 0 at padding.
+      packed: the tokens after the final norm, with their images' layout.
       pooled: in float32, before normalisation; 0 for an empty slot. None with
         pool="none".
       logits: class logits in float32; None without classes.
     """
 
-    tokens: Float[Array, "b n d"]
+    packed: PackedTokens
     pooled: Float[Array, "b s e"] | None
     logits: Float[Array, "b s c"] | None
+
+    @property
+    def tokens(self) -> Float[Array, "b n d"]:
+        return self.packed.tokens
 
 
 class Vision(nnx.Module):
@@ -144,8 +148,9 @@ class Vision(nnx.Module):
             ),
         )
         x = jnp.where(real, x, jnp.zeros((), x.dtype))
+        tokens = PackedTokens(x, segment_ids, coords, grids)
         if self.config.pool == "none":
-            return VisionOutput(x, None, None)
+            return VisionOutput(tokens, None, None)
 
         member = membership(segment_ids, slots)
         if self.head is not None:
@@ -161,7 +166,7 @@ class Vision(nnx.Module):
         logits = None
         if self.classifier is not None:
             logits = self.classifier(pooled).astype(jnp.float32)
-        return VisionOutput(x, pooled, logits)
+        return VisionOutput(tokens, pooled, logits)
 
 
 def _normalize(

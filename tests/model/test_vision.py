@@ -17,6 +17,7 @@ from helpers import (
     vision_config,
 )
 
+import navit
 from navit.batch import PackedImages
 from navit.config import ModelConfig, PositionConfig
 from navit.model.vision import Vision
@@ -225,6 +226,14 @@ def test_projection_and_classes(rng):
     out = jax.jit(vision)(packed)
     assert out.pooled.shape == (1, 3, 10) and out.logits.shape == (1, 3, 7)
     assert out.tokens.shape == (1, 16, 24)
+    for found, given in zip(out.packed[1:], packed[1:], strict=True):
+        np.testing.assert_array_equal(found, given)
+    (tokens,) = navit.unpack(out.packed)
+    np.testing.assert_array_equal(tokens.reshape(12, 24), out.tokens[0, :12])
+    (other,) = navit.unpack(out.tokens, packed)
+    np.testing.assert_array_equal(tokens, other)
+    with pytest.raises(ValueError, match="need packed"):
+        navit.unpack(out.tokens)
     expected = out.pooled @ vision.classifier.kernel[...] + vision.classifier.bias[...]
     np.testing.assert_allclose(out.logits, expected, atol=1e-5)
 
