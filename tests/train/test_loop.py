@@ -63,27 +63,22 @@ def interrupt_at(monkeypatch, step, number=signal.SIGINT):
     monkeypatch.setattr(pipeline, "train_batches", batches)
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "whole"
-    assert loop.train(tiny_config(), workdir)
-    return workdir
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_equals_never_having_stopped(
-    uninterrupted, tmp_path, monkeypatch, caplog, number
+    uninterrupted, tmp_path, caplog
 ):
+    """By either signal, one after the other."""
     caplog.set_level("INFO", "navit")
     config = tiny_config()
-    handler = signal.getsignal(number)
-    interrupt_at(monkeypatch, 4, number)
-    assert not loop.train(config, tmp_path)
-    assert "interrupted; saved step 4" in caplog.text
-    assert signal.getsignal(number) == handler
-    monkeypatch.undo()
+    for step, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
+        handler = signal.getsignal(number)
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(patch, step, number)
+            assert not loop.train(config, tmp_path)
+        assert f"interrupted; saved step {step}" in caplog.text
+        assert signal.getsignal(number) == handler
     assert loop.train(config, tmp_path)
-    assert "resuming from step 4" in caplog.text
+    for step in (2, 4):
+        assert f"resuming from step {step}" in caplog.text
     a, b = restored(uninterrupted, config), restored(tmp_path, config)
     assert int(a.step) == int(b.step) == 6
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
@@ -91,12 +86,13 @@ def test_interrupted_and_resumed_equals_never_having_stopped(
 
 
 def test_interrupted_after_the_last_step_does_not_evaluate(tmp_path, monkeypatch):
-    config, save = tiny_config(steps=2), Checkpoints.save
+    config, save = tiny_config(), Checkpoints.save
 
-    def interrupted(checkpoints, *args):
-        monkeypatch.setattr(Checkpoints, "save", save)
-        os.kill(os.getpid(), signal.SIGINT)
-        save(checkpoints, *args)
+    def interrupted(checkpoints, state, *args):
+        if int(state.step) == config.train.steps:
+            monkeypatch.setattr(Checkpoints, "save", save)
+            os.kill(os.getpid(), signal.SIGINT)
+        save(checkpoints, state, *args)
 
     monkeypatch.setattr(Checkpoints, "save", interrupted)
     assert not loop.train(config, tmp_path)
@@ -270,10 +266,10 @@ def test_the_previous_format_loads_but_does_not_resume(uninterrupted, monkeypatc
         loop.train(tiny_config(), uninterrupted)
 
 
-def test_the_first_step_is_logged_without_rates(tmp_path, caplog):
-    caplog.set_level("INFO", "navit")
-    loop.train(tiny_config(log_every=1), tmp_path)
-    first, second, *_ = logged(tmp_path)
+def test_the_first_step_is_logged_without_rates(tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 2)
+    assert not loop.train(tiny_config(log_every=1), tmp_path)
+    first, second = logged(tmp_path)
     assert 0 < first["fill"] <= 1 and first["images_per_step"] > 1
     assert "images_per_second" not in first and second["images_per_second"] > 0
 

@@ -129,27 +129,19 @@ def test_log_to_is_checked():
         override(tiny_config(), ["train.log_to=tensorbord"])
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """A run without trackers and traces, to compare with."""
-    workdir = tmp_path_factory.mktemp("plain") / "run"
-    assert loop.train(tiny_config(), workdir)
-    return workdir
-
-
 def losses(workdir):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in logged(workdir)]
 
 
-def test_tensorboard(plain, tmp_path):
+def test_tensorboard(uninterrupted, tmp_path):
     """The real library: every number of metrics.jsonl is in its files."""
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.record_writer import masked_crc32c
 
-    config = override(tiny_config(), ["train.log_to=tensorboard", "eval.max_images=2"])
+    config = override(tiny_config(), ["train.log_to=tensorboard"])
     assert loop.train(config, tmp_path)
-    assert losses(tmp_path) == losses(plain)
+    assert losses(tmp_path) == losses(uninterrupted)
     found = {}
     (file,) = (tmp_path / "tensorboard").iterdir()
     data = file.read_bytes()
@@ -184,11 +176,11 @@ class FakeWandB:
         self.finished += 1
 
 
-def test_wandb_resumes_under_its_id(plain, tmp_path, monkeypatch):
+def test_wandb_resumes_under_its_id(tmp_path, monkeypatch):
     fake = FakeWandB()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(trackers, "check_installed", lambda config: None)
-    config = override(tiny_config(), ["train.log_to=wandb", "eval.max_images=2"])
+    config = override(tiny_config(), ["train.log_to=wandb"])
     for start in (0, 4):
         for writer in trackers.open_writers(config, tmp_path, start):
             writer.write({"step": start + 2, "loss": 1.5})
@@ -221,10 +213,10 @@ def traces(workdir):
     return sorted((workdir / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_trace_of_some_steps_changes_nothing(plain, tmp_path):
-    config = override(tiny_config(), ["train.profile_steps=3:5", "eval.max_images=2"])
+def test_a_trace_of_some_steps_changes_nothing(uninterrupted, tmp_path):
+    config = override(tiny_config(), ["train.profile_steps=3:5"])
     assert loop.train(config, tmp_path)
-    assert losses(tmp_path) == losses(plain)
+    assert losses(tmp_path) == losses(uninterrupted)
     # The rates leave out the time to write it.
     assert ["eta_seconds" in x for x in logged(tmp_path)] == [True, False, True]
     (trace,) = traces(tmp_path)
