@@ -107,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def embed(args: argparse.Namespace) -> int:
-    from navit.embed import embed_files
+    from navit.embed_files import embed_files
     from navit.input.named import images_of
     from navit.weights import load
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,24 +15,22 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.embed_batches import (
-    AHEAD,
     check_budget,
     grids_of,
+    made_ahead,
     processes_of_mesh,
     rows_at_once,
     shared_by_devices,
     slots_of,
 )
-from navit.files import write_atomic
 from navit.input import fill, tokens
-from navit.input.named import Named
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan import epoch as plan
 from navit.plan.geometry import check_count
 from navit.sharding import split_rows
-from navit.sources.images import ArrayLike, ImageLike, size_of, sizes_of
+from navit.sources.images import ArrayLike, ImageLike, sizes_of
 from navit.sources.source import Record
 
 log = logging.getLogger("navit")
@@ -165,7 +161,7 @@ class Embedder:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for part, filled in zip(parts, _ahead(fill_rows, own), strict=True):
+            for part, filled in zip(parts, made_ahead(fill_rows, own), strict=True):
                 errors += filled.errors
                 if errors and stop:
                     break
@@ -249,19 +245,6 @@ class Embedder:
         return config.embed_dim or config.width
 
 
-def _ahead(
-    fill_rows: Callable[[plan.Rows], fill.Filled], parts: Sequence[plan.Rows]
-) -> Iterator[fill.Filled]:
-    """Yields the batch of each part in order, and makes the next ones meanwhile."""
-    if len(parts) == 1:
-        return iter([fill_rows(parts[0])])
-    import grain  # slow to import
-
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=AHEAD)
-    batches = grain.MapDataset.source(parts).map(fill_rows)
-    return iter(batches.to_iter_dataset(options))
-
-
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
 def embed_packed(
     vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
@@ -281,64 +264,3 @@ def _classify(vision: Vision, pooled: Float[Array, "m e"]) -> Float[Array, "m c"
 @jax.jit
 def _embed_ids(tower: Text, token_ids: Int[Array, "m t"]) -> Float[Array, "m e"]:
     return tower.rules.replicate(normalize(tower(token_ids)))
-
-
-def embed_files(
-    embedder: Embedder,
-    images: Sequence[Named],
-    out: Path,
-    *,
-    max_tokens: int = 256,
-    skip_unreadable: bool = False,
-) -> int:
-    """Embeds images into an .npz with `names` and `embeddings`, in order.
-
-    The images are read on demand, so there may be any number of them.
-
-    Returns:
-      The number of embedded images.
-
-    Raises:
-      ValueError: names the first unreadable image, unless they are skipped.
-    """
-    readable, sizes = [], []
-
-    def fail(name: str, error: Exception) -> None:
-        reason = getattr(error, "strerror", None) or error
-        if not skip_unreadable:
-            raise ValueError(
-                f"cannot read {name}: {reason} (--skip-unreadable leaves it out)"
-            ) from error
-        log.warning("left out, unreadable: %s (%s)", name, reason)
-
-    headers = tqdm(images, "sizes", unit="image", delay=2, disable=None, leave=False)
-    for image in headers:
-        try:
-            with image.open() as file:
-                sizes.append(size_of(file))
-            readable.append(image)
-        except (ValueError, OSError) as error:
-            fail(image.name, error)
-    if not readable:
-        raise ValueError(f"none of the {len(images)} images is readable")
-
-    def read(index: int) -> Record:
-        with readable[index].open() as file:
-            return Record(file.read())
-
-    vectors, errors = embedder.embed_source(
-        read,
-        np.array(sizes),
-        max_tokens,
-        stop=not skip_unreadable,
-        progress=True,
-    )
-    for index, reason in errors:
-        fail(readable[index].name, reason)
-    failed = {index for index, _ in errors}
-    embedded = [i for i in range(len(readable)) if i not in failed]
-    buffer = io.BytesIO()
-    names = np.array([readable[i].name for i in embedded])
-    np.savez(buffer, names=names, embeddings=vectors[embedded])
-    write_atomic(out, buffer.getvalue())
-    return len(embedded)

@@ -1,17 +1,20 @@
-"""How many rows are embedded at a time, on which devices, and whether they fit."""
+"""The batches to embed: how many rows at a time, and whether they fit."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from navit.config import Config
 from navit.input import memory
+from navit.input.fill import Filled
 from navit.plan import epoch as plan
 from navit.sharding import platform
 
 # Batches that are made ahead of the one that is embedded.
-AHEAD = 4
+_AHEAD = 4
 
 
 def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
@@ -37,7 +40,7 @@ def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
     rows = -(-images // slots_of(config))
     at_once = rows_at_once(config, max_tokens, rows)
     share = at_once // processes_of_mesh()
-    batches = min(-(-rows // at_once), AHEAD + 1)
+    batches = min(-(-rows // at_once), _AHEAD + 1)
     needed = batches * share * max_tokens * config.model.vision.patch_size**2 * 3
     if platform() == "cpu":
         needed += 4 * max_tokens**2  # float32
@@ -78,3 +81,16 @@ def processes_of_mesh() -> int:
 def slots_of(config: Config) -> int:
     """How many images a row may hold: one if each is enlarged to its budget, else 8."""
     return 1 if config.data.max_upscale is None else 8
+
+
+def made_ahead(
+    fill_rows: Callable[[plan.Rows], Filled], parts: Sequence[plan.Rows]
+) -> Iterator[Filled]:
+    """Yields the batch of each part in order, and makes the next ones meanwhile."""
+    if len(parts) == 1:
+        return iter([fill_rows(parts[0])])
+    import grain  # slow to import
+
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
+    batches = grain.MapDataset.source(parts).map(fill_rows)
+    return iter(batches.to_iter_dataset(options))

@@ -33,6 +33,7 @@ FORBIDDEN = {
     "navit.evals": ("navit.train", "navit.losses"),
     "navit.embed": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_batches": ("navit.train", "navit.evals", "navit.losses"),
+    "navit.embed_files": ("navit.train", "navit.evals", "navit.losses"),
     "navit.convert": ("navit.train", "navit.evals", "navit.losses", "navit.embed"),
     "navit.train": ("navit.convert", "navit.weights"),
 }
