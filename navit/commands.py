@@ -38,7 +38,7 @@ def _from_weights(
     config = starting_from(
         config, weights.model, where=weights.where, overrides=overrides
     )
-    return config, functools.partial(build, weights, config.model)
+    return config, functools.partial(build, weights)
 
 
 def train(args: argparse.Namespace) -> int:

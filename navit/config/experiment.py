@@ -65,6 +65,8 @@ class TrainConfig:
     another, and recompute each part's activations for its gradient: less memory for a
     third more work. The loss is still over the whole batch.
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
+    `check_kernels`: on an accelerator, compare the kernels with the plain path before
+    the first step, and use the plain path in place of one that fails there.
     `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
     WORKDIR/profile.
     """
@@ -84,6 +86,7 @@ class TrainConfig:
     keep: int = 2
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile_steps: str | None = None
+    check_kernels: bool = True
 
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")

@@ -63,7 +63,10 @@ def fits(x: Array, hidden: int, axes: tuple[str, ...]) -> bool:
 
 
 def block_tokens(
-    x: Array, hidden: int, axes: tuple[str, ...], in_rows: bool = False
+    x: Array | jax.ShapeDtypeStruct,
+    hidden: int,
+    axes: tuple[str, ...],
+    in_rows: bool = False,
 ) -> int:
     """Tokens in one block: the most that divide a device's tokens and fit; 0 if none.
 

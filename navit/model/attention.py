@@ -177,7 +177,7 @@ def _attend(
     elif implementation is None:
         pairs = n * arrays[-1].shape[1]
         less = _less_work(max_segments, max_segment_tokens, pairs)
-        implementation = _choice(platform(), n, channels, less)
+        implementation = choice(platform(), n, channels, less)
     if implementation in _KERNELS:
         if platform() != "tpu":
             raise ValueError(
@@ -237,7 +237,13 @@ def _dense(
     return jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
 
 
-def _choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) -> str:
+def choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) -> str:
+    """The implementation that `attention` takes if none is given.
+
+    Args:
+      channels: of queries, on each device.
+      less_unpacked: whether "unpack" is less work than a dense mask.
+    """
     if platform == "cpu":
         return "unpack" if less_unpacked else "xla"
     if platform != "tpu":

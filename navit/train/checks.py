@@ -35,6 +35,7 @@ _FREE = (
     "train.checkpoint_",
     "train.keep",
     "train.profile_steps",
+    "train.check_kernels",
     "init_towers",  # the towers themselves are compared
 )
 # Settings that affect only rounding: a resumed run may change them, and records it.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from navit.config import Config
+from navit.config import Config, ModelConfig
 from navit.embed import Embedder
 from navit.evals import budgets
 from navit.input import pipeline
@@ -22,6 +22,7 @@ from navit.train.checkpoint import Checkpoints
 from navit.train.checks import check_captions, check_config, check_devices, check_finite
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
+from navit.train.kernel_check import proven
 from navit.train.metrics import Meter, line
 from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
@@ -36,7 +37,7 @@ log = logging.getLogger("navit")
 def train(
     config: Config,
     workdir: Path,
-    initial: Callable[[Rules], TwoTower] | None = None,
+    initial: Callable[[ModelConfig, Rules], TwoTower] | None = None,
 ) -> bool:
     """Trains to `config.train.steps`, from the latest checkpoint if there is one.
 
@@ -71,14 +72,16 @@ def train(
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)
+    running = proven(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
-            state = start(config, data, workdir, rules, checkpoints, initial)
+            state = start(config, running, data, workdir, rules, checkpoints, initial)
             with Interruption() as interruption:
                 state = _steps(
                     state,
                     config,
+                    running,
                     source,
                     data,
                     rules,
@@ -107,6 +110,7 @@ def train(
 def _steps(
     state: TrainState,
     config: Config,
+    running: Config,
     source: Source | StreamSource,
     data: str,
     rules: Rules,
@@ -114,11 +118,15 @@ def _steps(
     workdir: Path,
     interruption: Interruption,
 ) -> TrainState:
-    """Trains to the last step, or until a stop is requested."""
+    """Trains to the last step, or until a stop is requested.
+
+    Args:
+      config: is saved; `running` is what the step computes with.
+    """
     first_step, last_step = int(state.step), config.train.steps
     optimizer = make_optimizer(config.optim, last_step)
     schedule = make_schedule(config.optim, last_step)
-    train_step = make_train_step(config, optimizer, rules)
+    train_step = make_train_step(running, optimizer, rules)
     batches = pipeline.train_batches(
         config,
         source,

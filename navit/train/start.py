@@ -29,11 +29,12 @@ log = logging.getLogger("navit")
 
 def start(
     config: Config,
+    running: Config,
     data: str,
     workdir: Path,
     rules: Rules,
     checkpoints: Checkpoints,
-    initial: Callable[[Rules], TwoTower] | None,
+    initial: Callable[[ModelConfig, Rules], TwoTower] | None,
 ) -> TrainState:
     """The state to start or resume from; a new run also writes `config.json`.
 
@@ -41,6 +42,9 @@ def start(
     records them, and from which step they apply.
 
     Args:
+      config: the config of the run, which is saved.
+      running: the same with the implementations that work here
+        (`kernel_check.proven`), which the model computes with.
       data: the fingerprint of the training data.
       initial: makes the model for step 0; None initializes one randomly.
 
@@ -49,7 +53,7 @@ def start(
         damaged checkpoints.
     """
     make = functools.partial(
-        init_state, config, make_optimizer(config.optim, config.train.steps), rules
+        init_state, running, make_optimizer(config.optim, config.train.steps), rules
     )
     latest = checkpoints.set_damaged_aside()
     hosts.check_same(f"the latest checkpoint in the shared {workdir}", f"{latest}")
@@ -61,7 +65,8 @@ def start(
         hosts.any_of(False)  # a barrier: config.json is written now
         is_shared = (workdir / "config.json").exists()
         hosts.check_same(f"whether all hosts share {workdir}", f"{is_shared}")
-        state = jax.jit(make)(model=initial(rules) if initial else None)
+        model = initial(running.model, rules) if initial else None
+        state = jax.jit(make)(model=model)
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
         return state

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from navit.kernels.splash import _attend_forward, _blocks, splash, splash_skip
 from navit.kernels.splash_blocks import spread, visited
-from navit.model.attention import _choice, attention, attention_qkvpacked
+from navit.model.attention import attention, attention_qkvpacked, choice
 
 SIMULATED = dict(interpret=pltpu.InterpretParams())
 
@@ -253,7 +253,7 @@ def test_errors_name_what_is_wrong():
     ],
 )
 def test_the_platform_and_the_row_choose(platform, tokens, less, expected):
-    assert _choice(platform, tokens, 768, less) == expected
+    assert choice(platform, tokens, 768, less) == expected
 
 
 @pytest.mark.parametrize("devices, kernel", [(8, True), (16, False)])
