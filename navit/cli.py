@@ -275,6 +275,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     compile_.set_defaults(run="compile_", failed=2)
 
+    check = parsers.add_parser(
+        "check",
+        help="check this machine: devices, kernels, decoding, checkpoints",
+        description="Checks whether this machine runs CONFIG, or the default "
+        "config. Prints\nversions, devices, memory and disk, the decode rate of one "
+        "core, and a\ncheckpoint's round trip. Then compares each attention "
+        "implementation, fused layer\nand loss with the plain path, for the sizes of "
+        "the config and few rows: values,\ngradients, and that no image affects "
+        "another. Nothing is trained, and no data of\nthe config is read. Takes a "
+        "minute on a free CPU.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="columns:\n"
+        "  values, gradients  the largest difference from the plain path in float32,\n"
+        "                     as a share of the largest value\n"
+        "  at most            the share that rounding explains\n"
+        "  ms, plain ms       one call with gradients, and the same of the plain path\n"
+        "  verdict            ok; differs; does not compile; not checked, with the "
+        "reason\n"
+        "On a CPU, TPU kernels are interpreted: their results count, their time does "
+        "not.\nExit code 1: a kernel differs or does not compile, or the checkpoint is "
+        "not\nbit-equal. Training checks the kernels that it uses at its start "
+        "(train.check_kernels).\n\nexamples:\n"
+        "  navit check configs/quickstart.py\n"
+        "  navit check configs/siglip2_b16_naflex.py --workdir /mnt/runs\n"
+        "  navit check model.dtype=bfloat16 data.row_tokens=512",
+    )
+    check.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="a python file: configs/*.py (default: the sizes of B/16)",
+    )
+    _add_overrides(check, "any field of the config, such as model.dtype=bfloat16")
+    check.add_argument(
+        "--workdir",
+        type=_local,
+        help="where the checkpoint is tried (default: the temporary folder); nothing "
+        "stays there",
+    )
+    check.add_argument(
+        "--json", type=_local, help="also write the results to this file"
+    )
+    check.set_defaults(run="check")
+
     plan = parsers.add_parser(
         "plan",
         help="show how images would pack into rows of several lengths",

@@ -166,6 +166,21 @@ def compile_(args: argparse.Namespace) -> int:
     )
 
 
+def check(args: argparse.Namespace) -> int:
+    if args.config and "=" in args.config:  # no CONFIG, but overrides
+        args.overrides, args.config = [args.config, *args.overrides], None
+    if args.config:
+        config = _config(args)
+    else:
+        config = config_lib.override(config_lib.Config(), args.overrides)
+    from navit import machine
+    from navit.train.checkpoint import quiet_orbax
+
+    if not args.debug:
+        quiet_orbax()
+    return machine.run(config, args.workdir, args.json)
+
+
 def plan(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.plan import report as plan_report

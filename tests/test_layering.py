@@ -123,7 +123,8 @@ def test_the_host_side_does_not_import_jax(part):
 
 
 @pytest.mark.parametrize(
-    "part", ["navit.cli", "navit.commands", "navit.compile", "navit.bench"]
+    "part",
+    ["navit.cli", "navit.commands", "navit.compile", "navit.bench", "navit.machine"],
 )
 def test_nothing_imports_the_ends(part):
     for module in MODULES:
