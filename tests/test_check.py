@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_reported(capsys, monkeypatch):
 
     monkeypatch.setattr(splash_blocks.Call, "logits", logits)
     monkeypatch.setattr(fused.Call, "__call__", call)
-    assert cli.main(["check", *SMALL, "train.loss=softmax"]) == 1
+    assert cli.main(["check", *SMALL, "train.losses=softmax"]) == 1
     text = capsys.readouterr().out
     table = verdicts(text)
     assert {name: table[name] for name in table if table[name] != "not"} == {

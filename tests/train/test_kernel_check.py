@@ -238,5 +238,7 @@ def test_a_loss_that_fails_is_replaced_by_a_plainer_one(
     config = kernel_config("mesh.data=2", "model.fused=false", "model.attention=xla")
     mesh, rules = make_mesh(config.mesh)
     found = proven(config, mesh, rules)
-    assert found == override(config, [f"train.losses.sigmoid.implementation={expected}"])
+    assert found == override(
+        config, [f"train.losses.sigmoid.implementation={expected}"]
+    )
     assert f"train.losses.sigmoid.implementation={expected}" in caplog.text
