@@ -38,23 +38,17 @@ def unpack(
             some = (keys > 0).any(-1)[:, None, None, None]
             k, v = (jnp.where(some, x, 0) for x in (k, v))
         return _row_by_row(q, k, v, keys > 0)
-    places = _places(segment_ids, max_segments, max_segment_tokens)
-    of_keys = places
-    if kv_segment_ids is not None:
-        of_keys = _places(kv_segment_ids, max_segments, max_segment_tokens)
-
-    def gathered(x: Array, places: _Places) -> Array:
-        flat = x.reshape(*x.shape[:2], -1)
-        flat = _move(flat, places.token, places.keep, places.target, places.real)
-        return flat.reshape(x.shape[0] * max_segments, -1, *x.shape[2:])
-
+    s = max_segments
+    places = _places(segment_ids, s, max_segment_tokens)
+    if kv_segment_ids is None:  # one gather is faster than three
+        of_keys, (q_rows, k_rows, v_rows) = places, _gathered(places, s, q, k, v)
+    else:
+        of_keys = _places(kv_segment_ids, s, max_segment_tokens)
+        (q_rows,) = _gathered(places, s, q)
+        k_rows, v_rows = _gathered(of_keys, s, k, v)
     # The keys and values of a segment without any are 0 here, and so is its output.
-    out = _row_by_row(
-        gathered(q, places),
-        gathered(k, of_keys),
-        gathered(v, of_keys),
-        of_keys.keep.reshape(q.shape[0] * max_segments, -1),
-    )
+    visible = of_keys.keep.reshape(q.shape[0] * s, -1)
+    out = _row_by_row(q_rows, k_rows, v_rows, visible)
     out = out.reshape(*places.token.shape, -1)
     out = _move(out, places.target, places.real, places.token, places.keep)
     return out.reshape(q.shape)
@@ -97,6 +91,17 @@ def _places(segment_ids: Int[Array, "b n"], segments: int, longest: int) -> _Pla
         target=slot * m + at,
         real=segment_ids > 0,
     )
+
+
+def _gathered(
+    places: _Places, segments: int, *arrays: Float[Array, "b n h k"]
+) -> list[Float[Array, "r m h k"]]:
+    """Arrays of one shape, with each segment in a row of its own."""
+    flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
+    flat = _move(flat, places.token, places.keep, places.target, places.real)
+    rows = flat.reshape(flat.shape[0] * segments, -1, flat.shape[-1])
+    heads = arrays[0].shape[2:]
+    return [x.reshape(*x.shape[:2], *heads) for x in jnp.split(rows, len(arrays), -1)]
 
 
 def _row_by_row(
