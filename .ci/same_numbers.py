@@ -87,9 +87,9 @@ def training(loss: str, *overrides: str) -> Iterator[tuple[str, str]]:
         leaves = jax.tree.leaves(model.model)
         yield f"training with {label}: parameters", digest(*leaves)
         budgets = json.loads((Path(folder) / "budgets.json").read_text())["budgets"]
-        for line in budgets.values():
-            del line["images_per_second"]
-        yield f"training with {label}: evaluation", json.dumps(budgets, sort_keys=True)
+        for budget, line in budgets.items():
+            for name in line.keys() - {"images_per_second"}:
+                yield f"training with {label}: {name} at {budget}", str(line[name])
 
 
 def pixels() -> Iterator[tuple[str, str]]:
