@@ -52,6 +52,7 @@ def example(rng, width, hidden, dtype=jnp.float32, tokens=128):
     return x, weights, above
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def with_gradients(f, x, weights, above):
     y, back = jax.vjp(f, x, weights)
     return y, *back(above.astype(y.dtype))
@@ -84,6 +85,7 @@ def test_the_projection_equals_plain_jax_in_value_and_gradients(
     def plain(x, w):
         return norm(x, w) @ w.kernel + w.kernel_bias[None, None], x
 
+    @functools.partial(jax.jit, static_argnums=0)
     def run(f):
         y, back = jax.vjp(f, x, weights)
         return y, back((weight, above))
@@ -106,7 +108,8 @@ def test_bfloat16_stays_close(rng):
 def test_tokens_do_not_see_each_other(rng):
     x, weights, _ = example(rng, 128, 512)
     changed = x.at[0, :50].set(-7e3)
-    before, after = simulated(x, weights), simulated(changed, weights)
+    run = jax.jit(simulated)
+    before, after = run(x, weights), run(changed, weights)
     np.testing.assert_array_equal(before[0, 50:], after[0, 50:])
     np.testing.assert_array_equal(before[1], after[1])
 
