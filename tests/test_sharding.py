@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from navit.train.state import init_state
 from navit.train.step import make_train_step
 
 
+@functools.cache  # several meshes are compared with the same run on one device
 def run(config, steps=5):
     """Trains a few steps on the config's mesh; returns losses and parameters."""
     mesh, rules = make_mesh(config.mesh)

@@ -240,7 +240,9 @@ def compile_quickstart(tmp_path, *options):
     return done, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "gradients", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_a_step_compiles_for_a_slice(tmp_path, gradients):
     """It fits; weights are gathered in bfloat16; no activation ever moves."""
     mesh = ("mesh.data=1", "mesh.fsdp=4", f"mesh.gradients={gradients}")

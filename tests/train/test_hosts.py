@@ -152,7 +152,14 @@ def one_device(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("replicate", marks=pytest.mark.slow),
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        "fsdp, tensor",
+    ],
+)
 def test_two_processes_equal_one_device(one_device, tmp_path, preset):
     """And so 8 devices of one process, which `test_sharding` compares to one."""
     codes, outputs = finish(start(tmp_path, *PRESETS[preset]))
