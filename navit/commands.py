@@ -108,7 +108,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     from navit.embed_files import embed_files
-    from navit.input.named import images_of
+    from navit.input.image_list import images_of
     from navit.weights import load
 
     # Checked before the slow loading of the model.

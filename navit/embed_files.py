@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from navit.embed import Embedder
 from navit.files import write_atomic
-from navit.input.named import Named
+from navit.input.image_list import Named
 from navit.sources.images import size_of
 from navit.sources.source import Record
 

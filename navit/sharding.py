@@ -79,8 +79,8 @@ def _whole(rules: Rules, spec: jax.P, dtype: Any, p: jax.Array) -> jax.Array:
     del spec
     p = p.astype(dtype)
     axes = [None if x == rules.embed else x for x in jax.typeof(p).sharding.spec]
-    # Of a `reduced` array, each device has its own gradient, not yet summed. The sum is
-    # made once, below.
+    # `reduced`: each device keeps its own gradient of the result, and
+    # `_whole_backward` sums them once.
     return jax.reshard(p, jax.P(*axes, reduced=set(rules.batch_axes)))
 
 

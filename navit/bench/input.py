@@ -62,7 +62,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         images = {i: standard(source.record(i).image) for i in index}
     _line("read", len(index), seconds[0])
 
-    materialize = pipeline.Materialize(
+    make_batch = pipeline.MakeBatch(
         source,
         data,
         patch_size=patch_size,
@@ -71,7 +71,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         text_tower=config.model.text,
         named=set(),
     )
-    dataset = grain.MapDataset.source(plans).map(materialize)
+    dataset = grain.MapDataset.source(plans).map(make_batch)
     grids = np.concatenate([x.grids for x in rows])
     boxes: list = [None] * len(index)
     if data.crop is not None:

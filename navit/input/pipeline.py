@@ -40,7 +40,7 @@ _WHICH_CAPTION = 4
 # Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
 
-# If none of at least this many images can be read, the storage is at fault.
+# If a batch has this many images or more and none can be read, the storage is at fault.
 _NO_ACCIDENT = 8
 
 
@@ -82,7 +82,7 @@ def fingerprint(source: Source | StreamSource) -> str:
     return f"{source.fingerprint()}, plan {VERSION}"
 
 
-class Materialize(grain.transforms.Map):
+class MakeBatch(grain.transforms.Map):
     """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each.
 
     Args:
@@ -164,14 +164,14 @@ class Materialize(grain.transforms.Map):
             )
 
 
-class MaterializeStream(grain.transforms.Map):
+class MakeStreamBatch(grain.transforms.Map):
     """Planned rows and their records -> a `Batch`, whose ids count the records read."""
 
-    def __init__(self, materialize: Callable[[Source], Materialize]) -> None:
-        self._materialize = materialize
+    def __init__(self, make_batch: Callable[[Source], MakeBatch]) -> None:
+        self._make_batch = make_batch
 
     def map(self, planned: Planned) -> Batch:
-        batch = self._materialize(Carried(planned.records)).map(planned.rows)
+        batch = self._make_batch(Carried(planned.records)).map(planned.rows)
         ids = np.where(batch.id < 0, -1, planned.numbers[batch.id])
         return batch._replace(id=ids)
 
@@ -232,7 +232,7 @@ def train_batches(
     else:
         plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)
     make = functools.partial(
-        Materialize,
+        MakeBatch,
         data=data,
         patch_size=vision.patch_size,
         slots=plans.slots,
@@ -240,18 +240,18 @@ def train_batches(
         text_tower=cfg.model.text,
         named=set(),
     )
-    materialize: grain.transforms.Map
+    make_batch: grain.transforms.Map
     if isinstance(source, StreamSource):
         most = data.most_tokens(vision.patch_size)
         vision.position.check(np.array([[1, most], [most, 1]]))  # any may come
-        materialize = MaterializeStream(make)
+        make_batch = MakeStreamBatch(make)
     else:
         if vision.position.has_limit:
             _check_positions(vision, source.sizes, data)
-        materialize = make(source)
+        make_batch = make(source)
     if process_index == 0:
         log.info("%s", plans.summary())
-    dataset = grain.MapDataset.source(plans).map(materialize)[start_step:]
+    dataset = grain.MapDataset.source(plans).map(make_batch)[start_step:]
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     if not data.workers:
         return iter(dataset.to_iter_dataset(read))
@@ -271,8 +271,9 @@ def _from_workers(
 ) -> Generator[Batch, None, None]:
     """Batches from worker processes, which start at the first batch."""
     try:
-        # Workers inherit the mask: a Ctrl-C before `_start_worker` would end them. The
-        # tracker would lift the mask if it started later.
+        # Workers inherit this mask; without it, a Ctrl-C before `_start_worker` would
+        # end them. Python's resource tracker lifts the mask when it starts, so it
+        # starts first.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -312,8 +313,8 @@ def _check_positions(
     vision.position.check(grids_of(sizes, most, data, vision.patch_size))
     if data.crop is None:
         return
-    # A crop is wider or higher than its image by at most this aspect, and slightly more
-    # as its sides are whole pixels.
+    # The aspect of a crop is that of its image times a factor between low and high, or
+    # slightly beyond, because its sides are whole pixels.
     low, high = data.crop.aspect
     area = data.crop.area[0] * min(1.0, low, 1 / high)
     least = np.maximum(1, sizes.min(-1, keepdims=True) * area**0.5)

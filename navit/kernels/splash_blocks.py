@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 # The longest row that `splash` takes: its program grows with the square of the length.
 WHOLE_ROW = 1152
 LANES, SUBLANES = 128, 8
-# The logit of masked pairs. A block without visible pairs then adds exactly 0.
+# The logit of masked pairs: their weight is exactly 0.
 HIDDEN = -3e38
 
 

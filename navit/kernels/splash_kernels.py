@@ -1,10 +1,10 @@
 """The two attention kernels: forward and backward (Pallas, for TPUs).
 
 Logits are transposed, `[keys, queries]`. The maximum of the softmax and the running
-statistics are then rows that fit in a few registers. In every product with a narrow
-result (values, and the gradients of queries, keys and values) the large matrix is the
-stationary one. At 64 channels a head, this keeps a TPU's matrix units twice as busy as
-the usual layout.
+statistics are then rows that fit in a few registers. The results with `width` channels
+(values, and the gradients of queries, keys and values) are products of a narrow matrix
+with the large matrix of weights, and the matrix unit holds the large one. At 64
+channels a head, this keeps a TPU's matrix units twice as busy as the usual layout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from jaxtyping import Array
 from navit.kernels.splash_blocks import LANES, SUBLANES, Call, dot
 
 LOG2E = math.log2(math.e)
-# Less than any possible maximum, and more than `HIDDEN`.
+# The maximum before the first block: below any logit, and above `HIDDEN`, so that
+# exp(HIDDEN - maximum) is 0 even where all pairs so far are masked.
 _LOWEST = -1e30
 
 

@@ -55,7 +55,7 @@ def unpack(
 
 
 class _Places(NamedTuple):
-    """Where tokens go: j counts the places of all segments, each with equally many.
+    """Where tokens go. There are j places: equally many for each segment.
 
     Attributes:
       token: the token that each place takes.
@@ -112,7 +112,7 @@ def _row_by_row(
 ) -> Float[Array, "b n h k"]:
     """Every query sees the visible keys of its row; one row and one head at a time.
 
-    A row with no visible key sees all of them.
+    In a row with no visible key, queries see all keys, and the output means nothing.
     """
     _, n, h, width = q.shape
     # Otherwise, with every key hidden, the softmax would be over nothing.

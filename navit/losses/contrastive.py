@@ -40,8 +40,9 @@ def sigmoid_loss(
     From SigLIP, arXiv 2303.15343.
 
     Args:
-      images, texts: unit vectors; text i belongs to image i.
-      real: False where there is no pair.
+      images, texts: unit vectors; text i belongs to image i (aligned by
+        `with_captions` in navit/train/step.py).
+      real: False where i is an empty slot, without an image or a text.
       scale, bias: t' and b; a logit is exp(t') * similarity + b.
       implementation: "gather" brings all texts to every device, and "ring" passes them
         from device to device. Both keep a few million pairs in memory at a time and
@@ -50,7 +51,8 @@ def sigmoid_loss(
         the reference for the others.
 
     Returns:
-      The sum over real pairs divided by the number of real images; 0 if there are none.
+      The sum over each real image with each real text, divided by the number of real
+      images; 0 if there are none.
     """
     if implementation == "dense":
         both = real[:, None] & rules.replicate(real)[None, :]
@@ -240,7 +242,8 @@ def _columns(
     """The sum over these images and texts with its gradients, some texts at a time.
 
     Args:
-      shift: text i + shift belongs to image i.
+      shift: image i belongs to text i + shift, as the texts of one device meet the
+        images of another.
       axes: the mesh axes over which the arguments vary.
     """
     value_and_gradients = jax.value_and_grad(_terms, argnums=(0, 1, 2, 3))

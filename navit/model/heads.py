@@ -1,8 +1,9 @@
 """Pooling per segment: packed tokens -> one vector for every slot.
 
 Sums over segments are products with the `[n, s]` membership matrix, which accelerators
-compute faster than a scatter. The cost is linear in the row's length. `attention` from
-slots to tokens would mask a dense product, with one logit for each slot and token.
+compute faster than a scatter, and whose cost is linear in the row's length. (The
+function `attention`, with the slots as queries, would compute a logit for every pair of
+a slot and a token.)
 """
 
 from __future__ import annotations

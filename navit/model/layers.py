@@ -41,7 +41,8 @@ class Linear(nnx.Linear):
         y = product(inputs.astype(self.dtype), kernel, out_sharding)
         if self.bias is None:
             return y
-        # XLA sums the gradient of a wide output as it computes it.
+        # If the output is wider than the input, XLA sums the bias's gradient while it
+        # computes the output's gradient, and `add_bias`'s own sum would cost more.
         add = add_bias if self.out_features <= self.in_features else _plus
         return add(y, self.bias[...])
 

@@ -67,7 +67,7 @@ class PositionEmbedding(nnx.Module):
         if kind == "learned_2d":
             row = jax.nn.one_hot(coords[..., 0], size, dtype=jnp.float32)
             column = jax.nn.one_hot(coords[..., 1], size, dtype=jnp.float32)
-        else:
+        else:  # "siglip2"
             row = axis_weights(coords[..., 0], grid[..., 0], size)
             column = axis_weights(coords[..., 1], grid[..., 1], size)
         both = row[..., :, None] * column[..., None, :]

@@ -43,6 +43,10 @@ class VisionOutput(NamedTuple):
 class Vision(nnx.Module):
     """Patch embedding, position embedding, encoder, pooling per segment.
 
+    Three masks keep padding and other images out: this class sets padding to 0 before
+    and after the encoder, attention sees only equal segment ids, and the heads sum over
+    the tokens of a slot (`membership`).
+
     A `VisionConfig` is taken as a `ModelConfig` with defaults for all other fields. The
     weights are random, from `rngs` or else from seed 0.
     """
@@ -77,7 +81,8 @@ class Vision(nnx.Module):
             rules=rules,
             rngs=rngs,
         )
-        # Assigned only once each: NNX then decides whether they contain parameters.
+        # Each is assigned once: NNX decides at the first assignment whether an
+        # attribute holds parameters.
         self.head = (
             MapHead(c.width, c.mlp_dim, c.num_heads, **shared)
             if c.pool == "map"

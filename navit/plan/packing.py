@@ -23,23 +23,24 @@ def pack(
     """Packs `lengths` in order into rows.
 
     Each length goes to the open row whose expected waste grows least, given the
-    distribution of all lengths. Unlike in best fit, that is not always the tightest
-    row, since a little room may be worth less than none. When no open row has room and
-    `open_rows` are open, only the fullest is closed, so the others keep waiting for
-    lengths that fit. With few lengths, this is best fit.
+    distribution of all lengths. Best fit would take the tightest row; but a row with a
+    little room left, too little for any image, is worse than a full one. When no open
+    row has room and `open_rows` are open, only the fullest is closed, and the others
+    keep waiting for lengths that fit. With few lengths, this is best fit.
 
     A row is closed as soon as it is full or has `max_images`. The rows still open at
     the end come last.
 
     Args:
-      elastic: the share of its length that an image may give up to enter a row where it
-        then leaves less expected waste than at full length in any other.
+      elastic: the largest share of its length that an image may give up. It does so
+        to enter a row, if this leaves less expected waste than its full length would
+        leave in any other row.
       shrink: (index, most, least) -> the length that the image would have between
         `least` and `most`, or 0 if it has none there.
 
     Returns:
-      The indices in each row; and for each image that was shortened, the `most` that
-      `shrink` was called with.
+      The indices in each row; and for each image that was shortened, the `most` with
+      which `shrink` gave its length, so that the same call gives its grid.
 
     Raises:
       ValueError: if a length is not between 1 and `row_tokens`.
@@ -98,9 +99,10 @@ def pack(
 def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
     """The expected waste of each room `0..row_tokens`, in arbitrary units.
 
-    Assumes that, time after time, the best of the next 12 images goes there (8 and 16
-    pack about alike; `navit.bench.plan` shows the result). Every machine rounds these
-    operations alike, and the result is rounded, so that all hosts plan alike.
+    The model: the best of the next 12 images enters the room, again and again, until
+    none fits. (With 8 or 16 images, packing is about as good; `navit.bench.plan` shows
+    the result.) Every machine rounds these operations alike, and the result is rounded,
+    so that all hosts plan alike.
 
     Returns:
       `[row_tokens + 1]` float64.
@@ -114,8 +116,8 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
     # This far from a row's end, its room does not predict how the row will end.
     reach = min(row_tokens, 3 * longest)
     waste = np.arange(row_tokens + 1, dtype=np.float64)
-    # Any image leaves a room at least `shortest` smaller, so the waste of this many
-    # rooms at a time follows from smaller ones.
+    # An image makes a room smaller by at least `shortest`. So the waste of the next
+    # `shortest` rooms depends only on rooms that are already computed.
     for start in range(shortest, reach + 1, shortest):
         rooms = np.arange(start, min(start + shortest, reach + 1))[:, None]
         fits = values <= rooms

@@ -8,7 +8,7 @@ from typing import Any
 
 from navit import config
 from navit.sources import examples, records, storage
-from navit.sources.kept import Place, digest
+from navit.sources.cache import Place, digest
 
 log = logging.getLogger("navit")
 

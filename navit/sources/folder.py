@@ -12,8 +12,8 @@ import numpy as np
 
 from navit import config
 from navit.sources import records, storage
+from navit.sources.cache import Place, digest
 from navit.sources.index import Entry, measure
-from navit.sources.kept import Place, digest
 from navit.sources.missing import check_missing
 from navit.sources.source import Record, Task
 from navit.sources.table import inside, is_table, read_table

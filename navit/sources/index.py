@@ -1,7 +1,7 @@
 """The sizes index: one pass over a dataset's headers, saved for the next run.
 
 An index is two files: `sizes-ID.npz` and, if something could not be read,
-`unreadable-ID.txt` (see `navit/sources/kept.py` for where they are).
+`unreadable-ID.txt` (see `navit/sources/cache.py` for where they are).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from navit.sources.images import ImageLike, size_of
-from navit.sources.kept import (
+from navit.sources.cache import (
     Place,
     find_beside,
     read_arrays,
     write_arrays,
     write_beside,
 )
-from navit.sources.passing import is_exhausted, is_passing
+from navit.sources.images import ImageLike, size_of
+from navit.sources.transient import is_exhausted, is_transient
 
 log = logging.getLogger("navit")
 
@@ -172,7 +172,7 @@ def _fill(
         except (ValueError, OSError, RecursionError) as error:
             if is_exhausted(error):
                 raise error.__cause__ or error from None
-            return (error.__cause__ or error) if is_passing(error) else _reason(error)
+            return (error.__cause__ or error) if is_transient(error) else _reason(error)
 
     def read(batch: range) -> Iterator[Entry | str]:
         results = pool.map(one, batch)

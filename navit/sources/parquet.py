@@ -14,9 +14,9 @@ import numpy as np
 
 from navit import config
 from navit.sources import records, storage
-from navit.sources.kept import Place, digest
-from navit.sources.passing import is_passing
+from navit.sources.cache import Place, digest
 from navit.sources.table import import_parquet
+from navit.sources.transient import is_transient
 
 log = logging.getLogger("navit")
 
@@ -52,7 +52,7 @@ class ParquetReader:
                 with self._open(file) as opened:
                     metadata = opened.metadata
             except (ValueError, OSError) as error:
-                if is_passing(error):
+                if is_transient(error):
                     raise
                 self.damaged.append(f"{file}: {error}")
                 log.warning("left out, damaged: %s", self.damaged[-1])

@@ -9,8 +9,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from navit.sources.cache import Place
 from navit.sources.index import Entry, measure
-from navit.sources.kept import Place
 from navit.sources.source import Record, Task
 
 _MAX_UNNAMED = 1_000_000

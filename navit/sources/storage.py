@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from navit.sources.missing import check_missing
-from navit.sources.passing import http_status, is_passing
+from navit.sources.transient import http_status, is_transient
 
 # At most this many files are open: there may be more shards than a process may open.
 _OPEN_FILES = 256
@@ -125,7 +125,7 @@ class Remote:
             try:
                 answer = ask()
             except Exception as error:  # each file system has errors of its own
-                if not is_passing(error):
+                if not is_transient(error):
                     if http_status(error) is None:
                         raise
                     raise OSError(f"{path}: {error}") from None
@@ -196,7 +196,7 @@ def _is_there(storage: Storage, file: str) -> bool:
         storage.stat(file)
         return True
     except OSError as error:
-        if is_passing(error):
+        if is_transient(error):
             raise
         return False
 

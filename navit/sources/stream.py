@@ -16,8 +16,8 @@ import numpy as np
 
 from navit import config
 from navit.sources import examples, records, storage, tar
+from navit.sources.cache import digest
 from navit.sources.images import size_of
-from navit.sources.kept import digest
 from navit.sources.source import Record, Task
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tfrecord", ".tfrecord-*", ".tfrecords")

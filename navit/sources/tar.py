@@ -18,7 +18,7 @@ from tqdm import tqdm
 from navit import config
 from navit.sources import index as sizes_index
 from navit.sources import records, storage
-from navit.sources.kept import Place, digest, read_arrays, write_arrays
+from navit.sources.cache import Place, digest, read_arrays, write_arrays
 
 log = logging.getLogger("navit")
 

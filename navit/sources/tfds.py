@@ -7,7 +7,7 @@ from typing import Any
 
 from navit import config
 from navit.sources import records, storage
-from navit.sources.kept import Place, digest
+from navit.sources.cache import Place, digest
 
 _FORMATS = ("array_record", "parquet")
 

@@ -51,7 +51,7 @@ class Feed:
         if batch is None:
             return 0.0
         if previous is not None:
-            previous.result()  # now its batch has left the device
+            previous.result()  # the batch of the step before is off the device
         self._put(batch)
         return time.perf_counter() - running.result() if running.done() else 0.0
 

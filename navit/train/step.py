@@ -58,8 +58,8 @@ def batch_loss(
     if compares:
         assert model.scale is not None and model.bias is not None
         pooled, real = with_captions(pooled, batch, rules)
-        # As few parts of text as keep each no longer than a part of images, because
-        # every part gathers the vocabulary table.
+        # Every part of the text gathers the vocabulary table, so there are few parts:
+        # each has as many tokens as a part of the images, or slightly fewer.
         needed = -(-count * batch.text.size // batch.images.segment_ids.size)
         text_count = next(
             x for x in range(1, count + 1) if count % x == 0 and x >= min(needed, count)
@@ -115,10 +115,12 @@ def by_microbatch(
 def with_captions(
     pooled: Float[Array, "b s e"], batch: Batch, rules: Rules = Rules()
 ) -> tuple[Float[Array, "m e"], Bool[Array, " m"]]:
-    """The image of each caption in `batch.text`, and whether it is real.
+    """Aligns images with captions: text i of the loss belongs to image i.
 
-    There are `m = g * c` captions. The vectors of slots with the same owner are summed.
-    No row leaves its device.
+    Returns:
+      For each of the `m = g * c` places in `batch.text`, the vector of the image that
+      owns it (`batch.owner`), and whether there is such an image. If several slots own
+      one caption, their vectors are summed. No row leaves its device.
     """
     groups, places, _ = batch.text.shape
 

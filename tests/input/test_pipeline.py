@@ -39,8 +39,8 @@ from navit.config import (
 from navit.input import memory, pixels
 from navit.input.fill import fill_rows
 from navit.input.pipeline import (
-    Materialize,
-    MaterializeStream,
+    MakeBatch,
+    MakeStreamBatch,
     check_memory,
     open_eval_source,
     open_source,
@@ -563,12 +563,12 @@ def test_ids_beyond_31_bits_stay_as_they_are():
         text_tower=TextConfig(length=24),
         named=set(),
     )
-    batch = Materialize(Far(), config().data, **options).map(rows)
+    batch = MakeBatch(Far(), config().data, **options).map(rows)
     assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
     record = Streamed("a", solid(16, 16), ("a caption",), (16, 16))
     planned = Planned(dataclasses.replace(rows, index=np.arange(3)), (record,) * 3, ids)
-    make = functools.partial(Materialize, data=config().data, **options)
-    batch = MaterializeStream(make).map(planned)
+    make = functools.partial(MakeBatch, data=config().data, **options)
+    batch = MakeStreamBatch(make).map(planned)
     assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from navit.cli import main
 from navit.config import Folder
+from navit.sources import cache, storage
 from navit.sources import index as sizes
-from navit.sources import kept, storage
 from navit.sources.folder import FolderSource
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -44,12 +44,12 @@ def bad_inspect(i: int) -> sizes.Entry:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> kept.Place:
+def place(tmp_path, monkeypatch) -> cache.Place:
     monkeypatch.setattr(sizes, "MIN_KEPT", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "data"
     folder.mkdir()
-    return kept.Place(folder, "the set", "of today")
+    return cache.Place(folder, "the set", "of today")
 
 
 def measure(place, inspect=inspect, count=30, **options) -> sizes.Index:

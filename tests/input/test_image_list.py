@@ -1,4 +1,4 @@
-"""navit.input.named: what `navit embed` takes as images."""
+"""navit.input.image_list: what `navit embed` takes as images."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from navit.config import Folder
-from navit.input.named import images_of
+from navit.input.image_list import images_of
 from navit.sources.folder import FolderSource
 
 FILES = ["0.png", "1.PNG", "below/2.png", "below/deep/3.png"]

@@ -7,7 +7,7 @@ import functools
 
 # This process or machine has no more of something, which no file is to blame for.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_PASSING = (
+_TRANSIENT = (
     *_EXHAUSTED,
     errno.ESTALE,
     errno.ETIMEDOUT,
@@ -25,17 +25,19 @@ _PASSING = (
 )
 
 
-def is_passing(error: BaseException | None) -> bool:
+def is_transient(error: BaseException | None) -> bool:
     """Whether the same request may succeed later, judged by the error or its cause."""
     if error is None:
         return False
     if (status := http_status(error)) is not None:
         return status in (408, 429) or status >= 500
-    if isinstance(error, OSError) and error.errno in _PASSING:
+    if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
-    passing = isinstance(error, TimeoutError | ConnectionError)
+    transient = isinstance(error, TimeoutError | ConnectionError)
     return (
-        passing or isinstance(error, _aiohttp_errors()) or is_passing(error.__cause__)
+        transient
+        or isinstance(error, _aiohttp_errors())
+        or is_transient(error.__cause__)
     )
 
 
