@@ -176,8 +176,8 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
 def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
     """With a classifier, whose logits are computed on all devices."""
     mishap = (
-        "from navit.sources.synthetic import SyntheticSource as S; draw = S.image; "
-        "S.image = lambda s, i: draw(s, i) if len(s) != 12 else open('/nowhere')"
+        "from navit.sources.synthetic import SyntheticSource as S; real = S.record; "
+        "S.record = lambda s, i: real(s, i) if len(s) != 12 else open('/nowhere')"
     )
     options = [
         "train.losses=classification",
