@@ -7,8 +7,9 @@ from navit.config.data import Crop as Crop
 from navit.config.data import DataConfig as DataConfig
 from navit.config.data import Sides as Sides
 from navit.config.data import TokenDrop as TokenDrop
+from navit.config.evaluation import EvalConfig as EvalConfig
+from navit.config.evaluation import EvalTask as EvalTask
 from navit.config.experiment import Config as Config
-from navit.config.experiment import EvalConfig as EvalConfig
 from navit.config.experiment import MeshConfig as MeshConfig
 from navit.config.experiment import OptimConfig as OptimConfig
 from navit.config.experiment import TrainConfig as TrainConfig

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from navit.config.data import DataConfig
+from navit.config.evaluation import EvalConfig
 from navit.config.losses import Loss, Need, Sigmoid
 from navit.config.model import ModelConfig
 from navit.config.overrides import override, positive
@@ -125,29 +126,6 @@ class TrainConfig:
                 f"{self.profile_steps!r}"
             )
         return int(first), int(last)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Token budgets to evaluate at, the most images, and zero-shot prompts.
-
-    `batch_tokens`: tokens embedded at a time; lower it if memory is short. None:
-    2048 on a CPU, whose cache holds no more (4096 is a tenth slower), else 16384.
-    """
-
-    budgets: tuple[int, ...] = (256, 729, 1024)
-    max_images: int | None = None
-    batch_tokens: int | None = None
-    prompts: tuple[str, ...] = ("{}",)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_tokens", "max_images"):
-            if getattr(self, name) is not None:
-                positive(self, name)
-        if not self.budgets or min(self.budgets) < 1:
-            raise ValueError(f"eval.budgets needs positive numbers, not {self.budgets}")
-        if not self.prompts or any(p.count("{}") != 1 for p in self.prompts):
-            raise ValueError(f'eval.prompts need one "{{}}" each, not {self.prompts}')
 
 
 @dataclasses.dataclass(frozen=True)

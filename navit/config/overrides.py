@@ -31,6 +31,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
     `a.b=NAME:VALUE` chooses one, with VALUE as its first field, and `a.b.c=value` sets
     another field of the chosen one. If a field is a tuple of such dataclasses,
     `a.b=NAME,NAME:VALUE` chooses them all, and `a.b.NAME.c=value` sets a field of one.
+    If it is a tuple of one dataclass, `a.b=FIRST,FIRST:SECOND` makes one for each word,
+    with these as its first fields; the first is then its name.
 
     Raises:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
@@ -120,7 +122,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return lines
     if _kinds(a) and _kinds(a) == _kinds(b):
         for x, y in zip(a, b, strict=True):
-            lines += differences(x, y, f"{path}.{x.short}")
+            lines += differences(x, y, f"{path}.{_named(x)}")
         return lines
     return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
 
@@ -174,10 +176,16 @@ def _apply_each(items: Any, change: Any, hint: Any, path: str) -> tuple:
     changes = dict(change) if isinstance(change, dict) else {_WHOLE: change}
     whole = changes.pop(_WHOLE, None)
     words = [] if whole is None else whole.split(",")
-    options = [_option(word, hint) for word in words]
-    if None in options:
-        _parse(words[options.index(None)], hint, path)  # raises
-    names = [item.short for item in options or items]
+    if dataclasses.is_dataclass(hint):  # each word makes one
+        if whole is not None:
+            words = [] if whole in ("()", "none") else words
+            items, whole = tuple(_made(word, hint, path) for word in words), None
+        names = [_named(item) for item in items]
+    else:
+        options = [_option(word, hint) for word in words]
+        if None in options:
+            _parse(words[options.index(None)], hint, path)  # raises
+        names = [_named(item) for item in options or items]
     for name, fields in changes.items():
         if names.count(name) != 1 or not isinstance(fields, dict):
             near = difflib.get_close_matches(name, names, n=1)
@@ -231,15 +239,34 @@ def _option(text: str, hint: Any) -> Any:
 
 def _item(hint: Any) -> Any:
     """The dataclasses of which a field of this type is a tuple; None for others."""
-    if typing.get_origin(hint) is tuple and _choices(typing.get_args(hint)[0]):
-        return typing.get_args(hint)[0]
-    return None
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if dataclasses.is_dataclass(item) or _choices(item) else None
 
 
-def _kinds(value: Any) -> list[type]:
-    """The types of a tuple of dataclasses that have a `short` name; else empty."""
+def _made(word: str, cls: Any, path: str) -> Any:
+    """The dataclass whose first fields are those of `FIRST` or `FIRST:SECOND`."""
+    first, has_second, second = word.partition(":")
+    field = dataclasses.fields(cls)[1].name
+    hint = typing.get_type_hints(cls)[field]
+    try:
+        if not has_second:
+            return cls(first)
+        return cls(first, _parse(second, hint, f"{path}.{first}.{field}"))
+    except ValueError as error:
+        raise ValueError(f"{path}={word}: {error}") from None
+
+
+def _named(item: Any) -> str:
+    """How a dataclass of a tuple is named: by its class, or by its first field."""
+    if hasattr(item, "short"):
+        return item.short
+    return getattr(item, dataclasses.fields(item)[0].name)
+
+
+def _kinds(value: Any) -> list[tuple[type, str]]:
+    """The types and names of a tuple of dataclasses; else empty."""
     items = value if isinstance(value, tuple) else ()
-    return [type(x) for x in items if dataclasses.is_dataclass(x)]
+    return [(type(x), _named(x)) for x in items if dataclasses.is_dataclass(x)]
 
 
 def _choices(hint: Any) -> list[Any]:

@@ -468,3 +468,38 @@ def test_a_learned_table_refuses_the_grids_beyond_it(position, fits, too_large):
 def test_the_other_positions_have_no_limit(position):
     # A wrong refusal raises, and so does a missing method.
     assert PositionConfig(**position).check(np.array([[5000, 3000]])) is None
+
+
+def test_evaluations_are_made_by_name_and_kind():
+    made = overridden(
+        "eval.tasks=pets:knn,retrieval",
+        "eval.tasks.pets.source=folder:~/pets",
+        "eval.tasks.pets.k=3",
+    )
+    pets, retrieval = made.eval.tasks
+    assert (pets.name, pets.kind, pets.k) == ("pets", "knn", 3)
+    assert pets.source == Folder("~/pets")
+    assert retrieval == config.EvalTask("retrieval", "retrieval")
+    assert config.from_json(json.loads(json.dumps(config.to_json(made)))) == made
+    other = config.override(made, ["eval.tasks.pets.k=4"])
+    assert config.differences(made, other) == ["eval.tasks.pets.k: 3 -> 4"]
+    assert config.override(made, ["eval.tasks=()"]).eval.tasks == ()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["eval.tasks=pets"], ["'pets'", "needs a kind", "retrieval"]),
+        (["eval.tasks=pets:kn"], ["eval.tasks.pets.kind", "did you mean 'knn'"]),
+        (["eval.tasks=a b:knn"], ["'a b'", "letters"]),
+        (["eval.tasks=knn,knn"], ["knn,knn", "names"]),
+        (["eval.tasks=knn", "eval.tasks.kn.k=2"], ["eval.tasks.kn", "'knn'"]),
+        (["eval.tasks=knn", "eval.tasks.knn.prompts=f"], ["prompts", "zero_shot"]),
+        (["eval.tasks=knn", "eval.tasks.knn.k=0"], ["eval.tasks.knn", "k", "0"]),
+        (["eval.every=-1"], ["eval.every", "-1"]),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(assignments, words):
+    message = error_of(*assignments)
+    for word in words:
+        assert word in message
