@@ -86,10 +86,25 @@ def training(loss: str, *overrides: str) -> Iterator[tuple[str, str]]:
         model = navit.load(folder)
         leaves = jax.tree.leaves(model.model)
         yield f"training with {label}: parameters", digest(*leaves)
-        budgets = json.loads((Path(folder) / "budgets.json").read_text())["budgets"]
-        for budget, line in budgets.items():
-            for name in line.keys() - {"images_per_second"}:
-                yield f"training with {label}: {name} at {budget}", str(line[name])
+        table = json.loads((Path(folder) / "budgets.json").read_text())
+        for budget, name, value in results(table):
+            yield f"training with {label}: {name} at {budget}", str(value)
+
+
+def results(table: dict[str, Any]) -> Iterator[tuple[int, str, float]]:
+    """(budget, name, value) of the accuracies and recalls in budgets.json."""
+    if "budgets" in table:  # a revision from before rows
+        for budget, line in table["budgets"].items():
+            for name, value in line.items():
+                if name.endswith(("_accuracy", "_top5", "_r1", "_r5", "_r10")):
+                    yield int(budget), name.replace("_classifier_", "_"), value
+        return
+    for row in table["rows"]:
+        for name, value in row["metrics"].items():
+            if name in ("accuracy", "top5"):
+                name = f"{row['set']}_{name}"
+            if name != "calibration_error":
+                yield row["budget"], name, value
 
 
 def pixels() -> Iterator[tuple[str, str]]:

@@ -131,8 +131,29 @@ def _parser() -> argparse.ArgumentParser:
         "eval",
         help="evaluate a checkpoint at any token budgets",
         description="Evaluates the latest checkpoint of a work directory with the "
-        "config saved in it, or released weights with data that you name; prints a "
-        "table and writes budgets.json and budgets.png.",
+        "config saved in it, or\nreleased weights with data that you name. Prints a "
+        "table, and adds it to\nbudgets.json, .md, .csv and .png.\n\nWithout "
+        "eval.tasks, it measures zero-shot accuracy on each classification of\n"
+        "data.eval, and retrieval. eval.tasks=KIND,NAME:KIND measures what you list; "
+        "KIND is\n  zero_shot       class names in prompts, compared to images\n"
+        "  retrieval       recall between images and captions\n"
+        "  classification  class logits of a model that was trained to classify\n"
+        "  knn, logistic   probes of frozen vectors, which learn from train_source\n"
+        "and eval.tasks.NAME.FIELD=VALUE sets source, task, classes, prompts, "
+        "train_source,\nmax_images, k, c or per_class of one "
+        "(navit/config/evaluation.py).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  navit eval runs/quickstart --budgets 64,256,729,1024\n"
+        "  navit eval runs/photos data.eval=folder:~/pets --classes pets.txt \\\n"
+        "      --prompts data/prompts/photos.txt\n"
+        "  navit eval siglip2-base-patch16-naflex --out results \\\n"
+        "      data.eval=tars:~/coco/val.tar eval.tasks=retrieval\n"
+        "  navit eval runs/photos eval.tasks=pets:knn,retrieval \\\n"
+        "      eval.tasks.pets.source=folder:~/pets eval.tasks.pets.source.split=eval "
+        "\\\n"
+        "      eval.tasks.pets.train_source=folder:~/pets "
+        "eval.tasks.pets.train_source.split=train",
     )
     evaluate.add_argument(
         "weights",
@@ -147,8 +168,28 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         action="append",
         default=[],
-        help="run only this task of the data (repeatable): coarse, fine or finest for "
-        "the drawn dataset, label for a table with that column",
+        metavar="NAME",
+        help="run only this one of eval.tasks, or of the classifications of data.eval "
+        "(repeatable): coarse, fine or finest for the drawn dataset, label for a "
+        "table with that column",
+    )
+    evaluate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="zero-shot templates, one a line with {} for the class name; or a .json "
+        "(FILE.json#KEY)",
+    )
+    evaluate.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="names of the classes, in the order of the labels; a file as for "
+        "--prompts",
+    )
+    evaluate.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="keep no vectors; otherwise WORKDIR/embeddings (for released weights "
+        "~/.cache/navit/embeddings) keeps them, and nothing is embedded twice",
     )
     evaluate.add_argument(
         "--out",

@@ -73,42 +73,61 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     from navit.embed import Embedder
-    from navit.evals import budgets
-    from navit.input import pipeline
+    from navit.evals import budgets, results, vectors
+    from navit.evals.prompts import load_templates
+    from navit.evals.tasks import open_tasks
+    from navit.sharding import make_mesh, use_mesh
     from navit.train.workdir import is_workdir
-    from navit.weights import load
+    from navit.weights import load, read
 
     weights, model_overrides = args.weights.expanduser(), []
+    cache = weights / "embeddings" if is_workdir(weights) else vectors.default_cache()
     if not is_workdir(weights):
         if not args.out and weights.exists():  # before the slow loading
             raise ValueError(
                 f"{weights} is not a work directory to write to: name a folder for "
-                "budgets.json and budgets.png with --out"
+                "the results with --out"
             )
         model_overrides = [x for x in args.overrides if x.startswith("model.")]
-    embedder = load(weights, overrides=model_overrides)
-    config = config_lib.override(embedder.config, args.overrides)
-    if args.budgets:
-        evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
+    mesh, rules = make_mesh(config_lib.MeshConfig())
+    with use_mesh(mesh):
+        embedder = load(weights, overrides=model_overrides, rules=rules)
+        trained = embedder.config
+        config = config_lib.override(trained, args.overrides)
+        changed: dict[str, Any] = {}
+        if args.budgets:
+            changed["budgets"] = args.budgets
+        if args.prompts:
+            changed["prompts"] = load_templates(args.prompts)
+        evaluation = dataclasses.replace(config.eval, **changed)
         config = dataclasses.replace(config, eval=evaluation)
-    for difference in config_lib.differences(embedder.config, config):
-        if not difference.startswith(("data.", "eval.")):
-            raise ValueError(
-                f"{difference}: the checkpoint was trained with the former; an "
-                "evaluation may change only data.* and eval.*"
-            )
-    embedder = Embedder(embedder.model, config, step=embedder.step)
-    budgets.check_memory(config)
-    source = pipeline.open_eval_source(config.data)
-    budgets.check(config, source, source)
-    out = args.out or weights
-    budgets.run(embedder, config, source, out, tasks=tuple(args.task))
+        for difference in config_lib.differences(trained, config):
+            if not difference.startswith(("data.", "eval.")):
+                raise ValueError(
+                    f"{difference}: the checkpoint was trained with the former; an "
+                    "evaluation may change only data.* and eval.*"
+                )
+        if model_overrides:
+            trained = dataclasses.replace(trained, model=read(weights).model)
+        budgets.check_memory(config)
+        opened = open_tasks(config, names=args.task, classes=args.classes)
+        budgets.check(config, opened)
+        budgets.run(
+            Embedder(embedder.model, config, step=embedder.step),
+            config,
+            opened,
+            args.out or weights,
+            trained=trained,
+            cache=None if args.no_cache else cache,
+        )
+        print(f"\n{results.page_text(budgets.pages_of(config))}")
     return 0
 
 
 def embed(args: argparse.Namespace) -> int:
     from navit.embed_files import embed_files
     from navit.input.image_list import images_of
+    from navit.sharding import make_mesh, use_mesh
     from navit.weights import load
 
     # Checked before the slow loading of the model.
@@ -117,13 +136,15 @@ def embed(args: argparse.Namespace) -> int:
         raise ValueError("there are no names on standard input")
     if args.out.is_dir():
         raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
-    count = embed_files(
-        load(args.weights, overrides=args.set),
-        images,
-        args.out,
-        max_tokens=args.max_tokens,
-        skip_unreadable=args.skip_unreadable,
-    )
+    mesh, rules = make_mesh(config_lib.MeshConfig())
+    with use_mesh(mesh):
+        count = embed_files(
+            load(args.weights, overrides=args.set, rules=rules),
+            images,
+            args.out,
+            max_tokens=args.max_tokens,
+            skip_unreadable=args.skip_unreadable,
+        )
     print(f"wrote {count} embeddings to {args.out}")
     return 0
 

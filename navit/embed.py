@@ -71,6 +71,14 @@ class Embedder:
             raise ValueError("this model was trained without a text tower")
         return self.model.text
 
+    @property
+    def embed_dim(self) -> int:
+        """The size of the vectors."""
+        config = self.vision.config
+        if config.pool == "none":
+            raise ValueError('a model with pool="none" embeds tokens, not images')
+        return config.embed_dim or config.width
+
     def embed_images(
         self,
         images: Sequence[ImageLike] | ArrayLike,
@@ -90,7 +98,7 @@ class Embedder:
         check_count("max_tokens", max_tokens)
         sizes = sizes_of(images)
         if not len(sizes):
-            return np.zeros((0, self._embed_dim), np.float32)
+            return np.zeros((0, self.embed_dim), np.float32)
         vectors, errors = self.embed_source(
             lambda i: Record(images[i]), sizes, max_tokens, stop=True
         )
@@ -106,7 +114,7 @@ class Embedder:
         *,
         stop: bool = False,
         normalized: bool = True,
-        progress: bool = False,
+        progress: str | None = None,
     ) -> Embedded:
         """Embeds images as `embed_images` does, but reads them on demand.
 
@@ -115,7 +123,7 @@ class Embedder:
           sizes: `[m, 2]` (height, width) of each.
           stop: return at an image that cannot be read, without the images after it.
           normalized: return vectors of unit norm; if False, as they are pooled.
-          progress: show a progress bar on the terminal.
+          progress: show a progress bar of this name on the terminal.
 
         Raises:
           ValueError: if a grid extends beyond the model's position table, or the budget
@@ -152,11 +160,11 @@ class Embedder:
             image_size=self.vision.config.image_size,
             dct=data.dct,
         )
-        out = np.zeros((len(grids), self._embed_dim), np.float32)
+        out = np.zeros((len(grids), self.embed_dim), np.float32)
         errors: fill.Errors = []
         with tqdm(
             total=len(grids),
-            desc=f"{max_tokens} tokens",
+            desc=progress,
             unit="image",
             disable=None if progress else True,
             leave=False,
@@ -193,7 +201,7 @@ class Embedder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{i}] is {text!r}, but should be a str")
-        out = np.zeros((len(texts), self._embed_dim), np.float32)
+        out = np.zeros((len(texts), self.embed_dim), np.float32)
         c = self.text.config
         tokens.check_vocabulary(c.tokenizer, c.vocab_size)
         cut = tokens.share_cut(texts, c.length, c.tokenizer)
@@ -236,13 +244,6 @@ class Embedder:
         if spec is None:
             return x
         return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
-
-    @property
-    def _embed_dim(self) -> int:
-        config = self.vision.config
-        if config.pool == "none":
-            raise ValueError('a model with pool="none" embeds tokens, not images')
-        return config.embed_dim or config.width
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))

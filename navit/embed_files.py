@@ -67,7 +67,7 @@ def embed_files(
         np.array(sizes),
         max_tokens,
         stop=not skip_unreadable,
-        progress=True,
+        progress=f"{max_tokens} tokens",
     )
     for index, reason in errors:
         fail(readable[index].name, reason)

@@ -1,47 +1,98 @@
-"""Accuracy of class scores, and that of the model's own class logits."""
+"""Accuracy of class scores, and how well it is calibrated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
+from navit.evals.calibration import calibration_error
 from navit.sources.source import Task
 
 
+class Confidences(NamedTuple):
+    """Class probabilities `[m, c]` and labels `[m]` of the images `places` `[m]`."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    places: np.ndarray
+
+
 class Classification:
-    """Accuracy on the task that a model was trained to classify.
+    """Accuracy of class scores on a task.
 
     Args:
-      classify: pooled vectors `[m, e]`, before normalisation, -> class logits `[m, c]`.
+      scores: vectors `[m, d]` -> class scores `[m, c]`; the largest is the answer.
+      task: class names and labels (-1: the image does not count).
+      logits: vectors `[m, d]` -> logits `[m, c]`, of which the softmax is the model's
+        confidence. None: the scores are logits.
+
+    Raises:
+      ValueError: for a label beyond the class names.
     """
 
     def __init__(
-        self, classify: Callable[[np.ndarray], np.ndarray], name: str, task: Task
+        self,
+        scores: Callable[[np.ndarray], np.ndarray],
+        task: Task,
+        *,
+        logits: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self._classify, self._name, self._task = classify, name, task
+        most = task.labels.max(initial=-1)
+        if most >= len(task.class_names):
+            raise ValueError(
+                f"{len(task.class_names)} class names do not fit the label {most}: "
+                f"labels count from 0, so they need at least {most + 1} names"
+            )
+        self._scores, self._task, self._logits = scores, task, logits or scores
 
     @property
     def chance(self) -> dict[str, float]:
         """Accuracy of guessing, by metric name."""
-        return chance(self._name, len(self._task.class_names))
+        return chance(len(self._task.class_names))
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, accuracy) for pooled vectors `[len(source), e]`.
+        """Yields (metric, value) for vectors `[len(source), d]`.
 
         A row of NaN is an image that could not be read; it does not count.
         """
-        labels = self._task.labels[: len(images)]
-        counted = counts(images, labels)
-        if counted.any():
-            yield from accuracies(
-                self._name, self._classify(images[counted]), labels[counted]
+        confidences = self.confidences(images)
+        if len(confidences.labels):
+            scores = self._scores(images[confidences.places])
+            yield from accuracies(scores, confidences.labels)
+            yield (
+                "calibration_error",
+                calibration_error(confidences.probabilities, confidences.labels),
             )
+
+    def confidences(self, images: np.ndarray) -> Confidences:
+        """The probabilities of the images that count, of vectors as in `run`."""
+        labels = self._task.labels[: len(images)]
+        places = np.flatnonzero(counts(images, labels))
+        return Confidences(
+            softmax(self._logits(images[places])), labels[places].astype(int), places
+        )
+
+    def per_class(self, images: np.ndarray) -> np.ndarray:
+        """Top-1 accuracy of each class, `[c]`; NaN: it has no image. As in `run`."""
+        _, labels, places = self.confidences(images)
+        classes = len(self._task.class_names)
+        first = ranks(self._scores(images[places]), labels) == 0
+        hits, of = (np.bincount(x, None, classes) for x in (labels[first], labels))
+        return np.where(of > 0, hits / np.maximum(of, 1), np.nan)
 
 
 def counts(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Which vectors `[m, d]` count, `[m]`: labelled (not -1), and not NaN."""
     return (labels >= 0) & ~np.isnan(vectors[:, 0])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of classes: `[m, c]` -> `[m, c]`."""
+    logits = np.asarray(logits, np.float32)
+    values = np.exp(logits - logits.max(1, keepdims=True, initial=-np.inf))
+    return values / values.sum(1, keepdims=True)
 
 
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -54,19 +105,17 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((scores > own) | ((scores == own) & lower)).sum(1)
 
 
-def accuracies(
-    name: str, scores: np.ndarray, labels: np.ndarray
-) -> Iterator[tuple[str, float]]:
+def accuracies(scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
     """Yields top-1 accuracy of scores `[m, c]`; top-5 of more than five classes."""
     rank = ranks(scores, labels)
-    for metric, k in _metrics(name, scores.shape[1]).items():
+    for metric, k in _metrics(scores.shape[1]).items():
         yield metric, float((rank < k).mean())
 
 
-def chance(name: str, classes: int) -> dict[str, float]:
+def chance(classes: int) -> dict[str, float]:
     """Accuracy of guessing, by metric name."""
-    return {metric: k / classes for metric, k in _metrics(name, classes).items()}
+    return {metric: k / classes for metric, k in _metrics(classes).items()}
 
 
-def _metrics(name: str, classes: int) -> dict[str, int]:
-    return {f"{name}_accuracy": 1, **({f"{name}_top5": 5} if classes > 5 else {})}
+def _metrics(classes: int) -> dict[str, int]:
+    return {"accuracy": 1, **({"top5": 5} if classes > 5 else {})}

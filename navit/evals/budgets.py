@@ -2,127 +2,170 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
-import io
+import hashlib
 import json
 import logging
-import re
-import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import navit
-from navit import config as config_lib
 from navit.config import Config
 from navit.embed import Embedder
 from navit.embed_batches import check_budget, grids_of
-from navit.evals.accuracy import Classification
-from navit.evals.retrieval import Retrieval
-from navit.evals.zero_shot import ZeroShot
+from navit.evals import notes, results, vectors
+from navit.evals.accuracy import Classification, Confidences
+from navit.evals.cascade import cascade
+from navit.evals.figure import plot
+from navit.evals.probes import Probe
+from navit.evals.results import Row
+from navit.evals.tasks import Evaluator, Images, Opened
 from navit.files import write_atomic
-from navit.sources.source import Source, Task
+from navit.model import flops
+from navit.plan import geometry
+from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 
 
+class Results(NamedTuple):
+    """Rows, one for each evaluation and budget, and cascades; see `results.Row`."""
+
+    rows: list[Row]
+    cascades: list[Row]
+
+
 def run(
     embedder: Embedder,
     config: Config,
-    source: Source,
+    opened: Sequence[Opened],
     out: Path,
     *,
-    tasks: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Evaluates at `config.eval.budgets`; prints a table, writes budgets.json and .png.
+    trained: Config | None = None,
+    cache: Path | None = None,
+) -> Results:
+    """Evaluates at `config.eval.budgets`, prints the results and adds them to `out`.
+
+    Writes budgets.json, .md, .csv and .png. Of a table that is there, only the same
+    evaluations are replaced.
+
+    Args:
+      out: the folder to write to.
+      trained, cache: as in `evaluate`.
+    """
+    found = evaluate(embedder, config, opened, trained=trained, cache=cache)
+    log.info("step %d\n%s", embedder.step, results.text(*found))
+    if jax.process_index() == 0:
+        rows, cascades = results.write(out, *found, pages_of(config))
+        latest = [found.rows[0][name] for name in ("step", "weights")]
+
+        def drawn(some: list[Row]) -> list[Row]:
+            return [x for x in some if [x["step"], x.get("weights")] == latest]
+
+        write_atomic(out / "budgets.png", plot(drawn(rows), drawn(cascades)))
+        log.info("wrote budgets.json, .md, .csv and .png to %s", out)
+    return found
+
+
+def evaluate(
+    embedder: Embedder,
+    config: Config,
+    opened: Sequence[Opened],
+    *,
+    trained: Config | None = None,
+    cache: Path | None = None,
+) -> Results:
+    """Measures each evaluation at each budget.
 
     A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens.
 
     Args:
-      config: gives the budgets and the prompts.
-      source: the images to evaluate on.
-      out: the folder to write to.
-      tasks: which of the source's classification tasks to run; empty for all.
+      opened: what to measure, from `navit.evals.tasks.open_tasks`.
+      trained: the config that the weights were trained with, if it is another.
+      cache: the folder in which vectors are kept; None keeps none.
 
     Raises:
-      ValueError: for a task that the source does not have, or a budget beyond the
-        model's position table.
+      ValueError: for a budget beyond the model's position table.
     """
-    results = evaluate(embedder, config, source, tasks=tasks)
-    results = {
-        "step": embedder.step,
-        "date": datetime.date.today().isoformat(),
-        "navit": navit.__version__,
-        "data": config_lib.to_json(config.data),
-        **results,
-    }
-    log.info("%s", table(results))
-    if jax.process_index() == 0:
-        write_atomic(
-            out / "budgets.json", (json.dumps(results, indent=2) + "\n").encode()
-        )
-        write_atomic(out / "budgets.png", plot(results))
-        log.info("wrote %s and budgets.png beside it", out / "budgets.json")
-    return results
-
-
-def evaluate(
-    embedder: Embedder, config: Config, source: Source, *, tasks: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Metrics by budget, and the metrics of guessing; see `run`."""
-    count = _count(config, source)
-    # Class logits need vectors before normalisation.
-    of_pooled = _classifiers(embedder, config, source, tasks)
-    of_unit = _comparisons(embedder, config, source, tasks)
-    evaluators = [*of_pooled, *of_unit]
-    chance = {k: v for e in evaluators for k, v in e.chance.items()}
-    budgets = {}
-    named: set[int] = set()
-    chosen_budgets = _budgets(config)
-    if chosen_budgets != config.eval.budgets:
+    evaluators = [each.evaluator(embedder) for each in opened]
+    counts: dict[Source, int] = {}
+    for each in opened:
+        for source, count in (each.images, *([each.train[0]] if each.train else [])):
+            counts[source] = max(count, counts.get(source, 0))
+    weights = vectors.fingerprint(embedder)
+    budgets = budgets_of(config)
+    if budgets != config.eval.budgets:
         log.info(
             "this model takes every image at %d tokens: it is evaluated once, not at "
             "each of eval.budgets=%s",
-            chosen_budgets[0],
+            budgets[0],
             ",".join(map(str, config.eval.budgets)),
         )
-    for budget in chosen_budgets:
-        log.info("%d images at %d tokens", count, budget)
-        start = time.perf_counter()
-        images, errors = embedder.embed_source(
-            source.record,
-            source.sizes[:count],
-            budget,
-            normalized=not of_pooled,
-            progress=jax.process_index() == 0,
-        )
-        seconds = time.perf_counter() - start
-        for index, error in errors:
-            if index not in named:  # once, not at every budget
-                named.add(index)
-                log.warning("not evaluated: %s (%s)", source.name(index), error)
-        unreadable = ~images.any(-1)  # in any process: all have the same vectors
-        images[unreadable] = np.nan
-        metrics = {k: v for e in of_pooled for k, v in e.run(images)}
-        if of_pooled and of_unit:
-            lengths = np.linalg.norm(images, axis=-1, keepdims=True)
-            images /= np.maximum(lengths, 1e-6)
-        metrics |= {k: v for e in of_unit for k, v in e.run(images)}
-        grids = grids_of(config, source.sizes[:count], budget)
-        budgets[str(budget)] = {
-            "tokens_per_image": round(float(grids.prod(-1).mean()), 1),
-            "images_per_second": round(count / seconds, 2),
-            "unreadable": int(unreadable.sum()),
-            **{name: round(value, 4) for name, value in metrics.items()},
-        }
-    return {
-        "images": count,
-        "chance": {k: round(v, 4) for k, v in chance.items()},
-        "budgets": budgets,
-    }
+    rows: list[list[Row]] = [[] for _ in opened]
+    written = 0
+    confidences: dict[int, list[Confidences | None]] = {}
+    named: set[tuple[Source, int]] = set()
+    for budget in budgets:
+        held = {}
+        for source, count in counts.items():
+            log.info("%d images at %d tokens", count, budget)
+            found = held[source] = vectors.embed(
+                embedder, source, count, budget, weights=weights, cache=cache
+            )
+            for index, error in found.errors:
+                if (source, index) not in named:  # once, not at every budget
+                    named.add((source, index))
+                    log.warning("not evaluated: %s (%s)", source.name(index), error)
+            written += found.written
+        about = notes.notes(config, trained or config, budget, step=embedder.step)
+        confidences[budget] = []
+        for each, evaluator, own in zip(opened, evaluators, rows, strict=True):
+            source, count = each.images
+            measured, sure = _measure(each, evaluator, held)
+            confidences[budget].append(sure)
+            pooled = held[source].pooled[:count]
+            own.append(
+                {
+                    "step": embedder.step,
+                    "weights": weights,
+                    "set": each.task.name,
+                    "kind": each.task.kind,
+                    "budget": budget,
+                    "images": count,
+                    "unreadable": int(np.isnan(pooled[:, 0]).sum()),
+                    **_cost(config, source.sizes[:count], budget),
+                    "images_per_second": _rounded(held[source].per_second, 2),
+                    "metrics": {k: round(v, 4) for k, v in measured.items()},
+                    "chance": {k: round(v, 4) for k, v in evaluator.chance.items()},
+                    "notes": about,
+                    "data": source.fingerprint(),
+                    "settings": _settings(config, each),
+                    "date": datetime.date.today().isoformat(),
+                    "navit": navit.__version__,
+                    **_per_class(each, evaluator, held),
+                }
+            )
+    if written:
+        log.info("kept %.1f MB of vectors in %s", written / 1e6, cache)
+    cascades = _cascades(opened, rows, confidences)
+    return Results([row for own in rows for row in own], cascades)
+
+
+def budgets_of(config: Config) -> tuple[int, ...]:
+    """The budgets to evaluate at; a model of one resolution has only one."""
+    vision = config.model.vision
+    return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
+
+
+def pages_of(config: Config) -> list[notes.Page]:
+    """What typical pages become at each budget."""
+    return [page for b in budgets_of(config) for page in notes.pages(config, b)]
 
 
 def check_memory(config: Config) -> None:
@@ -133,125 +176,150 @@ def check_memory(config: Config) -> None:
     Raises:
       ValueError: for such a budget.
     """
-    for budget in _budgets(config):
+    for budget in budgets_of(config):
         check_budget(config, budget)
 
 
-def check(config: Config, train: Source | StreamSource, evaluation: Source) -> None:
-    """Checks before training that the evaluation after it can run.
+def check(
+    config: Config,
+    opened: Sequence[Opened],
+    train: Source | StreamSource | None = None,
+) -> None:
+    """Checks, before training or embedding, that an evaluation can run.
+
+    Args:
+      train: the training data, if the model is still to be trained on them.
 
     Raises:
       ValueError: if a budget exceeds the position table or this host's memory, or the
-        model and the two sources have different classes.
+        model and the data have different classes.
     """
     vision = config.model.vision
-    for budget in _budgets(config):
-        vision.position.check(grids_of(config, evaluation.sizes, budget))
-        check_budget(config, budget, _count(config, evaluation))
-    if config.train.needs("classifier"):
-        names = [next(iter(s.tasks.values()), None) for s in (train, evaluation)]
-        classes = [task.class_names if task else () for task in names]
-        if len(classes[0]) != vision.num_classes or classes[0] != classes[1]:
+    used = [each.images for each in opened]
+    used += [each.train[0] for each in opened if each.train]
+    for budget in budgets_of(config):
+        for source, count in used:
+            vision.position.check(grids_of(config, source.sizes[:count], budget))
+            check_budget(config, budget, count)
+    if train is not None and config.train.needs("classifier"):
+        labels = [each.labels for each in opened if each.task.kind == "classification"]
+        tasks = [next(iter(train.tasks.values()), None), *labels]
+        classes = [task.class_names if task else () for task in tasks]
+        if len(classes[0]) != vision.num_classes or len({*classes}) > 1:
             raise ValueError(
                 f"model.vision.num_classes={vision.num_classes}, data.train has "
-                f"{len(classes[0])} classes and data.eval {len(classes[1])}: all three "
-                "must have the same classes"
+                f"{len(classes[0])} classes and data.eval {len(classes[-1])}: all "
+                "three must have the same classes"
             )
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as text: a line per budget, and one for chance."""
-    names = list(results["chance"])
-    header = ["tokens", *(_label(name) for name in names)]
-    lines = [
-        [budget, *(_percent(metrics.get(name)) for name in names)]
-        for budget, metrics in results["budgets"].items()
-    ]
-    lines.append(["chance", *(_percent(results["chance"][name]) for name in names)])
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    text = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in [header, *lines]
-    ]
-    lost = max(metrics["unreadable"] for metrics in results["budgets"].values())
-    images = f"{results['images']} images" + (f", {lost} unreadable" if lost else "")
-    return f"step {results['step']}, {images}\n" + "\n".join(text)
+def _measure(
+    each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
+) -> tuple[dict[str, float], Confidences | None]:
+    """The metrics at one budget; and of class scores, how sure the model is."""
+    if isinstance(evaluator, Probe):
+        assert each.train is not None
+        train = _vectors(each, each.train[0], held)
+        return dict(evaluator.run(_vectors(each, each.images, held), train)), None
+    images = _vectors(each, each.images, held)
+    sure = None
+    if isinstance(evaluator, Classification):
+        sure = evaluator.confidences(images)
+    return dict(evaluator.run(images)), sure
 
 
-def plot(results: dict[str, Any]) -> bytes:
-    """The results as a PNG: each metric against the token budget."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    budgets = sorted(results["budgets"], key=int)
-    figure = Figure(figsize=(6.0, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    for name, chance in results["chance"].items():
-        values = [results["budgets"][b].get(name, np.nan) for b in budgets]
-        drawn = axes.plot([int(b) for b in budgets], values, "o-", label=_label(name))
-        axes.axhline(chance, color=drawn[0].get_color(), linewidth=0.8, linestyle=":")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([int(b) for b in budgets], budgets)
-    axes.minorticks_off()
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("tokens an image may take")
-    axes.set_title(f"one checkpoint, step {results['step']} (dotted: chance)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="best")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+def _vectors(
+    each: Opened, images: Images, held: dict[Source, vectors.Vectors]
+) -> np.ndarray:
+    """`[m, e]` of unit norm; for class logits and probes, as they are pooled."""
+    pooled = held[images.source].pooled[: images.limit]
+    if each.task.kind not in ("zero_shot", "retrieval"):
+        return pooled
+    return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-6)
 
 
-def _budgets(config: Config) -> tuple[int, ...]:
-    """The budgets to evaluate at; a model of one resolution has only one."""
-    vision = config.model.vision
-    return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
+def _per_class(
+    each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
+) -> dict[str, Any]:
+    """The accuracy of each class that has an image, if it is wanted."""
+    if not (each.task.per_class and isinstance(evaluator, Classification)):
+        return {}
+    assert each.labels is not None
+    values = evaluator.per_class(_vectors(each, each.images, held))
+    named = zip(each.labels.class_names, values.tolist(), strict=True)
+    return {"per_class": {k: round(v, 4) for k, v in named if not np.isnan(v)}}
 
 
-def _count(config: Config, source: Source) -> int:
-    return min(len(source), config.eval.max_images or len(source))
+def _cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
+    """The tokens and FLOPs of an image, and the share of the images that is enlarged.
+
+    An image is enlarged if it has more tokens than its own pixels fill.
+    """
+    grids = grids_of(config, sizes, budget)
+    tokens = grids.prod(-1).astype(np.int64)
+    native = geometry.grids_for(
+        sizes,
+        budget,
+        patch_size=config.model.vision.patch_size,
+        max_upscale=1.0,
+    ).prod(-1)
+    counts = flops.Counts(int(tokens.sum()), int((tokens**2).sum()), len(sizes))
+    vision_only = dataclasses.replace(config.model, text=None)
+    return {
+        "tokens_per_image": round(float(tokens.mean()), 1),
+        "enlarged": round(float((tokens > native).mean()), 4),
+        "flops_per_image": flops.forward(vision_only, counts).total // len(sizes),
+    }
 
 
-def _classifiers(
-    embedder: Embedder, config: Config, source: Source, tasks: tuple[str, ...]
-) -> list[Classification]:
-    """Evaluators of pooled vectors, if the model has a trained classifier."""
-    if not config.train.needs("classifier"):
-        return []
-    name, task = next(iter(source.tasks.items()))
-    if config.train.needs("text_tower"):  # zero-shot has the task's own name
-        name = f"{name}_classifier"
-    elif tasks and {*_choose(source.tasks, tasks)} != {name}:
-        raise ValueError(f"this model classifies {name!r} only: leave out --task")
-    return [Classification(embedder.classify, name, task)]
+def _settings(config: Config, each: Opened) -> dict[str, Any]:
+    """What else a result depends on."""
+    found: dict[str, Any] = vectors.settings(config)
+    if each.task.kind == "zero_shot":
+        assert each.labels is not None
+        texts = json.dumps([each.labels.class_names, each.prompts])
+        found["texts"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
+    if each.train is not None:
+        source, count = each.train[0]
+        found |= {"k": each.task.k, "c": each.task.c}
+        found |= {"train": source.fingerprint(), "train_images": count}
+    return found
 
 
-def _comparisons(
-    embedder: Embedder, config: Config, source: Source, tasks: tuple[str, ...]
-) -> list[Any]:
-    """Evaluators of unit vectors, if the model has a trained text tower."""
-    if not config.train.needs("text_tower"):
-        return []
-    captions = [source.record(i).captions for i in range(_count(config, source))]
-    chosen = _choose(source.tasks, tasks)
-    return [
-        ZeroShot(embedder.embed_texts, chosen, config.eval.prompts),
-        Retrieval(embedder.embed_texts, captions),
-    ]
+def _cascades(
+    opened: Sequence[Opened],
+    rows: Sequence[Sequence[Row]],
+    confidences: dict[int, list[Confidences | None]],
+) -> list[Row]:
+    """From the smallest to the largest budget, of every evaluation of class scores."""
+    small, large = min(confidences), max(confidences)
+    found = []
+    for i in range(len(opened)):
+        a, b = confidences[small][i], confidences[large][i]
+        if small == large or a is None or b is None:
+            continue
+        _, first, second = np.intersect1d(a.places, b.places, return_indices=True)
+        if not len(first):
+            continue
+        one, other = (
+            next(row for row in rows[i] if row["budget"] == budget)
+            for budget in (small, large)
+        )
+        points = cascade(
+            a.probabilities[first],
+            b.probabilities[second],
+            a.labels[first],
+            small_flops=one["flops_per_image"],
+            large_flops=other["flops_per_image"],
+        )
+        same = ("step", "weights", "set", "kind", "images", "data", "settings", "date")
+        found.append(
+            {name: other[name] for name in same}
+            | {"small": small, "large": large}
+            | {"points": [tuple(round(x, 4) for x in point) for point in points]}
+        )
+    return found
 
 
-def _choose(tasks: dict[str, Task], names: tuple[str, ...]) -> dict[str, Task]:
-    for name in names:
-        if name not in tasks:
-            known = ", ".join(tasks) or "none: its table has no label column"
-            raise ValueError(f"the data has no task {name!r}; it has {known}")
-    return {name: tasks[name] for name in names or tasks}
-
-
-def _label(metric: str) -> str:
-    metric = re.sub(r"_r(\d+)$", r" R@\1", metric.replace("_to_", "→"))
-    return metric.replace("_accuracy", " acc.").replace("_top5", " top-5")
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

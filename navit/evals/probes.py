@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from navit.evals.accuracy import counts
 from navit.evals.nearest import nearest
+from navit.sources.source import Task
 
 
 class Labelled(NamedTuple):
@@ -52,6 +53,41 @@ def labelled(
     if not counted.any():
         raise ValueError(f"none of the {len(vectors)} vectors has a label (-1: none)")
     return Labelled(vectors[counted], classes[counted])
+
+
+class Probe:
+    """Accuracy of a probe on a task.
+
+    Args:
+      predict: training vectors and vectors `[q, d]` -> classes `[q]`.
+      task: class names, and the labels of the images to test on.
+      train_labels: the classes of the training images; -1: none.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[Labelled, np.ndarray], np.ndarray],
+        task: Task,
+        train_labels: np.ndarray,
+    ) -> None:
+        self._predict, self._task, self._train_labels = predict, task, train_labels
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """Accuracy of guessing, by metric name."""
+        return {"accuracy": 1 / len(self._task.class_names)}
+
+    def run(self, images: np.ndarray, train: np.ndarray) -> Iterator[tuple[str, float]]:
+        """Yields (metric, accuracy) for vectors `[m, d]` and training vectors `[t, d]`.
+
+        A row of NaN is an image that could not be read; it does not count.
+        """
+        labels = self._task.labels[: len(images)]
+        counted = counts(images, labels)
+        if counted.any():
+            learned = labelled(train, self._train_labels[: len(train)])
+            found = self._predict(learned, images[counted])
+            yield "accuracy", float((found == labels[counted]).mean())
 
 
 def nearest_neighbours(

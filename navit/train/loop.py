@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
 from navit.config import Config, ModelConfig
 from navit.embed import Embedder
-from navit.evals import budgets
+from navit.evals import budgets, results
+from navit.evals.tasks import Opened, open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
@@ -64,11 +65,12 @@ def train(
     pipeline.check_memory(config, jax.process_count())
     source = pipeline.open_train_source(config.data.train)
     data = pipeline.fingerprint(source)
-    eval_source = pipeline.open_eval_source(config.data)
+    opened = open_tasks(config)
     with use_mesh(mesh):
-        budgets.check(config, source, eval_source)
+        budgets.check(config, opened, source)
     log.info("training on %s", source.fingerprint())
-    log.info("evaluating on %d images", len(eval_source))
+    for images in {each.images for each in opened}:
+        log.info("evaluating on %d images", images.limit)
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)
@@ -77,12 +79,14 @@ def train(
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:
             state = start(config, running, data, workdir, rules, checkpoints, initial)
+            first_step = int(state.step)
             with Interruption() as interruption:
                 state = _steps(
                     state,
                     config,
                     running,
                     source,
+                    opened,
                     data,
                     rules,
                     checkpoints,
@@ -102,8 +106,17 @@ def train(
                 workdir,
             )
             return False
-        embedder = Embedder(state.model, config, step=step)
-        budgets.run(embedder, config, eval_source, workdir)
+        found = budgets.run(
+            Embedder(state.model, config, step=step),
+            config,
+            opened,
+            workdir,
+            cache=workdir / "embeddings",
+        )
+        if config.eval.every and hosts.first() and first_step < step:
+            for writer in open_writers(config, workdir, step):
+                writer.write({"step": step, **results.logged(found.rows)})
+                writer.close()
         return True
 
 
@@ -112,6 +125,7 @@ def _steps(
     config: Config,
     running: Config,
     source: Source | StreamSource,
+    opened: Sequence[Opened],
     data: str,
     rules: Rules,
     checkpoints: Checkpoints,
@@ -141,8 +155,8 @@ def _steps(
     if first_step < last_step:
         log.info("compiling the training step; on a CPU this takes up to a minute")
     with contextlib.ExitStack() as stack:
-        for opened in (batches, *writers):
-            stack.callback(opened.close)
+        for resource in (batches, *writers):
+            stack.callback(resource.close)
         feed = stack.enter_context(Feed(batches, rules))
         profile = stack.enter_context(Profile(config.train, workdir / "profile"))
         for step in range(first_step + 1, last_step + 1):
@@ -170,6 +184,12 @@ def _steps(
                 checkpoints.save(state, config, data)
             if stop:
                 break
+            if config.eval.every and step % config.eval.every == 0:
+                embedder = Embedder(state.model, config, step=step)
+                found = budgets.run(embedder, config, opened, workdir)
+                for writer in writers:
+                    writer.write({"step": step, **results.logged(found.rows)})
+                meter.start_clock()
     if meter.unreadable:
         log.warning("%d images could not be read in this run", len(meter.unreadable))
     return state

@@ -70,14 +70,24 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+def results_of(folder):
+    """The rows of its table, by kind and budget."""
+    rows = json.loads((folder / "budgets.json").read_text())["rows"]
+    return {(row["kind"], row["budget"]): row for row in rows}
+
+
 def test_train_on_photographs_leaves_its_results(workdir):
-    results = json.loads((workdir / "budgets.json").read_text())
-    assert results["step"] == 4 and results["images"] == 17
-    assert set(results["budgets"]) == {"64", "100"}
-    for metrics in results["budgets"].values():
-        names = {"label_accuracy", "image_to_text_r1", "text_to_image_r1"}
-        assert names <= set(metrics)
-        assert all(0 <= metrics[name] <= 1 for name in names)
+    found = results_of(workdir)
+    assert {*found} == {
+        (kind, budget) for kind in ("zero_shot", "retrieval") for budget in (64, 100)
+    }
+    for (kind, _), row in found.items():
+        assert row["step"] == 4 and row["images"] == 17
+        names = {"image_to_text_r1", "text_to_image_r1"}
+        if kind == "zero_shot":
+            names = {"accuracy", "calibration_error"}
+        assert names <= row["metrics"].keys()
+        assert all(0 <= row["metrics"][name] <= 1 for name in names)
     with Image.open(workdir / "budgets.png") as plot:
         assert plot.size[0] > 500
     logged = [
@@ -92,23 +102,25 @@ def test_eval_repeats_the_evaluation_from_the_checkpoint(workdir, tmp_path):
     shutil.copytree(workdir / "checkpoints", alone / "checkpoints")
     done = run("eval", alone, "--budgets", "64,150", "--task", "label")
     assert done.returncode == 0, done.stderr
-    results = json.loads((alone / "budgets.json").read_text())
-    before = json.loads((workdir / "budgets.json").read_text())
-    assert set(results["budgets"]) == {"64", "150"}
-    a, b = results["budgets"]["64"], before["budgets"]["64"]
-    for name in ("label_accuracy", "image_to_text_r1", "tokens_per_image"):
-        assert a[name] == b[name]
+    found, before = results_of(alone), results_of(workdir)
+    assert {budget for _, budget in found} == {64, 150}
+    for kind in ("zero_shot", "retrieval"):
+        for name in ("metrics", "tokens_per_image"):
+            assert found[kind, 64][name] == before[kind, 64][name]
+    assert "never trained at 150 tokens" in done.stdout
+    assert re.search(r"letter page, 200 dpi +150 +13x11 +208x176 +19", done.stdout)
 
 
 def test_eval_takes_what_an_evaluation_may_change(workdir, tmp_path):
     out = ["--budgets", "64", "--out", tmp_path]
     done = run("eval", workdir, *out, "data.max_upscale=0.05")
     assert done.returncode == 0, done.stderr
-    small = json.loads((tmp_path / "budgets.json").read_text())["budgets"]["64"]
-    before = json.loads((workdir / "budgets.json").read_text())["budgets"]["64"]
-    assert small["tokens_per_image"] < before["tokens_per_image"] / 4
-    names = ("image_to_text_r1", "label_accuracy", "text_to_image_r1")
-    assert any(small[name] != before[name] for name in names)
+    small, before = results_of(tmp_path), results_of(workdir)
+    kinds = ("zero_shot", "retrieval")
+    for kind in kinds:
+        few, many = (x[kind, 64]["tokens_per_image"] for x in (small, before))
+        assert few < many / 4
+    assert any(small[x, 64]["metrics"] != before[x, 64]["metrics"] for x in kinds)
     done = run("eval", workdir, *out, "model.vision.pool=mean")
     one_line(done, "model.vision.pool: 'map' -> 'mean'", "data.* and eval.*")
 

@@ -12,9 +12,9 @@ from navit.embed_batches import check_budget
 from navit.evals import budgets
 from navit.evals.accuracy import Classification
 from navit.evals.retrieval import Retrieval
-from navit.evals.zero_shot import ZeroShot
+from navit.evals.tasks import open_tasks
+from navit.evals.zero_shot import zero_shot
 from navit.input import memory
-from navit.input.pipeline import open_eval_source
 from navit.plan.epoch import grids_of
 from navit.sources.source import Task
 
@@ -35,31 +35,34 @@ def embed(texts):
     return np.array([VECTORS[t] for t in texts], np.float32)
 
 
+def logits(images, classes):
+    return images @ classes.T
+
+
 def test_zero_shot_counts_the_nearest_class_of_labelled_images():
     task = Task(("cat", "dog"), np.array([0, 1, 0, -1]))
-    zero_shot = ZeroShot(embed, {"animal": task}, ("a {}",))
+    evaluator = zero_shot(embed, logits, task, ("a {}",))
     images = np.array([[1, 0, 0], [0.9, 0.1, 0], [0.6, 0.5, 0], [0, 1, 0]])
-    assert dict(zero_shot.run(images)) == {"animal_accuracy": pytest.approx(2 / 3)}
-    assert zero_shot.chance == {"animal_accuracy": 0.5}
+    assert dict(evaluator.run(images))["accuracy"] == pytest.approx(2 / 3)
+    assert evaluator.chance == {"accuracy": 0.5}
 
 
 def test_zero_shot_averages_prompts():
     """ "a {}" alone takes this image for a dog; with the other prompt it is a cat."""
     task = Task(("cat", "dog"), np.array([0]))
     image = np.array([[0.5, 0.6, -0.6]])
-    one = dict(ZeroShot(embed, {"t": task}, ("a {}",)).run(image))
-    both = dict(ZeroShot(embed, {"t": task}, ("a {}", "photo of a {}")).run(image))
-    assert one == {"t_accuracy": 0.0}
-    assert both == {"t_accuracy": 1.0}
+    for prompts, accuracy in ((("a {}",), 0), (("a {}", "photo of a {}"), 1)):
+        evaluator = zero_shot(embed, logits, task, prompts)
+        assert dict(evaluator.run(image))["accuracy"] == accuracy
 
 
 def test_images_that_could_not_be_read_do_not_count():
     task = Task(("cat", "dog"), np.array([0, 0, 1]))
     images = np.array([[1.0, 0, 0], [np.nan] * 3, [0, 1, 0]])
-    zero_shot = ZeroShot(embed, {"t": task}, ("a {}",))
-    assert dict(zero_shot.run(images)) == {"t_accuracy": 1.0}
-    classify = Classification(lambda pooled: pooled, "t", task)
-    assert dict(classify.run(images)) == {"t_accuracy": 1.0}
+    evaluator = zero_shot(embed, logits, task, ("a {}",))
+    assert dict(evaluator.run(images))["accuracy"] == 1.0
+    classify = Classification(lambda pooled: pooled, task)
+    assert dict(classify.run(images))["accuracy"] == 1.0
     retrieval = Retrieval(embed, [("a cat",), ("a car",), ("a dog",)])
     assert dict(retrieval.run(images)) == {
         "image_to_text_r1": 1.0,
@@ -82,29 +85,10 @@ def test_retrieval_counts_any_right_caption_and_any_right_image():
 
 def test_classification_ignores_images_without_a_label():
     task = Task(("x", "y", "z"), np.array([0, 2, -1]))
-    classify = Classification(lambda pooled: pooled, "kind", task)
+    classify = Classification(lambda pooled: pooled, task)
     images = np.array([[3.0, 1, 2], [1, 5, 2], [0, 0, 1]])
-    assert dict(classify.run(images)) == {"kind_accuracy": 0.5}
-    assert classify.chance == {"kind_accuracy": pytest.approx(1 / 3)}
-
-
-def test_table_and_plot_show_every_budget():
-    results = {
-        "step": 7,
-        "images": 3,
-        "chance": {"coarse_accuracy": 0.125, "image_to_text_r1": 0.01},
-        "budgets": {
-            "64": {"unreadable": 0, "coarse_accuracy": 0.5, "image_to_text_r1": 0.25},
-            "1024": {"unreadable": 2, "coarse_accuracy": 1.0},
-        },
-    }
-    lines = budgets.table(results).splitlines()
-    assert lines[0] == "step 7, 3 images, 2 unreadable"
-    assert [line.split()[0] for line in lines[1:]] == ["tokens", "64", "1024", "chance"]
-    assert lines[2].split() == ["64", "50.0%", "25.0%"]
-    assert lines[3].split() == ["1024", "100.0%", "-"]
-    assert len({len(line) for line in lines[1:]}) == 1
-    assert budgets.plot(results).startswith(b"\x89PNG")
+    assert dict(classify.run(images))["accuracy"] == 0.5
+    assert classify.chance == {"accuracy": pytest.approx(1 / 3)}
 
 
 def evaluated(name, budget_list, **data):
@@ -115,10 +99,11 @@ def evaluated(name, budget_list, **data):
         data=DataConfig(train=SAMPLE, eval=SAMPLE, **data),
         eval=EvalConfig(budgets=budget_list, max_images=5),
     )
-    source = open_eval_source(config.data)
-    budgets.check(config, source, source)
+    opened = open_tasks(config)
+    budgets.check(config, opened)
     embedder = Embedder(model.model, config, step=0)
-    return budgets.evaluate(embedder, config, source), source.sizes[:5]
+    found = budgets.evaluate(embedder, config, opened)
+    return found.rows, opened[0].images.source.sizes[:5]
 
 
 @pytest.mark.parametrize(
@@ -150,14 +135,18 @@ def test_small_images_are_evaluated_at_the_plans_tokens():
     found, sizes = evaluated("siglip2_a", (49, 64), **data)
     for budget in (49, 64):
         grids = grids_of(sizes, budget, DataConfig(**data), 4)
-        tokens = found["budgets"][str(budget)]["tokens_per_image"]
-        assert tokens == round(float(grids.prod(-1).mean()), 1) > 30
+        rows = [row for row in found if row["budget"] == budget]
+        assert {row["tokens_per_image"] for row in rows} == {
+            round(float(grids.prod(-1).mean()), 1)
+        }
+        assert rows[0]["tokens_per_image"] > 30
 
 
 def test_a_model_of_one_resolution_is_evaluated_once(caplog):
     caplog.set_level("INFO", "navit")
     found, _ = evaluated("siglip_fixed", (16, 64, 256))
-    assert list(found["budgets"]) == ["25"]
-    assert found["budgets"]["25"]["tokens_per_image"] == 25
+    assert {(row["budget"], row["tokens_per_image"]) for row in found} == {(25, 25)}
+    for row in found:
+        assert any("one fixed resolution" in note for note in row["notes"])
     assert "25 tokens: it is evaluated once, not at" in caplog.text
     assert "eval.budgets=16,64,256" in caplog.text

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from navit.evals.accuracy import Classification, ranks
+from navit.evals.calibration import calibration_error
 from navit.evals.prompts import load_templates
-from navit.evals.zero_shot import ZeroShot, class_vectors
+from navit.evals.zero_shot import class_vectors, zero_shot
 from navit.sources.source import Task
 
 PROMPTS = load_templates(str(Path(__file__).parents[2] / "data/prompts/photos.txt"))
@@ -20,6 +21,10 @@ def embed(texts):
     seeds = (zlib.crc32(text.encode()) for text in texts)
     x = [np.random.default_rng(seed).standard_normal(12) for seed in seeds]
     return np.array([v / np.linalg.norm(v) for v in x], np.float32)
+
+
+def logits(images, classes):
+    return 10 * images @ classes.T - 3
 
 
 def plain_scores(images):
@@ -43,19 +48,26 @@ def task(rng):
 
 
 def test_it_equals_a_plain_one(images, task):
-    zero_shot = ZeroShot(embed, {"t": task}, PROMPTS)
+    evaluator = zero_shot(embed, logits, task, PROMPTS)
     scores = plain_scores(images)
     counted = [i for i in range(60) if task.labels[i] >= 0 and i not in (4, 9)]
     order = {i: list(np.argsort(-scores[i])) for i in counted}
     hits = {i: order[i][0] == task.labels[i] for i in counted}
     top5 = [task.labels[i] in order[i][:5] for i in counted]
+    e = np.exp(10 * scores[counted] - 3)
+    probabilities = e / e.sum(1, keepdims=True)
+    labels = task.labels[counted]
     expected = {
-        "t_accuracy": np.mean(list(hits.values())),
-        "t_top5": np.mean(top5),
+        "accuracy": np.mean(list(hits.values())),
+        "top5": np.mean(top5),
+        "calibration_error": calibration_error(probabilities, labels),
     }
-    assert dict(zero_shot.run(images)) == pytest.approx(expected)
-    assert zero_shot.chance == pytest.approx({"t_accuracy": 1 / 9, "t_top5": 5 / 9})
-    for c, value in enumerate(zero_shot.per_class("t", images)):
+    assert dict(evaluator.run(images)) == pytest.approx(expected, abs=1e-5)
+    found = evaluator.confidences(images)
+    assert found.places.tolist() == counted and (found.labels == labels).all()
+    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5)
+    assert evaluator.chance == pytest.approx({"accuracy": 1 / 9, "top5": 5 / 9})
+    for c, value in enumerate(evaluator.per_class(images)):
         own = [hits[i] for i in counted if task.labels[i] == c]
         assert value == pytest.approx(np.mean(own)) if own else np.isnan(value)
 
@@ -67,11 +79,11 @@ def test_the_classifier_is_built_once_for_all_budgets(images, task):
         calls.append(len(texts))
         return embed(texts)
 
-    zero_shot = ZeroShot(counting, {"a": task, "b": task}, PROMPTS)
+    evaluator = zero_shot(counting, logits, task, PROMPTS)
     for budget in range(3):
-        dict(zero_shot.run(images + budget))
-        zero_shot.per_class("a", images)
-    assert calls == [len(NAMES) * len(PROMPTS)] * 2
+        dict(evaluator.run(images + budget))
+        evaluator.per_class(images)
+    assert calls == [len(NAMES) * len(PROMPTS)]
 
 
 def test_class_vectors_have_unit_norm_and_ignore_the_order_of_prompts():
@@ -83,8 +95,9 @@ def test_class_vectors_have_unit_norm_and_ignore_the_order_of_prompts():
 
 def test_top_5_needs_more_than_5_classes(images):
     task = Task(NAMES[:5], np.zeros(60, np.int32))
-    zero_shot = ZeroShot(embed, {"t": task})
-    assert set(dict(zero_shot.run(images))) == set(zero_shot.chance) == {"t_accuracy"}
+    evaluator = zero_shot(embed, logits, task)
+    assert set(evaluator.chance) == {"accuracy"}
+    assert set(dict(evaluator.run(images))) == {"accuracy", "calibration_error"}
 
 
 def test_ranks_are_places_in_a_stable_sort(rng):
@@ -98,19 +111,21 @@ def test_ranks_are_places_in_a_stable_sort(rng):
 
 def test_class_logits_have_a_top_5_too(rng):
     logits, labels = rng.standard_normal((30, 9)), rng.integers(0, 9, 30)
-    classify = Classification(lambda pooled: pooled, "t", Task(NAMES, labels))
+    classify = Classification(lambda pooled: pooled, Task(NAMES, labels))
     places = [
         list(row).index(x) for row, x in zip((-logits).argsort(1), labels, strict=True)
     ]
-    assert dict(classify.run(logits)) == pytest.approx(
+    found = dict(classify.run(logits))
+    del found["calibration_error"]
+    assert found == pytest.approx(
         {
-            "t_accuracy": np.mean([x == 0 for x in places]),
-            "t_top5": np.mean([x < 5 for x in places]),
+            "accuracy": np.mean([x == 0 for x in places]),
+            "top5": np.mean([x < 5 for x in places]),
         }
     )
 
 
 def test_a_label_beyond_the_class_names_is_an_error():
     task = Task(NAMES, np.array([0, 9]))
-    with pytest.raises(ValueError, match=r"'t' has 9 class names and the label 9.*10"):
-        ZeroShot(embed, {"t": task})
+    with pytest.raises(ValueError, match=r"9 class names .* the label 9.*10 names"):
+        zero_shot(embed, logits, task)

@@ -168,9 +168,16 @@ def test_two_processes_equal_one_device(one_device, tmp_path, preset):
     assert "step " not in outputs[1]  # only process 0 logs steps
     assert_same(tmp_path, one_device)
     found, expected = (
-        json.loads((x / "budgets.json").read_text()) for x in (tmp_path, one_device)
+        json.loads((x / "budgets.json").read_text())["rows"]
+        for x in (tmp_path, one_device)
     )
-    assert found["images"] == expected["images"] and found["budgets"]
+    for a, b in zip(found, expected, strict=True):
+        assert [a[x] for x in ("set", "kind", "budget", "images", "chance")] == [
+            b[x] for x in ("set", "kind", "budget", "images", "chance")
+        ]
+        # Of 12 images, one may change its place by rounding.
+        for name, value in a["metrics"].items():
+            assert abs(value - b["metrics"][name]) <= 0.1
 
 
 def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
@@ -188,10 +195,13 @@ def test_an_image_unreadable_in_one_process_is_left_out_by_all(tmp_path):
     ]
     codes, outputs = finish(start(tmp_path, *options, step=1, process=1, mishap=mishap))
     assert codes == [0, 0], "\n".join(outputs)
-    (found,) = json.loads((tmp_path / "budgets.json").read_text())["budgets"].values()
+    (found,) = json.loads((tmp_path / "budgets.json").read_text())["rows"]
     # Twelve rows of one image, eight of them process 0's.
     assert found["unreadable"] == outputs[1].count("not evaluated") == 4
-    assert 0 <= found["coarse_accuracy"] <= 1
+    assert 0 <= found["metrics"]["accuracy"] <= 1
+    # The images that were read are kept, the others are tried again.
+    (kept,) = (tmp_path / "embeddings").glob("16-*/*.npy")
+    assert np.load(kept).any(-1).sum() == 8
 
 
 @pytest.mark.slow

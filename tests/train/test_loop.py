@@ -22,6 +22,7 @@ from PIL import Image
 import navit
 from navit.config import Folder, MeshConfig, Mixture, Stream, Tfds, override
 from navit.evals import budgets
+from navit.evals.tasks import open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
@@ -152,6 +153,26 @@ def test_metrics_are_those_of_the_uninterrupted_run(uninterrupted):
     for name in ("config.json", "budgets.json", "budgets.png"):
         assert (uninterrupted / name).stat().st_size > 0
     assert not list(uninterrupted.glob(".*"))
+
+
+def test_a_run_evaluates_as_it_trains(uninterrupted, tmp_path):
+    """It logs the results, and training is that of a run that does not."""
+    config = override(tiny_config(), ["eval.every=2", "eval.budgets=16"])
+    assert loop.train(config, tmp_path)
+    lines = logged(tmp_path)
+    steps = [x["step"] for x in lines if "loss" in x]
+    results = [x for x in lines if "loss" not in x]
+    assert steps == [x["step"] for x in results] == [2, 4, 6]
+    assert [x["loss"] for x in lines if "loss" in x] == [
+        x["loss"] for x in logged(uninterrupted)
+    ]
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert {row["step"] for row in rows} == {2, 4, 6}
+    for row in rows:
+        (line,) = (x for x in results if x["step"] == row["step"])
+        for metric, value in row["metrics"].items():
+            name = f"eval/{row['set']}/{row['kind']}/{row['budget']}/{metric}"
+            assert line[name] == value
 
 
 def test_finished_run_only_evaluates_again(uninterrupted, caplog):
@@ -444,12 +465,11 @@ def test_classification_trains_and_evaluates(tmp_path):
         ],
     )
     assert loop.train(config, tmp_path)
-    results = json.loads((tmp_path / "budgets.json").read_text())
-    assert set(results["budgets"]["16"]) >= {"coarse_accuracy", "tokens_per_image"}
-    model = navit.load(tmp_path)
-    source = pipeline.open_eval_source(config.data)
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert {(row["set"], row["kind"]) for row in rows} == {("coarse", "classification")}
+    assert all("accuracy" in row["metrics"] for row in rows)
     with pytest.raises(ValueError, match=r"classifies 'coarse' only"):
-        budgets.evaluate(model, config, source, tasks=("fine",))
+        open_tasks(config, names=("fine",))
 
 
 def test_two_losses_train_and_evaluate_together(tmp_path):
@@ -469,12 +489,17 @@ def test_two_losses_train_and_evaluate_together(tmp_path):
         get = operator.attrgetter(trained)
         same = jax.tree.map(lambda a, b: bool((a == b).all()), get(before), get(after))
         assert not all(jax.tree.leaves(same)), trained
-    metrics = json.loads((tmp_path / "budgets.json").read_text())["budgets"]["16"]
-    names = ("coarse_classifier_accuracy", "coarse_accuracy", "image_to_text_r1")
-    assert all(name in metrics for name in names)
-    model, source = navit.load(tmp_path), pipeline.open_eval_source(config.data)
-    found = budgets.evaluate(model, config, source, tasks=("fine",))
-    assert {"coarse_classifier_accuracy", "fine_accuracy"} < found["chance"].keys()
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    kinds = {(row["set"], row["kind"]) for row in rows}
+    assert ("coarse", "classification") in kinds and ("coarse", "zero_shot") in kinds
+    found = budgets.evaluate(
+        navit.load(tmp_path), config, open_tasks(config, names=("fine",))
+    )
+    assert {(row["set"], row["kind"]) for row in found.rows} == {
+        ("coarse", "classification"),
+        ("fine", "zero_shot"),
+        ("retrieval", "retrieval"),
+    }
 
 
 @pytest.mark.parametrize(

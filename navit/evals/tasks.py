@@ -1,0 +1,266 @@
+"""The configured evaluations: their images, labels and captions, opened and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from navit.config import AnySource, Config, EvalTask
+from navit.config.evaluation import PROBES
+from navit.embed import Embedder
+from navit.evals.accuracy import Classification
+from navit.evals.probes import Probe, logistic_regression, nearest_neighbours
+from navit.evals.prompts import load_class_names, load_templates
+from navit.evals.retrieval import Retrieval
+from navit.evals.zero_shot import zero_shot
+from navit.input import pipeline
+from navit.sources.source import Source, Task
+
+log = logging.getLogger("navit")
+
+Evaluator = Classification | Retrieval | Probe
+
+
+class Images(NamedTuple):
+    """The first `limit` images of a source."""
+
+    source: Source
+    limit: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An evaluation with its data.
+
+    Attributes:
+      images: what it measures on.
+      labels: class names, and labels of all images of the source; of retrieval, None.
+      prompts: templates with one "{}" each; used by zero-shot.
+      captions: of each image; used by retrieval.
+      train: what a probe learns from, with their labels.
+    """
+
+    task: EvalTask
+    images: Images
+    labels: Task | None = None
+    prompts: tuple[str, ...] = ()
+    captions: tuple[tuple[str, ...], ...] = ()
+    train: tuple[Images, np.ndarray] | None = None
+
+    def evaluator(self, embedder: Embedder) -> Evaluator:
+        """Embeds the texts, once for all budgets."""
+        task, labels = self.task, self.labels
+        if task.kind == "retrieval":
+            return Retrieval(embedder.embed_texts, self.captions)
+        assert labels is not None
+        if task.kind == "zero_shot":
+            return zero_shot(
+                embedder.embed_texts, embedder.logits, labels, self.prompts
+            )
+        if task.kind == "classification":
+            return Classification(embedder.classify, labels)
+        assert self.train is not None
+        predict: Any = (
+            functools.partial(nearest_neighbours, k=task.k)
+            if task.kind == "knn"
+            else functools.partial(logistic_regression, c=task.c)
+        )
+        return Probe(predict, labels, self.train[1])
+
+
+def open_tasks(
+    config: Config, *, names: Sequence[str] = (), classes: str | None = None
+) -> list[Opened]:
+    """Opens what `config.eval` evaluates; each source is opened once.
+
+    Args:
+      names: which evaluations; empty for all. Without `eval.tasks`, names of
+        classifications of `data.eval`, beside which retrieval always runs.
+      classes: a file of class names, for the only zero-shot classification.
+
+    Raises:
+      FileNotFoundError, ValueError: for a name that does not exist, a missing file, or
+        data that lack what an evaluation needs.
+    """
+    opener = _Opener(config)
+    if config.eval.tasks:
+        tasks = list(config.eval.tasks)
+        check_names(names, [task.name for task in tasks], "eval.tasks")
+        tasks = [task for task in tasks if not names or task.name in names]
+    else:
+        tasks = _usual(config, opener.source(config.data.eval), names)
+    if classes is not None:
+        some = [task for task in tasks if task.kind == "zero_shot"]
+        if len(some) != 1:
+            found = ", ".join(task.name for task in some) or "none"
+            raise ValueError(
+                f"--classes {classes} names the classes of one zero-shot "
+                f"classification, and there are {len(some)} ({found}): choose one with "
+                "--task"
+            )
+        named = dataclasses.replace(some[0], classes=classes)
+        tasks = [named if task is some[0] else task for task in tasks]
+    return [opener.open(task) for task in tasks]
+
+
+def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raises ValueError for a name that is not known."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}? It has" if near else "it has"
+            raise ValueError(
+                f"{where} has no task {name!r}; {hint} {', '.join(known) or 'none'}"
+            )
+
+
+def _usual(config: Config, source: Source, names: Sequence[str]) -> list[EvalTask]:
+    """The evaluations of a config that names none."""
+    tasks: list[EvalTask] = []
+    if config.train.needs("classifier"):
+        first = next(iter(source.tasks), None)
+        if first is None:
+            raise ValueError("data.eval has no labels, which this model's classes need")
+        if not config.train.needs("text_tower") and {*names} - {first}:
+            raise ValueError(f"this model classifies {first!r} only: leave out --task")
+        tasks.append(EvalTask(first, "classification", task=first))
+    if config.train.needs("text_tower"):
+        known = [*source.tasks, "retrieval"]
+        check_names(names, known, "data.eval")
+        chosen = [name for name in source.tasks if not names or name in names]
+        tasks += [EvalTask(name, "zero_shot", task=name) for name in chosen]
+        tasks.append(EvalTask("retrieval"))
+    return tasks
+
+
+class _Opener:
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._sources: dict[Any, Source] = {}
+        self._captions: dict[Images, tuple[tuple[str, ...], ...]] = {}
+
+    def source(self, source: AnySource | None) -> Source:
+        """A source to evaluate on."""
+        if source not in self._sources:
+            data = dataclasses.replace(self._config.data, eval=source)
+            self._sources[source] = pipeline.open_eval_source(data)
+        return self._sources[source]
+
+    def open(self, task: EvalTask) -> Opened:
+        needs = self._config.train.needs
+        if task.kind in ("zero_shot", "retrieval") and not needs("text_tower"):
+            raise ValueError(
+                f"{task.name!r} is of kind {task.kind}, which needs a trained text "
+                "tower, and this model has none: measure classification, knn or "
+                "logistic"
+            )
+        source = self.source(task.source or self._config.data.eval)
+        images = self._images(task, source)
+        if task.kind == "retrieval":
+            return Opened(task, images, captions=self._captions_of(images))
+        labels = self._labels(task, images)
+        if task.kind == "classification":
+            self._check_classifier(task, labels)
+        if task.kind not in PROBES:
+            prompts = self._config.eval.prompts
+            if task.prompts is not None:
+                prompts = load_templates(task.prompts)
+            return Opened(task, images, labels, prompts)
+        return Opened(task, images, labels, train=self._train(task, images, labels))
+
+    def _images(self, task: EvalTask, source: Source) -> Images:
+        most = task.max_images or self._config.eval.max_images or len(source)
+        return Images(source, min(len(source), most))
+
+    def _captions_of(self, images: Images) -> tuple[tuple[str, ...], ...]:
+        if images not in self._captions:
+            source, count = images
+            found = tuple(source.record(i).captions for i in range(count))
+            self._captions[images] = found
+        return self._captions[images]
+
+    def _labels(self, task: EvalTask, images: Images) -> Task:
+        tasks = images.source.tasks
+        if not tasks:
+            raise ValueError(
+                f"{task.name!r} is of kind {task.kind}, and its {len(images.source)} "
+                "images have no labels: use data with a label column or field"
+            )
+        if task.task is not None:
+            check_names([task.task], [*tasks], f"the data of {task.name!r}")
+        named = task.name if task.name in tasks else next(iter(tasks))
+        labels = tasks[task.task or named]
+        if not (labels.labels[: images.limit] >= 0).any():
+            raise ValueError(
+                f"{task.name!r}: none of the {images.limit} images has a label: use "
+                "labelled data, or raise max_images"
+            )
+        if task.classes is not None:
+            # Without names of their own, classes are named by their numbers.
+            own = not all(name.isdigit() for name in labels.class_names)
+            names = load_class_names(
+                task.classes,
+                classes=len(labels.class_names) if own else None,
+                allow_repeated=True,
+            )
+            if repeated := len(names) - len({*names}):
+                log.warning(
+                    "%s: %d class names are repeated; the later class of each is "
+                    "never found",
+                    task.classes,
+                    repeated,
+                )
+            labels = Task(names, labels.labels)
+        return labels
+
+    def _check_classifier(self, task: EvalTask, labels: Task) -> None:
+        classes = self._config.model.vision.num_classes
+        trained = self._config.train.needs("classifier")
+        if not trained or classes != len(labels.class_names):
+            raise ValueError(
+                f"{task.name!r} is of kind classification and has "
+                f"{len(labels.class_names)} classes, and the model was trained to "
+                f"classify {classes if trained else 0}: measure zero_shot, knn or "
+                "logistic"
+            )
+
+    def _train(
+        self, task: EvalTask, images: Images, labels: Task
+    ) -> tuple[Images, np.ndarray]:
+        """The images that a probe learns from, and their labels."""
+        if task.kind == "logistic" and importlib.util.find_spec("sklearn") is None:
+            raise ValueError(
+                f"{task.name!r} is of kind logistic, which needs scikit-learn: pip "
+                'install "navit[probes]"'
+            )
+        chosen = task.train_source or self._config.data.train
+        if ("train", chosen) not in self._sources:
+            self._sources["train", chosen] = pipeline.open_source(chosen)
+        train = self._images(task, self._sources["train", chosen])
+        if train.source.fingerprint() == images.source.fingerprint():
+            raise ValueError(
+                f"{task.name!r} would learn from the {len(images.source)} images that "
+                "it is tested on: set train_source to others, such as split=train of "
+                "a folder, with split=eval for source"
+            )
+        learned = self._labels(task, train)
+        if learned.class_names != labels.class_names:
+            raise ValueError(
+                f"{task.name!r} has {len(learned.class_names)} classes in train_source "
+                f"and {len(labels.class_names)} in source, or others: both need the "
+                "same classes"
+            )
+        known = int((learned.labels[: train.limit] >= 0).sum())
+        if task.kind == "knn" and known < task.k:
+            raise ValueError(
+                f"{task.name!r} needs k={task.k} labelled images to learn from, and "
+                f"there are {known}: lower k, or raise max_images"
+            )
+        return train, learned.labels
