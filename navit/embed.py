@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
@@ -15,10 +17,8 @@ from tqdm import tqdm
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.embed_batches import (
-    check_budget,
-    grids_of,
-    made_ahead,
-    processes_of_mesh,
+    batches,
+    budget_of,
     rows_at_once,
     shared_by_devices,
     slots_of,
@@ -27,7 +27,6 @@ from navit.input import fill, tokens
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
-from navit.plan import epoch as plan
 from navit.plan.geometry import check_count
 from navit.sharding import split_rows
 from navit.sources.images import ArrayLike, ImageLike, sizes_of
@@ -129,47 +128,17 @@ class Embedder:
           ValueError: if a grid extends beyond the model's position table, or the budget
             needs more memory than is free.
         """
-        data, patch_size = self.config.data, self.vision.config.patch_size
-        if self.vision.config.fixed_grid:
-            side = self.vision.config.position.size
-            if max_tokens < side * side:
-                raise ValueError(
-                    f"this model was trained at one size, {side}x{side} patches: pass "
-                    f"max_tokens={side * side}, or load it with model.vision."
-                    "fixed_grid=false to keep the aspect at any budget"
-                )
-            max_tokens = side * side
-        grids = grids_of(self.config, sizes, max_tokens)
-        self.vision.config.position.check(grids)
-        check_budget(self.config, max_tokens, len(grids))
-        slots = slots_of(self.config)
-        rows = plan.pack_rows(grids, max_tokens, slots)
-        at_once = rows_at_once(self.config, max_tokens, len(rows))
-        parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
-        # Each process of the mesh decodes its own rows of every part.
-        processes = processes_of_mesh()
-        share = at_once // processes
-        first = share * jax.process_index() if processes > 1 else 0
-        own = [part.slice(first, first + share) for part in parts]
-        fill_rows = functools.partial(
-            fill.fill_rows,
-            read=read,
-            patch_size=patch_size,
-            row_tokens=max_tokens,
-            slots=slots,
-            image_size=self.vision.config.image_size,
-            dct=data.dct,
-        )
-        out = np.zeros((len(grids), self.embed_dim), np.float32)
+        max_tokens = budget_of(self.config, max_tokens)
+        out = np.zeros((len(sizes), self.embed_dim), np.float32)
         errors: fill.Errors = []
         with tqdm(
-            total=len(grids),
+            total=len(sizes),
             desc=progress,
             unit="image",
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for part, filled in zip(parts, made_ahead(fill_rows, own), strict=True):
+            for part, filled in batches(self.config, read, sizes, max_tokens):
                 errors += filled.errors
                 if errors and stop:
                     break
@@ -178,9 +147,58 @@ class Embedder:
                     embed_packed(self.vision, placed, max_tokens, normalized)
                 )
                 counts = np.diff(part.offsets)
-                out[part.index] = vectors[np.arange(slots) < counts[:, None]]
+                taken = np.arange(vectors.shape[1]) < counts[:, None]
+                out[part.index] = vectors[taken]
                 bar.update(len(part.index))
         return Embedded(out, errors)
+
+    def features(
+        self, images: Sequence[ImageLike] | ArrayLike, max_tokens: int = 256
+    ) -> Iterator[np.ndarray]:
+        """Yields each image's tokens, in order: float32 `[rows, columns, d]`.
+
+        They are those after the final norm, packed as in `embed_images`. Only a few
+        batches are held at a time, so there may be any number of images.
+
+        Args:
+          images, max_tokens: as in `embed_images`; raises the same errors.
+        """
+        check_count("max_tokens", max_tokens)
+        max_tokens = budget_of(self.config, max_tokens)
+        sizes = sizes_of(images)
+        window = slots_of(self.config) * rows_at_once(
+            self.config, max_tokens, max(len(sizes), 1)
+        )
+
+        def few(start: int) -> Iterator[np.ndarray]:
+            found: dict[int, np.ndarray] = {}
+            for part, filled in batches(
+                self.config,
+                lambda i: Record(images[start + i]),
+                sizes[start : start + window],
+                max_tokens,
+            ):
+                for index, error in filled.errors:
+                    raise ValueError(
+                        f"image {start + index} cannot be read: {error}"
+                    ) from error
+                placed = split_rows(filled.images, self.vision.rules)
+                tokens = np.asarray(_tokens_of(self.vision, placed, max_tokens))
+                for row in range(len(part)):
+                    own = range(part.offsets[row], part.offsets[row + 1])
+                    ends = np.cumsum(part.lengths[own.start : own.stop])
+                    for i, end in zip(own, ends, strict=True):
+                        image = tokens[row, end - part.lengths[i] : end]
+                        # A copy, so that the batch does not live as long as an image.
+                        found[int(part.index[i])] = image.reshape(
+                            *part.grids[i], -1
+                        ).copy()
+            for i in range(len(found)):
+                yield found.pop(i)
+
+        return itertools.chain.from_iterable(
+            few(start) for start in range(0, len(sizes), window)
+        )
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeds captions: float32 `[len, e]`, unit norm, in order.
@@ -254,6 +272,15 @@ def embed_packed(
     pooled = vision(packed, max_image_tokens=max_tokens).pooled
     assert pooled is not None
     return vision.rules.replicate(normalize(pooled) if normalized else pooled)
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _tokens_of(
+    vision: Vision, packed: PackedImages, max_tokens: int
+) -> Float[Array, "b n d"]:
+    """The tokens in float32, replicated to every device."""
+    tokens = vision(packed, max_image_tokens=max_tokens).tokens
+    return vision.rules.replicate(tokens.astype(jnp.float32))
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 
 from navit.config import Config
 from navit.input import memory
-from navit.input.fill import Filled
+from navit.input.fill import Filled, fill_rows
 from navit.plan import epoch as plan
 from navit.sharding import platform
+from navit.sources.source import Record
 
 # Batches that are made ahead of the one that is embedded.
 _AHEAD = 4
@@ -23,6 +25,67 @@ def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
     if vision.fixed_grid:
         return np.full((len(sizes), 2), vision.position.size)
     return plan.grids_of(sizes, max_tokens, config.data, vision.patch_size)
+
+
+def budget_of(config: Config, max_tokens: int) -> int:
+    """The token budget: that of a model of one resolution is its own.
+
+    Raises:
+      ValueError: if such a model takes more than `max_tokens`.
+    """
+    vision = config.model.vision
+    side = vision.position.size
+    if not vision.fixed_grid:
+        return max_tokens
+    if max_tokens < side * side:
+        raise ValueError(
+            f"this model was trained at one size, {side}x{side} patches: pass "
+            f"max_tokens={side * side}, or load it with model.vision."
+            "fixed_grid=false to keep the aspect at any budget"
+        )
+    return side * side
+
+
+def batches(
+    config: Config,
+    read: Callable[[int], Record],
+    sizes: np.ndarray,
+    max_tokens: int,
+) -> Iterator[tuple[plan.Rows, Filled]]:
+    """Packs images and yields all planned rows of each batch, with them filled.
+
+    Each process of the mesh fills its own share of the rows.
+
+    Args:
+      read: index -> record, from several threads.
+      sizes: `[m, 2]` (height, width) of each image.
+      max_tokens: the budget of an image, and the length of a row.
+
+    Raises:
+      ValueError: if a grid extends beyond the model's position table, or the budget
+        needs more memory than is free.
+    """
+    vision, slots = config.model.vision, slots_of(config)
+    grids = grids_of(config, sizes, max_tokens)
+    vision.position.check(grids)
+    check_budget(config, max_tokens, len(grids))
+    rows = plan.pack_rows(grids, max_tokens, slots)
+    at_once = rows_at_once(config, max_tokens, len(rows))
+    parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
+    processes = processes_of_mesh()
+    share = at_once // processes
+    first = share * jax.process_index() if processes > 1 else 0
+    own = [part.slice(first, first + share) for part in parts]
+    filled = functools.partial(
+        fill_rows,
+        read=read,
+        patch_size=vision.patch_size,
+        row_tokens=max_tokens,
+        slots=slots,
+        image_size=vision.image_size,
+        dct=config.data.dct,
+    )
+    yield from zip(parts, _made_ahead(filled, own), strict=True)
 
 
 def check_budget(config: Config, max_tokens: int, images: int = 1) -> None:
@@ -83,14 +146,14 @@ def slots_of(config: Config) -> int:
     return 1 if config.data.max_upscale is None else 8
 
 
-def made_ahead(
-    fill_rows: Callable[[plan.Rows], Filled], parts: Sequence[plan.Rows]
+def _made_ahead(
+    filled: Callable[[plan.Rows], Filled], parts: Sequence[plan.Rows]
 ) -> Iterator[Filled]:
     """Yields the batch of each part in order, and makes the next ones meanwhile."""
     if len(parts) == 1:
-        return iter([fill_rows(parts[0])])
+        return iter([filled(parts[0])])
     import grain  # slow to import
 
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=_AHEAD)
-    batches = grain.MapDataset.source(parts).map(fill_rows)
+    batches = grain.MapDataset.source(parts).map(filled)
     return iter(batches.to_iter_dataset(options))
