@@ -45,13 +45,15 @@ def nearest(
     rules = Rules() if mesh.empty else Rules(batch=tuple(mesh.axis_names))
 
     def place(x: np.ndarray, spec: jax.P | None) -> Any:
-        return x if spec is None else jax.device_put(x, jax.NamedSharding(mesh, spec))
+        if spec is None:
+            return jax.device_put(x)
+        return jax.device_put(x, jax.NamedSharding(mesh, spec))
 
     candidate_block = max(k, min(candidate_block, count))
     blocks = _padded(candidates, candidate_block).reshape(
         -1, candidate_block, candidates.shape[1]
     )
-    placed = jax.device_put(place(blocks, rules(None)))
+    placed = place(blocks, rules(None))
     devices = 1 if mesh.empty else mesh.size
     at_once = devices * min(query_block, -(-len(queries) // devices) or 1)
     padded = _padded(queries, at_once)
