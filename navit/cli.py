@@ -386,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the input pipeline of a config",
         description="Measures only the input pipeline of CONFIG, stage by stage.\n"
         "Other measurements: python -m "
-        "navit.bench.{plan,attention_speed,embedding,convert} --help.",
+        "navit.bench.{plan,attention_speed,embedding,evaluation,convert} --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit bench input configs/photos.py "
         "data.train.path=~/photos data.workers=4",
