@@ -275,6 +275,8 @@ def _cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
 def _settings(config: Config, each: Opened) -> dict[str, Any]:
     """What else a result depends on."""
     found: dict[str, Any] = vectors.settings(config)
+    version = each.images.source.version()
+    found["files"] = hashlib.sha256(version.encode()).hexdigest()[:12]
     if each.task.kind == "zero_shot":
         assert each.labels is not None
         texts = json.dumps([each.labels.class_names, each.prompts])

@@ -89,7 +89,8 @@ def embed(
         # On an accelerator, the same weights may run in bfloat16.
         dtype = np.dtype(embedder.vision.dtype).name
         how = settings(embedder.config)
-        key = (weights, source.fingerprint(), max_tokens, how, dtype)
+        data = (source.fingerprint(), source.version())
+        key = (weights, data, max_tokens, how, dtype)
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
         folder = cache / f"{max_tokens}-{digest}"
     pooled = np.full((count, embedder.embed_dim), np.nan, np.float32)

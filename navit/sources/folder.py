@@ -52,15 +52,17 @@ class FolderSource:
         absent = [entry.file for entry in named if entry.file not in stats]
         what, remedy = f"files of {table}", "add them, or delete their lines"
         check_missing(absent, len(named), folder.missing, what, remedy)
+        place = Place(
+            None if remote else Path(self._root),
+            table,
+            digest([[*stats], [tuple(s) for s in stats.values()]]),
+        )
+        self._version = digest(place[1:])
         index = measure(
             lambda i: Entry.of(self._image(listed[i].file, stats[listed[i].file].size)),
             lambda i: self._path(listed[i].file),
             len(listed),
-            Place(
-                None if remote else Path(self._root),
-                table,
-                digest([[*stats], [tuple(s) for s in stats.values()]]),
-            ),
+            place,
             again=again,
         )
         split = {i for i, e in enumerate(listed) if _is_in(folder, e.file)}
@@ -100,6 +102,9 @@ class FolderSource:
         ]
         checksum = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return f"{len(rows)} images (table and sizes {checksum[:16]})"
+
+    def version(self) -> str:
+        return self._version
 
     def _path(self, file: str) -> str:
         return f"{self._root}/{file}"

@@ -64,6 +64,9 @@ class MixtureSource:
             for share, source in zip(self.shares, self._sources, strict=True)
         )
 
+    def version(self) -> str:
+        return " ".join(source.version() for source in self._sources)
+
     def _at(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")

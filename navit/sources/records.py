@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from navit.sources.cache import Place
+from navit.sources.cache import Place, digest
 from navit.sources.index import Entry, measure
 from navit.sources.source import Record, Task
 
@@ -78,6 +78,9 @@ class RecordSource:
 
     def fingerprint(self) -> str:
         return self._described
+
+    def version(self) -> str:
+        return digest(self._reader.place[1:])
 
 
 def texts(value: Any) -> tuple[str, ...]:

@@ -145,6 +145,9 @@ class Carried:
     def fingerprint(self) -> str:
         return f"{len(self)} records"
 
+    def version(self) -> str:
+        return self.fingerprint()
+
 
 def _record(name: str, data: Any, parse: Callable[[Any], records.Raw]) -> Streamed:
     try:

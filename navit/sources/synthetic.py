@@ -79,6 +79,9 @@ class SyntheticSource:
         digest = hashlib.sha256(np.ascontiguousarray(self.sizes, "<i4").tobytes())
         return f"{self._size} drawn images (sizes {digest.hexdigest()[:16]})"
 
+    def version(self) -> str:
+        return f"seed {self._seed}"
+
     def record(self, index: int) -> Record:
         """Draws image `index`, `[height, width, 3]` uint8, and names its colours."""
         rng, height, width, figure, dots, diameter = self._traits(index)

@@ -157,6 +157,22 @@ def test_nothing_is_embedded_twice(embedder, reads, tmp_path):
     assert sorted(reads) == [*range(COUNT)]
 
 
+def test_other_files_of_the_same_names_and_sizes_are_embedded(embedder, tmp_path):
+    """Such as the corruptions of a test set, each in a folder of its own."""
+    tasks = [EvalTask("label", "zero_shot")]
+    rng = np.random.default_rng(0)
+    for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "b"):
+        folder.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "0.png")
+        (folder / "t.csv").write_text("file,label\n0.png,a\n")
+        options = ["eval.budgets=16", f"data.eval=folder:{folder}"]
+        evaluate(embedder, *options, tasks=tasks, cache=tmp_path / "kept")
+        kept = sorted((tmp_path / "kept").glob("*/*.npy"))
+        different = {np.load(file).tobytes() for file in kept}
+    assert len(kept) == len(different) == 3
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(
     embedder, reads, tmp_path, monkeypatch
 ):
