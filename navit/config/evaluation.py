@@ -33,7 +33,7 @@ class EvalTask:
     `eval.max_images`.
     `k`: of the nearest neighbours. `c`: the inverse of the strength of regularisation
     of logistic regression.
-    `per_class`: also store the accuracy of each class.
+    `per_class`: budgets.json also has the accuracy of each class.
     """
 
     name: str = ""
@@ -61,17 +61,16 @@ class EvalTask:
                     f"{', '.join(KINDS)}: write {self.name}:KIND"
                 )
             object.__setattr__(self, "kind", self.name)
-        zero_shot, probe = self.kind == "zero_shot", self.kind in PROBES
-        for field, fits in (
-            ("classes", zero_shot),
-            ("prompts", zero_shot),
-            ("train_source", probe),
+        for field, kinds in (
+            ("classes", ("zero_shot",)),
+            ("prompts", ("zero_shot",)),
+            ("train_source", PROBES),
+            ("per_class", ("zero_shot", "classification")),
         ):
-            if getattr(self, field) is not None and not fits:
-                kinds = "zero_shot" if field != "train_source" else " or ".join(PROBES)
+            if getattr(self, field) not in (None, False) and self.kind not in kinds:
                 raise ValueError(
-                    f"{field} is for an evaluation of kind {kinds}, and {self.name!r} "
-                    f"is of kind {self.kind}: leave it out"
+                    f"{field} is for an evaluation of kind {' or '.join(kinds)}, and "
+                    f"{self.name!r} is of kind {self.kind}: leave it out"
                 )
         positive(self, "k", "c")
         if self.max_images is not None:

@@ -495,6 +495,7 @@ def test_evaluations_are_made_by_name_and_kind():
         (["eval.tasks=knn,knn"], ["knn,knn", "names"]),
         (["eval.tasks=knn", "eval.tasks.kn.k=2"], ["eval.tasks.kn", "'knn'"]),
         (["eval.tasks=knn", "eval.tasks.knn.prompts=f"], ["prompts", "zero_shot"]),
+        (["eval.tasks=knn", "eval.tasks.knn.per_class=true"], ["per_class", "knn"]),
         (["eval.tasks=knn", "eval.tasks.knn.k=0"], ["eval.tasks.knn", "k", "0"]),
         (["eval.every=-1"], ["eval.every", "-1"]),
     ],
