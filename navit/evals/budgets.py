@@ -130,6 +130,7 @@ def evaluate(
             measured, sure = _measure(each, evaluator, held)
             confidences[budget].append(sure)
             pooled = held[source].pooled[:count]
+            speed = held[source].per_second
             own.append(
                 {
                     "step": embedder.step,
@@ -140,7 +141,7 @@ def evaluate(
                     "images": count,
                     "unreadable": int(np.isnan(pooled[:, 0]).sum()),
                     **_cost(config, source.sizes[:count], budget),
-                    "images_per_second": _rounded(held[source].per_second, 2),
+                    "images_per_second": speed,
                     "metrics": {k: round(v, 4) for k, v in measured.items()},
                     "chance": {k: round(v, 4) for k, v in evaluator.chance.items()},
                     "notes": about,
@@ -321,7 +322,3 @@ def _cascades(
             | {"points": [tuple(round(x, 4) for x in point) for point in points]}
         )
     return found
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)

@@ -43,7 +43,6 @@ class Opened:
       images: what it measures on.
       labels: class names, and labels of all images of the source; of retrieval, None.
       prompts: templates with one "{}" each; used by zero-shot.
-      captions: of each image; used by retrieval.
       train: what a probe learns from, with their labels.
     """
 
@@ -51,8 +50,13 @@ class Opened:
     images: Images
     labels: Task | None = None
     prompts: tuple[str, ...] = ()
-    captions: tuple[tuple[str, ...], ...] = ()
     train: tuple[Images, np.ndarray] | None = None
+
+    @functools.cached_property
+    def captions(self) -> list[tuple[str, ...]]:
+        """The captions of each image; some sources read the images for them."""
+        source, limit = self.images
+        return [source.record(i).captions for i in range(limit)]
 
     def evaluator(self, embedder: Embedder) -> Evaluator:
         """Embeds the texts, once for all budgets."""
@@ -144,7 +148,6 @@ class _Opener:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._sources: dict[Any, Source] = {}
-        self._captions: dict[Images, tuple[tuple[str, ...], ...]] = {}
 
     def source(self, source: AnySource | None) -> Source:
         """A source to evaluate on."""
@@ -164,7 +167,7 @@ class _Opener:
         source = self.source(task.source or self._config.data.eval)
         images = self._images(task, source)
         if task.kind == "retrieval":
-            return Opened(task, images, captions=self._captions_of(images))
+            return Opened(task, images)
         labels = self._labels(task, images)
         if task.kind == "classification":
             self._check_classifier(task, labels)
@@ -178,13 +181,6 @@ class _Opener:
     def _images(self, task: EvalTask, source: Source) -> Images:
         most = task.max_images or self._config.eval.max_images or len(source)
         return Images(source, min(len(source), most))
-
-    def _captions_of(self, images: Images) -> tuple[tuple[str, ...], ...]:
-        if images not in self._captions:
-            source, count = images
-            found = tuple(source.record(i).captions for i in range(count))
-            self._captions[images] = found
-        return self._captions[images]
 
     def _labels(self, task: EvalTask, images: Images) -> Task:
         tasks = images.source.tasks

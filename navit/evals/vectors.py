@@ -125,7 +125,8 @@ def embed(
     if len(timed) > 1:  # the first includes compilation
         del timed[0]
     images, seconds = np.sum(timed, 0) if timed else (0, 0)
-    return Vectors(pooled, errors, images / seconds if timed else None, written)
+    speed = round(float(images / seconds), 2) if timed else None
+    return Vectors(pooled, errors, speed, written)
 
 
 def settings(config: Config) -> dict[str, object]:

@@ -247,10 +247,16 @@ def test_eight_devices_equal_one(embedder, tmp_path):
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, train=Synthetic(9), eval=source)
     )
-    one = budgets.evaluate(
-        Embedder(embedder.model, config, step=0), config, open_tasks(config)
+    classes, prompts = tmp_path / "classes.txt", tmp_path / "prompts.txt"
+    classes.write_text("a black cat\na white dog\n")
+    prompts.write_text("{} in a room\n")
+    config = dataclasses.replace(
+        config, eval=dataclasses.replace(config.eval, prompts=("{} in a room",))
     )
+    opened = open_tasks(config, classes=str(classes))
+    one = budgets.evaluate(Embedder(embedder.model, config, step=0), config, opened)
     command = ["eval", str(workdir), "--budgets", "16,25", f"data.eval=folder:{data}"]
+    command += ["--classes", str(classes), "--prompts", str(prompts)]
     assert cli.main(command) == 0
     rows = json.loads((workdir / "budgets.json").read_text())["rows"]
     kinds = ("label", "zero_shot"), ("retrieval", "retrieval")
@@ -259,6 +265,7 @@ def test_eight_devices_equal_one(embedder, tmp_path):
     for key, row in by_key(rows).items():
         assert row["unreadable"] == 1 and row["images"] == 11
         assert row["metrics"] == pytest.approx(expected[key]["metrics"], abs=1e-4)
+        assert row["settings"] == expected[key]["settings"]
     mesh, rules = make_mesh(MeshConfig())
     assert mesh.size == 8
     with use_mesh(mesh):
