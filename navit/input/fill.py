@@ -76,7 +76,7 @@ def fill_rows(
             try:
                 size = (image_size, image_size) if image_size else (height, width)
                 image, captions[i] = read(index)
-                # An open file is read here, so that its OSError is one.
+                # Reads the file here: `pixels.load` turns an OSError into a ValueError.
                 array = pixels.load(standard(image), *size, dct=dct, box=box)
                 array = array[:height, :width]
             except (ValueError, OSError) as error:

@@ -93,9 +93,12 @@ def measure(
     """The index of `count` records: read from its file, or made and saved there.
 
     A record whose `inspect` raises ValueError or OSError is left out, listed and
-    counted; one that meets a transient error, such as a server's, only if it does so
-    again while another record is readable. A pass that was interrupted, or stopped by a
-    lost connection, resumes from what it saved.
+    counted. A transient error, such as a server's, must come twice, and a later record
+    must be readable; otherwise the pass stops. A pass that stopped or was interrupted
+    resumes from what it saved.
+
+    A reader must not answer from memory after a failed read: records that are readable
+    then show that there is a connection.
 
     Args:
       again: read every record even if there is an index.
@@ -175,25 +178,33 @@ def _fill(
             return (error.__cause__ or error) if is_transient(error) else _reason(error)
 
     def read(batch: range) -> Iterator[Entry | str]:
-        results = pool.map(one, batch)
-        for record, result in zip(batch, results, strict=False):
-            if isinstance(result, BaseException):
-                rest = range(record, batch.stop)
-                yield from settled(dict(zip(rest, [result, *results], strict=True)))
-                return
-            yield result
+        """Yields the records up to the last readable one; the next step has the rest.
 
-    def settled(results: dict[int, Entry | str | BaseException]) -> list[Entry | str]:
-        """Tries failed records again, if the connection is not what failed."""
-        failed = {i: x for i, x in results.items() if isinstance(x, BaseException)}
-        good = [i for i, x in results.items() if isinstance(x, Entry)]
-        good += np.flatnonzero(state.sizes[: state.done, 0])[-1:].tolist()
-        if not good or isinstance(one(good[0]), BaseException):
-            raise next(iter(failed.values()))  # resume later
-        results |= dict(zip(failed, pool.map(one, failed), strict=True))
-        return [
-            _reason(x) if isinstance(x, BaseException) else x for x in results.values()
-        ]
+        Failed records before it are tried again, and left out if they fail again. If a
+        whole step failed, the dataset's last record must be readable instead.
+        """
+        results = pool.map(one, batch)
+        for result in results:
+            if isinstance(result, BaseException):
+                break
+            yield result
+        else:
+            return
+        record = state.done  # the one that failed, as all before it are added
+        rest = dict(zip(range(record, batch.stop), [result, *results], strict=True))
+        good = [i for i, x in rest.items() if isinstance(x, Entry)]
+        end = good[-1] + 1 if good else batch.stop
+        if batch.stop == count:  # no record comes later: an earlier one must do
+            good += np.flatnonzero(state.sizes[: state.done, 0])[-1:].tolist()
+            end = count
+        elif not good and record > batch.start:
+            return
+        failed = [i for i in range(record, end) if isinstance(rest[i], BaseException)]
+        rest |= zip(failed, pool.map(one, failed), strict=True)
+        if not isinstance(one(good[0] if good else count - 1), Entry):
+            raise result  # there is no connection: resume later
+        for x in [*rest.values()][: end - record]:
+            yield _reason(x) if isinstance(x, BaseException) else x
 
     chunk = max(SAVE_EVERY, count // 50)
     threads = min(32, 4 * (os.cpu_count() or 1))
@@ -213,7 +224,7 @@ def _fill(
                 # In steps, so that the bar moves and Ctrl-C takes effect.
                 batch = range(state.done, min(count, state.done + 256))
                 state.add(read(batch))
-                bar.update(len(batch))
+                bar.update(state.done - batch.start)
                 if keep and state.done - saved >= chunk:
                     _save(state, place)
                     saved = state.done

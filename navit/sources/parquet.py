@@ -142,8 +142,12 @@ class ParquetReader:
             if group not in self._cache:
                 file, number = self._groups[group]
                 columns = [c for c in (self._image, self._caption, self._label) if c]
-                with self._open(file) as opened:
-                    self._cache[group] = opened.read_row_group(number, columns)
+                try:
+                    with self._open(file) as opened:
+                        self._cache[group] = opened.read_row_group(number, columns)
+                except Exception:
+                    self._cache.clear()  # a later answer shows that files are readable
+                    raise
                 while len(self._cache) > _KEPT_GROUPS:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(group)

@@ -1,6 +1,8 @@
 """Sources of records: ArrayRecord, Parquet, mixtures, and what they have in common."""
 
 import csv
+import io
+import itertools
 import json
 import pickle
 import struct
@@ -15,10 +17,11 @@ import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from helpers import read_image, serialize_example
+from PIL import Image
 
 from navit import config
 from navit.config import ArrayRecords, Folder, Mixture, ParquetImages, Synthetic, Tfds
-from navit.sources import examples, records
+from navit.sources import examples, records, storage
 from navit.sources import index as sizes
 from navit.sources.kinds import open_source
 from navit.sources.source import Source
@@ -275,6 +278,43 @@ def test_parquet_behind_a_url_equals_local(tmp_path):
     remote.pipe("/broken/a.parquet", b"PAR1 no")
     with pytest.raises(ValueError, match="not one of 1 files is readable Parquet"):
         open_source(ParquetImages("memory://broken"))
+
+
+def test_an_outage_stops_the_indexing_of_parquet_and_blames_no_image(
+    tmp_path, monkeypatch
+):
+    """The row groups in memory do not show that there is a connection."""
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sizes, "MIN_KEPT", 0)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "png")
+    table = pa.table({"image": [file.getvalue()] * 400, "caption": ["a dot"] * 400})
+    pa.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=40)
+    remote = fsspec.filesystem("memory")
+    read = type(remote).cat_file
+
+    def cat_file(self, path, **options):
+        if next(reads) >= 0:
+            raise TimeoutError("no answer")
+        return read(self, path, **options)
+
+    monkeypatch.setattr(type(remote), "cat_file", cat_file)
+    stops = 0
+    for before in itertools.count(1):
+        path = f"outage{before}/a.parquet"
+        remote.pipe(f"/{path}", (tmp_path / "a.parquet").read_bytes())
+        reads = itertools.count(-before)
+        try:
+            open_source(ParquetImages(f"memory://{path}"))
+        except ConnectionError:
+            stops += 1
+        finished = next(reads) <= 0
+        assert not list(tmp_path.rglob("unreadable*"))
+        reads = itertools.count(-1000)
+        assert len(open_source(ParquetImages(f"memory://{path}"))) == 400
+        if finished:
+            break
+    assert stops == before - 1 >= 10  # every row group is read
 
 
 @pytest.mark.parametrize(

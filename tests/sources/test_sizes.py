@@ -155,6 +155,35 @@ def test_a_record_whose_reads_always_fail_is_left_out(place, monkeypatch, broken
     assert [*index.unreadable] == [29]
 
 
+@pytest.mark.parametrize("start", [1, 256, 300, 511])
+def test_records_read_before_do_not_show_that_there_is_a_connection(place, start):
+    """A file system may answer from its cache what was read before."""
+    readable = set(range(start))
+
+    def offline(i):
+        if i not in readable:
+            raise ConnectionError("no route")
+        return inspect(i % 30)
+
+    with pytest.raises(ConnectionError, match="no route"):
+        measure(place, offline, 1000)
+    assert not list(place.folder.rglob("unreadable*"))
+    seen = []
+    index = measure(place, lambda i: seen.append(i) or inspect(i % 30), 1000)
+    assert sorted(seen) == list(range(start, 1000)) and len(index.kept) == 1000
+
+
+def test_a_file_of_many_records_whose_reads_always_fail_is_left_out(place):
+    broken = range(200, 800)
+
+    def failing(i):
+        if i in broken:
+            raise ConnectionError("503")
+        return inspect(i % 30)
+
+    assert [*measure(place, failing, 1000).unreadable] == [*broken]
+
+
 def test_a_record_that_is_readable_the_second_time_is_kept(place):
     seen = set()
 
