@@ -7,13 +7,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-# Among the changes of a node's fields, the key for a change of the whole node.
-_WHOLE = ""
+# Changes are a tree: the key of a node's field, or this for the text of the whole node.
+_WHOLE = "="
 
 
 def positive(config: Any, *names: str) -> None:
@@ -30,9 +30,10 @@ def override(config: T, assignments: Sequence[str]) -> T:
     field takes one of several dataclasses that have a `short` name, `a.b=NAME` or
     `a.b=NAME:VALUE` chooses one, with VALUE as its first field, and `a.b.c=value` sets
     another field of the chosen one. If a field is a tuple of such dataclasses,
-    `a.b=NAME,NAME:VALUE` chooses them all, and `a.b.NAME.c=value` sets a field of one.
-    If it is a tuple of one dataclass, `a.b=FIRST,FIRST:SECOND` makes one for each word,
-    with these as its first fields; the first is then its name.
+    `a.b=NAME,NAME:VALUE` chooses them all, and `a.b.NAME.c=value` sets a field of one;
+    where a name repeats, `a.b.0.c=value` sets one of the first. If it is a tuple of one
+    dataclass, `a.b=FIRST,FIRST:SECOND` makes one for each word, with these as its first
+    fields; the first is then its name.
 
     Raises:
       ValueError: for an unknown key (with the nearest known one), a value of the wrong
@@ -43,17 +44,10 @@ def override(config: T, assignments: Sequence[str]) -> T:
         path, sep, text = assignment.partition("=")
         if not sep:
             raise ValueError(f"expected key.path=value, got {assignment!r}")
-        *parents, last = path.split(".")
         node = changes
-        for key in parents:
-            child = node.setdefault(key, {})
-            if isinstance(child, str):
-                child = node[key] = {_WHOLE: child}
-            node = child
-        if isinstance(node.get(last), dict):
-            node[last][_WHOLE] = text
-        else:
-            node[last] = text
+        for key in path.split("."):
+            node = node.setdefault(key, {})
+        node[_WHOLE] = text
     return _apply(config, changes)
 
 
@@ -121,8 +115,8 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
             lines += differences(x, y, f"{path}.{f.name}".lstrip("."))
         return lines
     if _kinds(a) and _kinds(a) == _kinds(b):
-        for x, y in zip(a, b, strict=True):
-            lines += differences(x, y, f"{path}.{_named(x)}")
+        for key, x, y in zip(_keys(a), a, b, strict=True):
+            lines += differences(x, y, f"{path}.{key}")
         return lines
     return [] if a == b else [f"{path}: {a!r} -> {b!r}"]
 
@@ -138,96 +132,72 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
         if key not in hints:
             if new := getattr(node, "renamed", {}).get(key):
                 new = f"{path}.{new}".lstrip(".")
-                value = change if isinstance(change, str) else "VALUE"
-                raise ValueError(f"{full} is now {new}: set {new}={value}")
-            near = difflib.get_close_matches(key, hints, n=1)
-            known = (
-                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(hints)}"
-            )
+                text = change.get(_WHOLE, "VALUE")
+                raise ValueError(f"{full} is now {new}: set {new}={text}")
             raise ValueError(
-                f"{full}: {type(node).__name__} has no field {key!r}; {known}"
+                f"{full}: {type(node).__name__} has no field {key!r}; "
+                f"{_known(key, hints)}"
             )
-        child = getattr(node, key)
-        if item := _item(hints[key]):
-            values[key] = _apply_each(child, change, item, full)
-            continue
-        if (chosen := _choose(change, hints[key], full)) is not None:
-            child, change = chosen
-        if isinstance(change, dict):
-            if child is None:  # an unset option: change its defaults
-                options = typing.get_args(hints[key])
-                made: Any = [o for o in options if dataclasses.is_dataclass(o)]
-                child = made[0]() if len(made) == 1 else None
-            values[key] = _apply(child, change, full)
-        else:
-            values[key] = _parse(change, hints[key], full)
+        values[key] = _changed(getattr(node, key), change, hints[key], full)
     try:
         return dataclasses.replace(node, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}".lstrip(": ")) from None
 
 
-def _apply_each(items: Any, change: Any, hint: Any, path: str) -> tuple:
-    """Applies a change to a tuple of dataclasses: other ones, or fields of some.
+def _changed(value: Any, change: dict[str, Any], hint: Any, path: str) -> Any:
+    """A field's value after its changes: another value, or one with other fields."""
+    if item := _item(hint):
+        return _changed_items(value, change, item, path)
+    parts = dict(change)
+    text = parts.pop(_WHOLE, None)
+    option = None if text is None else _option(text, hint)
+    if option is not None:
+        value, (_, has_value, first) = option(), text.partition(":")
+        name = dataclasses.fields(option)[0].name
+        if has_value and name in parts:
+            other = parts[name].get(_WHOLE)
+            raise ValueError(f"{path}.{name} is set twice, to {first!r} and {other!r}")
+        if has_value:
+            parts[name] = {_WHOLE: first}
+    elif text is not None:
+        value = _parse(text, hint, path)
+        if parts:
+            raise ValueError(f"{path}={text} is set both whole and in part")
+        return value
+    elif value is None:  # an unset option: change its defaults
+        made: Any = [o for o in typing.get_args(hint) if dataclasses.is_dataclass(o)]
+        value = made[0]() if len(made) == 1 else None
+    return _apply(value, parts, path)
 
-    Args:
-      hint: the dataclasses to choose from.
-    """
-    changes = dict(change) if isinstance(change, dict) else {_WHOLE: change}
+
+def _changed_items(items: tuple, change: dict[str, Any], hint: Any, path: str) -> tuple:
+    """A tuple after its changes: other dataclasses of `hint`, or fields of some."""
+    changes = dict(change)
     whole = changes.pop(_WHOLE, None)
     words = [] if whole is None else whole.split(",")
-    if dataclasses.is_dataclass(hint):  # each word makes one
-        if whole is not None:
-            words = [] if whole in ("()", "none") else words
-            items, whole = tuple(_made(word, hint, path) for word in words), None
-        names = [_named(item) for item in items]
-    else:
-        options = [_option(word, hint) for word in words]
-        if None in options:
-            _parse(words[options.index(None)], hint, path)  # raises
-        names = [_named(item) for item in options or items]
-    for name, fields in changes.items():
-        if names.count(name) != 1 or not isinstance(fields, dict):
-            near = difflib.get_close_matches(name, names, n=1)
-            known = (
-                f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
-            )
+    if not dataclasses.is_dataclass(hint):
+        # `_parse` raises for a word that names none.
+        items = tuple(_option(x, hint) or _parse(x, hint, path) for x in words) or items
+    elif whole is not None:  # each word makes one
+        words = [] if whole in ("()", "none") else words
+        items, words = tuple(_made(word, hint, path) for word in words), []
+    keys = _keys(items)
+    for key, fields in changes.items():
+        full = f"{path}.{key}"
+        if key not in keys:
             raise ValueError(
-                f"{path}.{name}: expected {path}.NAME.FIELD=VALUE; {known}"
+                f"{full}: expected {path}.NAME.FIELD=VALUE; {_known(key, keys)}"
             )
-    result = []
-    for i, name in enumerate(names):
-        fields, full = changes.get(name, {}), f"{path}.{name}"
-        if whole is None:
-            node = items[i]
-        else:
-            chosen = _choose({_WHOLE: words[i], **fields}, hint, full)
-            assert chosen is not None  # `_option` found it
-            node, fields = chosen
-        result.append(_apply(node, fields, full))
-    return tuple(result)
-
-
-def _choose(change: Any, hint: Any, path: str) -> tuple[Any, dict] | None:
-    """The dataclass that `NAME:VALUE` chooses, with its changes; None if no choice."""
-    parts = dict(change) if isinstance(change, dict) else {_WHOLE: change}
-    if (whole := parts.pop(_WHOLE, None)) is None:
-        return None
-    option = _option(whole, hint)
-    if option is None:
-        if parts:
-            _parse(whole, hint, path)
-            raise ValueError(f"{path}={whole} is set both whole and in part")
-        return None
-    _, has_value, value = whole.partition(":")
-    if has_value:
-        first = dataclasses.fields(option)[0].name
-        if first in parts:
-            raise ValueError(
-                f"{path}.{first} is set twice, to {value!r} and {parts[first]!r}"
-            )
-        parts[first] = value
-    return option(), parts
+        if (text := fields.get(_WHOLE)) is not None:
+            first = dataclasses.fields(items[keys.index(key)])[0].name
+            raise ValueError(f"{full} has fields: set {full}.{first}={text}")
+    for key, word in zip(keys, words, strict=False):
+        changes[key] = {**changes.get(key, {}), _WHOLE: word}
+    return tuple(
+        _changed(item, changes.get(key, {}), hint, f"{path}.{key}")
+        for key, item in zip(keys, items, strict=True)
+    )
 
 
 def _option(text: str, hint: Any) -> Any:
@@ -269,6 +239,12 @@ def _kinds(value: Any) -> list[tuple[type, str]]:
     return [(type(x), _named(x)) for x in items if dataclasses.is_dataclass(x)]
 
 
+def _keys(items: tuple) -> list[str]:
+    """The keys of a tuple's dataclasses: names, or indices for names that repeat."""
+    names = [_named(x) for x in items]
+    return [x if names.count(x) == 1 else str(i) for i, x in enumerate(names)]
+
+
 def _choices(hint: Any) -> list[Any]:
     return [option for option in typing.get_args(hint) if hasattr(option, "short")]
 
@@ -293,11 +269,18 @@ def _expected(hint: Any, text: str) -> str:
     words = words or [option.short for option in _choices(hint)]
     if not words:
         return _name(hint)
-    text = text.partition(":")[0]
-    near = difflib.get_close_matches(text, words, n=1)
-    suggestion = f" (did you mean {near[0]!r}?)" if near else ""
+    near = _nearest(text.partition(":")[0], words)
     some = "some" if typing.get_origin(hint) is tuple else "one"
-    return f"{some} of {', '.join(words)}{suggestion}"
+    return f"{some} of {', '.join(words)}" + (f" ({near})" if near else "")
+
+
+def _known(word: str, words: Iterable[str]) -> str:
+    return _nearest(word, words) or f"it has {', '.join(words)}"
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def _fit(value: Any, hint: Any) -> Any:
@@ -305,13 +288,10 @@ def _fit(value: Any, hint: Any) -> Any:
     hints = typing.get_args(hint) if _is_union(hint) else (hint,)
     if float in hints and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    is_tuple = any(typing.get_origin(h) is tuple for h in hints)
-    if is_tuple and value is not None and not isinstance(value, tuple):
-        value = tuple(value) if isinstance(value, list) else (value,)
-    if isinstance(value, tuple) and any(
-        typing.get_origin(h) is tuple and typing.get_args(h)[0] is float for h in hints
-    ):
-        return tuple(_fit(item, float) for item in value)
+    items = [typing.get_args(h)[0] for h in hints if typing.get_origin(h) is tuple]
+    if items and value is not None:
+        many = value if isinstance(value, list | tuple) else [value]
+        return tuple(_fit(x, items[0]) for x in many)
     return value
 
 

@@ -162,7 +162,8 @@ def test_losses_are_chosen_by_name_with_their_fields_in_any_order(assignments, l
         ([".sigmiod.weight=2"], ["train.losses.sigmiod", "did you mean 'sigmoid'"]),
         ([".softmax.weight=2"], ["train.losses.softmax", "it has sigmoid"]),
         ([".sigmoid.wieght=2"], ["did you mean 'weight'"]),
-        ([".sigmoid=2"], ["train.losses.sigmoid", "FIELD"]),
+        ([".sigmoid=2"], ["set train.losses.sigmoid.weight=2"]),
+        (["=sigmoid,softmax", ".softmax=2"], ["set train.losses.softmax.weight=2"]),
         (["=sigmoid:2", ".sigmoid.weight=3"], ["set twice", "'2'", "'3'"]),
     ],
 )
@@ -186,6 +187,26 @@ def test_a_change_of_one_loss_names_only_its_field():
     assert config.differences(base, changed) == [
         "train.losses.softmax.weight: 1.0 -> 2.0"
     ]
+
+
+def test_items_whose_names_repeat_are_named_by_their_place():
+    sources = Folder("a"), Synthetic(5), Folder("b")
+    base = Config(data=config.DataConfig(train=Mixture(sources)))
+    place = "data.train.sources"
+    changed = config.override(
+        base, [f"{place}.2.holdout=.5", f"{place}.synthetic.seed=1"]
+    )
+    assert config.differences(base, changed) == [
+        "data.train.sources.synthetic.seed: 0 -> 1",
+        "data.train.sources.2.holdout: 0.1 -> 0.5",
+    ]
+    for key in ("folder", "1", "3", "-1"):
+        with pytest.raises(
+            ValueError, match=rf"sources\.{key}: .*it has 0, synthetic, 2"
+        ):
+            config.override(base, [f"{place}.{key}.seed=1"])
+    with pytest.raises(ValueError, match=r"set data\.train\.sources\.0\.path=c"):
+        config.override(base, [f"{place}.0=c"])
 
 
 def test_a_folder_named_by_digits_is_still_a_string():
