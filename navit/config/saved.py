@@ -10,7 +10,10 @@ _NOT_GIVEN = {
     "TrainConfig": ("profile_steps",),
     "TextConfig": ("tokenizer",),
     "Folder": ("path", "table"),
-    "TarShards": ("caption",),
+    "TarShards": ("caption", "classes"),
+    "ArrayRecords": ("classes",),
+    "Tfds": ("data_dir", "classes"),
+    "ParquetImages": ("classes",),
     "Stream": ("caption",),
 }
 

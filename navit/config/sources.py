@@ -67,7 +67,7 @@ class TarShards:
     path: str = ""
     caption: str | None = None
     label: str = "cls"
-    classes: str = ""
+    classes: str | None = None
     missing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class ArrayRecords:
     image: str = "image"
     caption: str | None = None
     label: str | None = None
-    classes: str = ""
+    classes: str | None = None
     missing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Tfds:
     """A prepared TensorFlow dataset, stored as ArrayRecord; needs no TensorFlow.
 
     `name`: `coco_captions`, `imagenet2012:5.1.0`, `my_set/its_config`. `split`:
-    `train`, `validation[:50%]`. `data_dir`: empty means TFDS's default. `image`,
+    `train`, `validation[:50%]`. `data_dir`: None means TFDS's default. `image`,
     `caption` and `label` are names of features, nested ones as `captions.text`; None
     and empty names are as in `ArrayRecords`. Class names are those of the dataset, or
     the lines of the text file `classes`.
@@ -111,11 +111,11 @@ class Tfds:
     short = "tfds"
     name: str = ""
     split: str = "train"
-    data_dir: str = ""
+    data_dir: str | None = None
     image: str = "image"
     caption: str | None = None
     label: str | None = None
-    classes: str = ""
+    classes: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ class ParquetImages:
     image: str = "image"
     caption: str | None = None
     label: str | None = None
-    classes: str = ""
+    classes: str | None = None
     missing: float = 0.0
 
     def __post_init__(self) -> None:

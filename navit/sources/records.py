@@ -195,8 +195,8 @@ def choose(
     return caption, label
 
 
-def class_names(path: str) -> tuple[str, ...]:
-    """The lines of a text file; none for an empty path.
+def class_names(path: str | None) -> tuple[str, ...]:
+    """The lines of a text file; none if there is no path.
 
     Raises:
       ValueError: for an empty line, which would shift all names after it.

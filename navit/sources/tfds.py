@@ -103,13 +103,13 @@ def _builder(tfds: Any, source: config.Tfds) -> Any:
     if not source.name:
         raise ValueError("the source has no name: set data.train.name")
     where = {}
-    if storage.is_remote(source.data_dir):
-        raise ValueError(
-            f"TensorFlow datasets must be on this machine, not {source.data_dir!r}: "
-            "copy the dataset, or mount the bucket (gcsfuse, mount-s3) and name its "
-            "folder"
-        )
     if source.data_dir:
+        if storage.is_remote(source.data_dir):
+            raise ValueError(
+                f"TensorFlow datasets must be on this machine, not {source.data_dir!r}"
+                ": copy the dataset, or mount the bucket (gcsfuse, mount-s3) and name "
+                "its folder"
+            )
         where = {"data_dir": str(Path(source.data_dir).expanduser())}
     try:
         return tfds.core.read_only_builder.builder_from_files(source.name, **where)

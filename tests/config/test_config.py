@@ -346,7 +346,15 @@ def test_json_keeps_the_kind_of_source_and_no_text_tower():
 
 @pytest.mark.parametrize(
     "train",
-    [Folder("a"), Folder(table="t.csv"), TarShards("a"), Mixture((TarShards("a"),))],
+    [
+        Folder("a"),
+        Folder(table="t.csv"),
+        TarShards("a"),
+        ArrayRecords("a", caption="text", label=""),
+        ParquetImages("a", caption="text", label=""),
+        Tfds("a", caption="text", label=""),
+        Mixture((TarShards("a"),)),
+    ],
 )
 def test_json_of_earlier_versions_has_empty_text_for_none(train):
     original = Config(data=config.DataConfig(train=train))
