@@ -212,7 +212,7 @@ class Embedder:
             raise ValueError(
                 f"expected a list of texts, not one text ({texts!r}): pass [text]"
             )
-        if not hasattr(texts, "__len__"):
+        if not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
             raise TypeError(
                 f"texts is {texts!r}, but should be a list: pass one such as [text]"
             )

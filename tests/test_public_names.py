@@ -28,6 +28,7 @@ MISTAKES = {
     "model.embed_images([image], 0)": ("ValueError", "max_tokens", "not 0"),
     "model.embed_texts('a cat')": ("ValueError", "('a cat')", "pass [text]"),
     "model.embed_texts(3)": ("TypeError", "texts is 3, but", "[text]"),
+    "model.embed_texts({'a'})": ("TypeError", "texts is {'a'}, but", "[text]"),
     "model.embed_texts(['a', 3])": ("TypeError", "texts[1] is 3, but", "a str"),
     "navit.pack(3)": ("TypeError", "images is 3, but", "[image]"),
     "navit.pack('cat.jpg')": ("ValueError", "('cat.jpg')", "pass [image]"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from navit.sources.missing import check_missing
+from navit.sources.records import label_text
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -179,7 +180,7 @@ def _entries(
             if not isinstance(value, str):
                 raise ValueError(f"{where}: a caption must be text, not {value!r:.60}")
         many = [value for value in many if value.strip()]
-        if not many and label is None:
+        if not many and not label_text(label):  # no label, or a negative one
             empty.append(f"{where} ({name})")
             continue
         captions.setdefault(name, []).extend(many)

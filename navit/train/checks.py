@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -138,7 +139,11 @@ def _some_captions(source: Source | StreamSource) -> list[str]:
     starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
     runs = np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1)
     indices = np.unique(runs).tolist()
-    return [caption for i in indices for caption in source.record(i).captions]
+    captions: list[str] = []
+    for i in indices:
+        with contextlib.suppress(ValueError, OSError):  # training counts such records
+            captions += source.record(i).captions
+    return captions
 
 
 def check_devices(config: Config, rules: Rules) -> None:

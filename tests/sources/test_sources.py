@@ -106,6 +106,16 @@ def test_an_image_without_a_caption_is_captioned_by_its_class(folder):
     assert captions(source) == {"0.png": ("dog",), "1.png": ("a cat",)}
 
 
+def test_a_row_with_a_negative_label_and_no_caption_is_left_out(folder, caplog):
+    """A negative label means that there is none."""
+    table = "file,label\n0.png,1\n1.png,-1\n"
+    with pytest.raises(ValueError, match=r"1 of 2 captions .*line 3 \(1\.png\)"):
+        open_folder(folder, table)
+    source = open_folder(folder, table, missing=0.5)
+    assert captions(source) == {"0.png": ("1",)}
+    assert "1 of 2 captions of" in caplog.text
+
+
 def test_integer_labels_count_as_integers(folder):
     labels = (10, 0, 2, 1, 11, -1)
     lines = "".join(f"{i}.png,x,{label}\n" for i, label in enumerate(labels))

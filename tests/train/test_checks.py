@@ -35,6 +35,19 @@ def test_captions_are_sampled_in_few_runs_over_the_whole_source(size):
     assert len({i // 64 for i in source.asked}) <= 16  # row groups of a Parquet file
 
 
+def test_captions_that_cannot_be_read_do_not_end_the_start(monkeypatch):
+    source, read = SyntheticSource(size=40), SyntheticSource.record
+
+    def record(self, index: int) -> Record:
+        if index % 3:
+            raise (OSError, ValueError)[index % 2]("unreadable")
+        return read(self, index)
+
+    expected = [x for i in range(0, 40, 3) for x in source.record(i).captions]
+    monkeypatch.setattr(SyntheticSource, "record", record)
+    assert _some_captions(source) == expected
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
