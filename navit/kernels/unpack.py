@@ -72,7 +72,7 @@ class _Places(NamedTuple):
 
 def _places(segment_ids: Int[Array, "b n"], segments: int, longest: int) -> _Places:
     b, n = segment_ids.shape
-    s, m = segments, min(longest, n)
+    s, longest = segments, min(longest, n)
     # Sorts tokens by segment, padding last, so that segments may be in any order,
     # contiguous or not.
     order = jnp.argsort(jnp.where(segment_ids == 0, s + 1, segment_ids), axis=-1)
@@ -80,23 +80,23 @@ def _places(segment_ids: Int[Array, "b n"], segments: int, longest: int) -> _Pla
     member = segment_ids[:, None] == jnp.arange(1, s + 1)[None, :, None]
     counts = member.sum(-1)  # [b, s]
     starts = jnp.cumsum(counts, -1) - counts
-    within = jnp.arange(m)[None, None]
-    filled = within < counts[..., None]  # [b, s, m]
+    within = jnp.arange(longest)[None, None]
+    filled = within < counts[..., None]  # [b, s, longest]
     token = jnp.minimum(starts[..., None] + within, n - 1)
     slot = jnp.maximum(segment_ids - 1, 0)
-    at = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, m - 1)
+    at = jnp.clip(place - jnp.take_along_axis(starts, slot, 1), 0, longest - 1)
     return _Places(
-        token=jnp.take_along_axis(order, token.reshape(b, s * m), 1),
-        keep=filled.reshape(b, s * m),
-        target=slot * m + at,
+        token=jnp.take_along_axis(order, token.reshape(b, s * longest), 1),
+        keep=filled.reshape(b, s * longest),
+        target=slot * longest + at,
         real=segment_ids > 0,
     )
 
 
 def _gathered(
     places: _Places, segments: int, *arrays: Float[Array, "b n h k"]
-) -> list[Float[Array, "r m h k"]]:
-    """Arrays of one shape, with each segment in a row of its own."""
+) -> list[Float[Array, "r i h k"]]:
+    """Arrays of one shape, with each segment in a row of its own: r = b * s rows."""
     flat = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
     flat = _move(flat, places.token, places.keep, places.target, places.real)
     rows = flat.reshape(flat.shape[0] * segments, -1, flat.shape[-1])

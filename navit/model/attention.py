@@ -19,7 +19,8 @@ from navit.kernels.unpack import unpack
 from navit.sharding import platform
 
 _log = logging.getLogger(__name__)
-_KERNELS: dict[str, Any] = {"splash": splash, "splash_skip": splash_skip}
+# The implementations that are TPU kernels.
+KERNELS: dict[str, Any] = {"splash": splash, "splash_skip": splash_skip}
 
 
 def attention(
@@ -82,6 +83,20 @@ def attention(
         raise ValueError(
             f"{q.shape[1]} queries and {k.shape[1]} keys need kv_segment_ids: "
             "segment_ids are those of the queries"
+        )
+    for name, ids, what, x in (
+        ("segment_ids", segment_ids, "queries", q),
+        ("kv_segment_ids", kv_segment_ids, "keys", k),
+    ):
+        if ids is not None and ids.shape != x.shape[:2]:
+            raise ValueError(
+                f"{name} {ids.shape} and {what} {x.shape} differ in rows or tokens: "
+                "give one id for each token"
+            )
+    if not (q.size and k.size):
+        raise ValueError(
+            f"q {q.shape} and k {k.shape} need at least one token, head and channel: "
+            "leave the call out if there is nothing to attend"
         )
 
     def attend(arrays: tuple[Array, ...], *ids: Any) -> Array:
@@ -172,20 +187,19 @@ def _attend(
     """
     n, channels = arrays[0].shape[1], sum(math.prod(x.shape[2:]) for x in arrays) // 3
     crossed = kv_segment_ids is not None and platform() == "tpu"
-    if segment_ids is None or (crossed and implementation in (None, *_KERNELS)):
+    if segment_ids is None or (crossed and implementation in (None, *KERNELS)):
         implementation = "xla"
     elif implementation is None:
         pairs = n * arrays[-1].shape[1]
         less = _less_work(max_segments, max_segment_tokens, pairs)
         implementation = choice(platform(), n, channels, less)
-    if implementation in _KERNELS:
-        if platform() != "tpu":
+    if implementation in KERNELS:
+        if why := misfit(implementation, n, channels, platform()):
             raise ValueError(
-                f"implementation={implementation!r} is a TPU kernel, but this runs on "
-                f'a {platform()}: use None, "xla" or "unpack"'
+                f'implementation={implementation!r} {why}: use None, "xla" or "unpack"'
             )
         qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
-        return _KERNELS[implementation](qkv, segment_ids, width=width)
+        return KERNELS[implementation](qkv, segment_ids, width=width)
     q, k, v = arrays if len(arrays) == 3 else split_heads(arrays[0], width)
     ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
     if implementation == "xla":
@@ -248,14 +262,36 @@ def choice(platform: str, row_tokens: int, channels: int, less_unpacked: bool) -
         return "unpack" if less_unpacked else "xla"
     if platform != "tpu":
         return "xla"
-    if row_tokens % LANES or channels % (2 * SUBLANES):
+    name = "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
+    if why := misfit(name, row_tokens, channels, platform):
         _warn_once(
-            f"rows of {row_tokens} tokens and {channels} channels on each device: "
-            f"TPU attention kernels need multiples of {LANES} and {2 * SUBLANES}. "
-            "Using the dense mask instead, which is several times slower"
+            f"attention {name} {why} on each device. Using the dense mask instead, "
+            "which is several times slower"
         )
         return "xla"
-    return "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
+    return name
+
+
+def misfit(
+    implementation: str, row_tokens: int, channels: int, platform: str
+) -> str | None:
+    """Returns why an implementation cannot run there, or None if it can.
+
+    Args:
+      channels: of queries, on each device.
+    """
+    if implementation not in KERNELS:
+        return None
+    if platform != "tpu":
+        return f"is a TPU kernel, and this runs on a {platform}"
+    if row_tokens % LANES or channels % (2 * SUBLANES):
+        return (
+            f"takes a multiple of {LANES} tokens in a row and of {2 * SUBLANES} "
+            f"channels, not {row_tokens} and {channels}"
+        )
+    if implementation == "splash" and row_tokens > WHOLE_ROW:
+        return f"takes rows of up to {WHOLE_ROW} tokens, not {row_tokens}"
+    return None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from navit import config as config_lib
 from navit.config import Config, Stream
 from navit.config.model import ROUNDING
 from navit.input import tokens
-from navit.kernels.splash_blocks import LANES, WHOLE_ROW
+from navit.model.attention import misfit
 from navit.sharding import Rules, platform
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
@@ -151,24 +151,14 @@ def check_devices(config: Config, rules: Rules) -> None:
 
     Raises:
       ValueError: if the rows, in whole groups, or a parameter cannot be split evenly,
-        or if a TPU kernel is chosen on another platform.
+        or if a TPU kernel is chosen that does not run here.
     """
-    name = config.model.attention
-    whole, kernel = name == "splash", name.startswith("splash")
-    if kernel and platform() != "tpu":
-        raise ValueError(
-            f"model.attention={name} is a TPU kernel, and this runs on a {platform()}: "
-            "use model.attention=auto"
-        )
-    n = config.data.row_tokens
-    if kernel and (n % LANES or (whole and n > WHOLE_ROW)):
-        raise ValueError(
-            f"model.attention={name} needs data.row_tokens to be a multiple of {LANES}"
-            f"{f', at most {WHOLE_ROW}' if whole else ''}, and it is {n}: use "
-            "model.attention=auto"
-        )
     _check_rows(config, rules.size("batch"))
     check_parameters(config, rules)
+    name = config.model.attention
+    channels = config.model.vision.width // rules.size("tensor")
+    if why := misfit(name, config.data.row_tokens, channels, platform()):
+        raise ValueError(f"model.attention={name} {why}: use model.attention=auto")
 
 
 def check_parameters(config: Config, rules: Rules) -> None:

@@ -1,11 +1,15 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
-from navit.model.attention import attention
+from navit.config import MeshConfig
+from navit.model.attention import attention, misfit
+from navit.sharding import make_mesh, split_rows, use_mesh
 
 IMPLEMENTATIONS = ["xla", "unpack"]
 # Segments of up to 140 tokens, which "unpack" handles in two ways: all at once, or one
@@ -206,6 +210,33 @@ def test_errors_name_what_is_wrong(row):
         attention(q, k, v, None, kv_segment_ids=segments)
 
 
+def test_wrong_shapes_are_errors_that_name_both(row, monkeypatch):
+    q, k, v, segments = row
+    n = segments.shape[1]
+    # Otherwise the annotations refuse them first, which only tests check.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    for ids in (segments[:, :5], segments[:1], segments[0]):
+        words = rf"segment_ids {re.escape(str(ids.shape))} and queries \(2, {n}, 2, 8\)"
+        with pytest.raises(ValueError, match=f"^{words}"):
+            attention(q, k, v, ids)
+    with pytest.raises(
+        ValueError, match=rf"kv_segment_ids \(2, 5\) and keys \(2, {n},"
+    ):
+        attention(q, k, v, segments, kv_segment_ids=segments[:, :5])
+    with pytest.raises(ValueError, match=r"q \(2, 0, 2, 8\) .* at least one token"):
+        attention(q[:, :0], k, v, segments[:, :0], kv_segment_ids=segments)
+    with pytest.raises(ValueError, match=r"k \(2, 0, 2, 8\) need at least one token"):
+        attention(q, k[:, :0], v[:, :0], segments, kv_segment_ids=segments[:, :0])
+
+
+def test_kernels_refuse_shapes_with_the_values_and_the_remedy():
+    assert misfit("xla", 100, 8, "cpu") is misfit("splash", 128, 16, "tpu") is None
+    assert "multiple of 128 tokens" in misfit("splash", 100, 16, "tpu")
+    assert "not 128 and 24" in misfit("splash_skip", 128, 24, "tpu")
+    assert "up to 1152 tokens, not 1280" in misfit("splash", 1280, 16, "tpu")
+    assert "this runs on a gpu" in misfit("splash", 128, 16, "gpu")
+
+
 @pytest.fixture(params=["many segments", "one segment"])
 def crossed(row, rng, request):
     """Queries `[2, 40]` to the row's keys: in other orders and numbers.
@@ -293,3 +324,28 @@ def test_cross_attention_to_the_same_segments_is_self_attention(row, implementat
         q, k, v, ids, kv_segment_ids=ids, implementation=implementation, **BOUNDS
     )
     np.testing.assert_array_equal(own, crossed)
+
+
+def test_cross_attention_on_two_devices_equals_that_on_one(crossed):
+    """Rows are split over devices, and so are both kinds of segment ids."""
+    q, k, v, ids, key_ids, bounds = crossed
+    mesh, rules = make_mesh(MeshConfig(data=2, fsdp=1))
+    for implementation in IMPLEMENTATIONS:
+        expected = cross(implementation, ids, key_ids, bounds)(q, k, v)
+        with use_mesh(mesh):
+            split = split_rows((q, k, v, ids, key_ids), rules)
+            out = cross(implementation, *split[3:], bounds)(*split[:3])
+        assert jax.typeof(out).sharding.spec[0] == rules.batch
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "splash_skip", None])
+def test_cross_attention_on_a_tpu_takes_the_dense_mask(
+    crossed, monkeypatch, implementation
+):
+    """TPU kernels read queries and keys of one length from one array."""
+    q, k, v, ids, key_ids, bounds = crossed
+    expected = cross("xla", ids, key_ids, bounds)(q, k, v)
+    monkeypatch.setattr("navit.model.attention.platform", lambda: "tpu")
+    out = cross(implementation, ids, key_ids, bounds)(q, k, v)
+    np.testing.assert_array_equal(out, expected)
