@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import tiny_config
 
-from navit.config import MeshConfig, Sigmoid, Softmax, override
+from navit.config import Config, MeshConfig, Sigmoid, Softmax, override
 from navit.input import pipeline
 from navit.model.layers import add_bias
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
@@ -16,7 +16,7 @@ from navit.train.step import make_train_step
 
 
 @functools.cache  # several meshes are compared with the same run on one device
-def run(config, steps=5):
+def run(config, steps=4):
     """Trains a few steps on the config's mesh; returns losses and parameters."""
     mesh, rules = make_mesh(config.mesh)
     source = pipeline.open_source(config.data.train)
@@ -40,17 +40,25 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_one_device_equals_eight(preset):
-    """Loss and parameters, with parameters replicated and sharded."""
-    # A width that 8 devices can share, and so few images that some slots and some whole
-    # devices stay empty.
+def sharded_config() -> Config:
+    """A width that 8 devices can share.
+
+    There are so few images that some slots and some whole devices stay empty.
+    """
     options = ["data.rows=8", "model.vision.width=32", "model.text.width=32"]
-    loss = Softmax() if preset == "replicate" else Sigmoid()
-    config = override(tiny_config(losses=(loss,)), [*options, "data.train.size=14"])
-    other = PRESETS[preset]
+    config = tiny_config(losses=(Sigmoid(), Softmax(weight=0.5)))
+    return override(config, [*options, "data.train.size=14"])
+
+
+@pytest.mark.parametrize("preset", ["replicate", "fsdp"])
+def test_one_device_equals_eight(preset):
+    """Loss and parameters, with parameters replicated and sharded.
+
+    `test_hosts` compares "fsdp, tensor" to one device, on 8 devices of two processes.
+    """
+    config = sharded_config()
     expected_losses, expected = run(config)
-    losses, state = run(override(config, other))
+    losses, state = run(override(config, PRESETS[preset]))
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5)
     for (path, a), b in zip(
         jax.tree_util.tree_flatten_with_path(state.model)[0],
@@ -63,8 +71,18 @@ def test_one_device_equals_eight(preset):
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=str(path))
     kernel = state.model.vision.encoder.blocks.mlp.up.kernel[...]
     assert len(kernel.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_and_moments_are_sharded(preset):
+    config = override(sharded_config(), PRESETS[preset])
+    mesh, rules = make_mesh(config.mesh)
+    with use_mesh(mesh):
+        optimizer = make_optimizer(config.optim, config.train.steps)
+        state = jax.eval_shape(lambda: init_state(config, optimizer, rules))
+    (kernel,) = jax.tree.leaves(state.model.vision.encoder.blocks.mlp.up.kernel)
     assert kernel.sharding.is_fully_replicated == (preset == "replicate")
-    moments = jax.tree.leaves(state.opt_state)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     sharded = [x for x in moments if not x.sharding.is_fully_replicated]
     assert bool(sharded) == (preset != "replicate")
 
