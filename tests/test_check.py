@@ -6,7 +6,8 @@ import re
 import jax
 import pytest
 
-from navit import cli
+from navit import cli, machine
+from navit.config import Config
 from navit.kernels import fused, splash_blocks
 
 SMALL = [
@@ -14,6 +15,11 @@ SMALL = [
     *["model.text.width=64", "model.text.num_heads=2", "model.text.mlp_dim=64"],
     *["data.row_tokens=128", "data.budgets=64", "data.rows=4", "mesh.data=1"],
 ]
+
+
+@pytest.fixture(autouse=True)
+def decoding_is_short(monkeypatch):
+    monkeypatch.setattr(machine, "_DECODING", 0.05)
 
 
 def verdicts(text):
@@ -89,10 +95,6 @@ def test_an_unknown_field_is_a_one_line_error(capsys):
 
 @pytest.mark.parametrize("name", ["data/sample", "no/such/folder"])
 def test_decoding_is_measured_with_and_without_the_sample(name, monkeypatch, tmp_path):
-    from navit import machine
-    from navit.config import Config
-
-    monkeypatch.setattr(machine, "_DECODING", 0.05)
     if name != "data/sample":
         monkeypatch.setattr(machine, "_SAMPLE", tmp_path)
     found = machine._decoding(Config())
