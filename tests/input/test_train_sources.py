@@ -1,4 +1,4 @@
-"""Whole runs on each kind of source in files."""
+"""Training and evaluation on each kind of source in files."""
 
 import csv
 import dataclasses
@@ -12,7 +12,10 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers import tiny_config
 
+import navit
 from navit.config import Folder, Mixture, Stream, TarShards, Tfds
+from navit.evals import budgets
+from navit.evals.tasks import open_tasks
 from navit.input import pipeline
 from navit.train import loop
 
@@ -80,15 +83,45 @@ def configured(source, **data):
     return dataclasses.replace(config, data=data)
 
 
-@pytest.mark.parametrize("kind", ["tar", "tfds", "mixture", "stream"])
-def test_a_run_trains_evaluates_and_resumes(sources, tmp_path, kind):
-    config = configured(sources[kind])
-    assert loop.train(config, tmp_path)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+@pytest.fixture(scope="module")
+def trained(sources, tmp_path_factory) -> Path:
+    """The work directory of a run on the stream, evaluated on the sample."""
+    workdir = tmp_path_factory.mktemp("run") / "stream"
+    config = configured(sources["stream"])
+    assert loop.train(config, workdir)
+    assert loop.train(config, workdir)  # the same data: it resumes
+    return workdir
+
+
+def test_a_run_trains_evaluates_and_resumes(trained):
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 3 and np.isfinite(losses).all()
-    assert (tmp_path / "budgets.json").stat().st_size > 0
-    assert loop.train(config, tmp_path)  # the same data: it resumes
+    assert (trained / "budgets.json").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["tar", "tfds", "mixture"])
+def test_other_sources_give_batches_again_and_are_evaluated(sources, trained, kind):
+    config = configured(sources[kind])
+    first, again = (pipeline.open_train_source(sources[kind]) for _ in range(2))
+    # A run resumes with data of the same fingerprint, at any step.
+    assert pipeline.fingerprint(again) == pipeline.fingerprint(first)
+    batches = list(pipeline.train_batches(config, first))
+    rest = list(pipeline.train_batches(config, again, start_step=1))
+    assert len(batches) == 3
+    same_batches(batches[1:], rest)
+    opened = open_tasks(config)
+    budgets.check(config, opened, first)
+    found = budgets.evaluate(navit.load(trained), config, opened)
+    assert {row["images"] for row in found.rows} == {len(opened[0].images.source)}
+    assert all(row["unreadable"] == 0 and row["metrics"] for row in found.rows)
+
+
+def same_batches(some, others):
+    for one, other in zip(some, others, strict=True):
+        np.testing.assert_array_equal(one.images.patches, other.images.patches)
+        np.testing.assert_array_equal(one.text, other.text)
+        assert (one.id >= 0).any()
 
 
 @pytest.mark.parametrize("kind", ["tar", "tfds"])
@@ -99,8 +132,5 @@ def test_workers_read_what_this_process_reads(sources, kind):
     here = list(pipeline.train_batches(config, source))
     data = dataclasses.replace(config.data, workers=1)
     there = pipeline.train_batches(dataclasses.replace(config, data=data), source)
-    for one, other in zip(here, there, strict=True):
-        np.testing.assert_array_equal(one.images.patches, other.images.patches)
-        np.testing.assert_array_equal(one.text, other.text)
-        assert (one.id >= 0).any()
+    same_batches(here, there)
     there.close()
