@@ -20,6 +20,7 @@ from helpers import (
 import navit
 from navit.batch import PackedImages
 from navit.config import ModelConfig, PositionConfig
+from navit.embed import embed_packed
 from navit.model.vision import Vision
 
 GRIDS = [(3, 4), (1, 9), (5, 2), (1, 1), (4, 4)]
@@ -105,6 +106,26 @@ def test_leak_proof(implementation, pool, rng):
 
     assert (gradient[0, :12] == 0).all() and (gradient[0, 21:] == 0).all()
     assert np.abs(gradient[0, 12:21]).max() > 0
+
+
+def test_leak_proof_of_uint8_patches(rng):
+    """Also in the program that embeds images: every bit of B's embedding stays."""
+    vision = make_vision(model_of("unpack"))
+    patches = random_patches(rng, GRIDS)
+    row = {0: (0, GRIDS[0]), 1: (1, GRIDS[1])}
+    packed = pack_grids([row], 24, 3, patches)
+    replaced = pack_grids([row], 24, 3, [255 - patches[0], patches[1]])
+    removed = packed._replace(
+        patches=packed.patches.copy(),
+        segment_ids=packed.segment_ids * (packed.segment_ids != 1),
+        grids=packed.grids * np.array([[[0], [1], [1]]], np.int32),
+    )
+    removed.patches[0, :12] = 0
+    a, b = embed_packed(vision, packed, LONGEST, True)[0, :2]
+    for other in (replaced, removed):
+        after = embed_packed(vision, other, LONGEST, True)[0]
+        np.testing.assert_array_equal(after[1], b)
+        assert np.abs(after[0] - a).max() > 1e-3
 
 
 @pytest.mark.parametrize("implementation, pool", CASES)
