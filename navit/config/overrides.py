@@ -68,17 +68,15 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
       ValueError: for a key that this version of navit does not know, or a value of the
         wrong type; names it.
     """
-    options = [hint, *typing.get_args(hint)]
+    where, options = path or "config", [hint, *typing.get_args(hint)]
     if isinstance(data, dict):
         named = data.get("type")
-        cls = next(
+        cls: Any = next(
             (o for o in options if dataclasses.is_dataclass(o) and _name(o) == named),
             None,
         )
         if cls is None:
-            raise ValueError(
-                f"{path or 'config'}: a config of type {named!r} is unknown here"
-            )
+            raise ValueError(f"{where}: a config of type {named!r} is unknown here")
         hints = typing.get_type_hints(cls)
         values = {}
         for key, value in data.items():
@@ -86,12 +84,10 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
                 continue
             if key not in hints:
                 raise ValueError(
-                    f"{path or 'config'}: {_name(cls)} has no field {key!r} in this "
-                    "version"
+                    f"{where}: {_name(cls)} has no field {key!r} in this version"
                 )
             values[key] = from_json(value, hints[key], f"{path}.{key}".lstrip("."))
-        made: Any = cls
-        return made(**values)
+        return cls(**values)
     if isinstance(data, list):
         items = [
             typing.get_args(o)[0] for o in options if typing.get_origin(o) is tuple
@@ -102,7 +98,7 @@ def from_json(data: Any, hint: Any, path: str = "") -> Any:
     if is_integer and float in options and int not in options:
         return float(data)
     if not _matches(data, hint):
-        raise ValueError(f"{path or 'config'}: expected {_name(hint)}, not {data!r}")
+        raise ValueError(f"{where}: expected {_name(hint)}, not {data!r}")
     return data
 
 
@@ -114,7 +110,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
             x, y = getattr(a, f.name), getattr(b, f.name)
             lines += differences(x, y, f"{path}.{f.name}".lstrip("."))
         return lines
-    if _kinds(a) and _kinds(a) == _kinds(b):
+    if (kinds := _kinds(a)) and kinds == _kinds(b):
         for key, x, y in zip(_keys(a), a, b, strict=True):
             lines += differences(x, y, f"{path}.{key}")
         return lines

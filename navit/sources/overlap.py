@@ -68,9 +68,8 @@ def _images(source: Single | config.Stream) -> str:
         case config.Synthetic():
             return f"synthetic images of seed {source.seed}"
         case config.Tfds():
-            return (
-                f"{source.name} split={source.split} {source.data_dir or ''}".rstrip()
-            )
+            folder = source.data_dir or ""
+            return f"{source.name} split={source.split} {folder}".rstrip()
         case config.Folder():
             return f"the folder {source.path}"
     return source.path
