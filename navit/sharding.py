@@ -25,7 +25,7 @@ class Rules:
     Attributes:
       batch: rows of a batch, and images.
       embed: the width axis of every large parameter (FSDP). The parameter is gathered
-        in the compute dtype where it is used; activations never move for it.
+        in the compute dtype where it is used; activations stay where they are.
       tensor: heads, and the hidden axis of an MLP (tensor parallelism). Activations
         are summed over it after every attention and every MLP.
       gradients: the dtype in which gradients of parameters are summed over devices.

@@ -50,7 +50,8 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
     Warns if training reads the same images.
 
     Raises:
-      ValueError: if that can only be a mistake; as `open_source`.
+      ValueError: if training reads images that the config holds out for evaluation;
+        and as `open_source` does.
     """
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
@@ -86,7 +87,7 @@ class MakeBatch(grain.transforms.Map):
     """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each.
 
     Args:
-      named: the unreadable images that a warning has named; each is named only once.
+      named: the unreadable images that a warning has already named.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class MakeBatch(grain.transforms.Map):
         if source.tasks:
             task = next(iter(source.tasks.values()))
             labels = task.labels[rows.index].astype(np.int32)
-        # The captions of a group are in the order of its images.
+        # A group of `group` rows has one list of captions, in the order of its images.
         counts = np.diff(rows.offsets[::group])
         first = np.repeat(np.cumsum(counts) - counts, counts)
         owner = np.arange(len(rows.index), dtype=np.int32) - first.astype(np.int32)
@@ -165,7 +166,7 @@ class MakeBatch(grain.transforms.Map):
 
 
 class MakeStreamBatch(grain.transforms.Map):
-    """Planned rows and their records -> a `Batch`, whose ids count the records read."""
+    """Planned rows and records -> a `Batch`; its ids number the records of the stream."""
 
     def __init__(self, make_batch: Callable[[Source], MakeBatch]) -> None:
         self._make_batch = make_batch
@@ -227,7 +228,7 @@ def train_batches(
     threads, ahead = (1, 1) if data.workers else (2, _AHEAD)
     plans: BatchPlans | StreamPlans
     if isinstance(source, StreamSource):
-        # grain requests one more before it waits for the first.
+        # grain requests one batch more than it reads ahead.
         plans = StreamPlans(source, data, in_flight=ahead + 1, **options)
     else:
         plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)

@@ -57,9 +57,9 @@ def attention(
           block; the fastest for every such row.
         * "splash_skip": a TPU kernel for longer rows that visits only pairs of blocks
           with a segment in common; work grows with the sum of squared lengths. Row
-          lengths must be multiples of 128 tokens for both kernels. Both read queries,
-          keys and values of one length from one array, so with `kv_segment_ids` they
-          give way to "xla".
+          lengths must be multiples of 128 tokens for both kernels. Neither takes
+          keys of another length than the queries: with `kv_segment_ids`, "xla" runs in
+          their place.
         * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
           kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
           "unpack" if the bounds show that it is less work. Otherwise "xla".
@@ -122,7 +122,9 @@ def attention_qkvpacked(
     max_segments: int | None = None,
     max_segment_tokens: int | None = None,
 ) -> Float[Array, "b n d"]:
-    """`attention` on one array: the layout one product writes and TPU kernels read.
+    """`attention` on queries, keys and values in one array, as the TPU kernels read it.
+
+    A layer's fused product writes this layout, so nothing is copied.
 
     Args:
       qkv: the queries of all heads, then all keys, then all values:

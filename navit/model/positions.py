@@ -22,7 +22,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # a lookup must not round the table
 def axis_weights(
     index: Int[Array, "*b"], extent: Int[Array, "*b"], size: int
 ) -> Float[Array, "*b {size}"]:
-    """Weights of `size` source cells for cell `index` of an axis resized to `extent`.
+    """How much each of `size` table cells counts in cell `index` of `extent` cells.
 
     This is the linear kernel of `jax.image.scale_and_translate(..., antialias=True)`
     and of TensorFlow's and PyTorch's antialiased bilinear resize: half-pixel centres,
@@ -134,7 +134,7 @@ class _Fourier(nnx.Module):
     ) -> None:
         del axis
         half = width // 2
-        # From less than one period to several along the axis of `size` cells.
+        # Along `size` cells, most features make less than one period, some up to three.
         self.frequency = nnx.Param(
             jax.random.normal(rngs.params(), (half,)) * 2 * math.pi / size
         )

@@ -43,9 +43,9 @@ class VisionOutput(NamedTuple):
 class Vision(nnx.Module):
     """Patch embedding, position embedding, encoder, pooling per segment.
 
-    Three masks keep padding and other images out: this class sets padding to 0 before
-    and after the encoder, attention sees only equal segment ids, and the heads sum over
-    the tokens of a slot (`membership`).
+    Padding never reaches an image, in value or gradient: `__call__` sets it to 0 before
+    and after the encoder, attention sees only tokens with the same segment id, and a
+    head pools only the tokens of its slot (`membership`).
 
     A `VisionConfig` is taken as a `ModelConfig` with defaults for all other fields. The
     weights are random, from `rngs` or else from seed 0.

@@ -33,14 +33,14 @@ def pack(
 
     Args:
       elastic: the largest share of its length that an image may give up. It does so
-        to enter a row, if this leaves less expected waste than its full length would
-        leave in any other row.
+        only to enter a row where the waste then grows less than it would with the full
+        length in any row.
       shrink: (index, most, least) -> the length that the image would have between
         `least` and `most`, or 0 if it has none there.
 
     Returns:
-      The indices in each row; and for each image that was shortened, the `most` with
-      which `shrink` gave its length, so that the same call gives its grid.
+      The indices in each row; and for each shortened image, the `most` that `shrink`
+      was called with: the same call again gives the image's grid.
 
     Raises:
       ValueError: if a length is not between 1 and `row_tokens`.
@@ -113,7 +113,7 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
     values = np.flatnonzero(counts)
     chances = counts[values] / len(lengths)
     shortest, longest = int(values[0]), int(values[-1])
-    # This far from a row's end, its room does not predict how the row will end.
+    # With more room than this, how a row will end hardly depends on its room.
     reach = min(row_tokens, 3 * longest)
     waste = np.arange(row_tokens + 1, dtype=np.float64)
     # An image makes a room smaller by at least `shortest`. So the waste of the next
@@ -134,5 +134,5 @@ def expected_waste(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
         filled = np.cumsum(best * np.where(fits, after, 0.0), axis=1)[:, -1]
         waste[rooms[:, 0]] = filled + none[:, -1] * rooms[:, 0]
     waste[reach:] = waste[reach]
-    # Ties go to the tighter room.
+    # The added term is for `elastic`: at equal waste, an image keeps its length.
     return np.round(1000 * waste + np.arange(row_tokens + 1))

@@ -32,7 +32,7 @@ class Record(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to images with their captions; the sizes are known before.
+    """Random access to images with their captions; their sizes are known in advance.
 
     `record` raises ValueError or OSError for a record that cannot be read.
     """
@@ -45,5 +45,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def record(self, index: int) -> Record: ...
     def name(self, index: int) -> str: ...
-    def fingerprint(self) -> str: ...  # changes when the data does
-    def version(self) -> str: ...  # changes when the files do, or their places
+    def fingerprint(self) -> str: ...  # changes with sizes, captions and labels
+    def version(
+        self,
+    ) -> str: ...  # changes when any file does

@@ -135,7 +135,8 @@ def _steps(
     """Trains to the last step, or until a stop is requested.
 
     Args:
-      config: is saved; `running` is what the step computes with.
+      config: the config of the run, which is saved with checkpoints.
+      running: the same, with the implementations that the step computes with.
     """
     first_step, last_step = int(state.step), config.train.steps
     optimizer = make_optimizer(config.optim, last_step)

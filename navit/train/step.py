@@ -58,8 +58,8 @@ def batch_loss(
     if compares:
         assert model.scale is not None and model.bias is not None
         pooled, real = with_captions(pooled, batch, rules)
-        # Every part of the text gathers the vocabulary table, so there are few parts:
-        # each has as many tokens as a part of the images, or slightly fewer.
+        # Every part of the text gathers the vocabulary table, so there are as few as
+        # possible, each with at most as many tokens as a part of the images.
         needed = -(-count * batch.text.size // batch.images.segment_ids.size)
         text_count = next(
             x for x in range(1, count + 1) if count % x == 0 and x >= min(needed, count)
@@ -118,9 +118,9 @@ def with_captions(
     """Aligns images with captions: text i of the loss belongs to image i.
 
     Returns:
-      For each of the `m = g * c` places in `batch.text`, the vector of the image that
-      owns it (`batch.owner`), and whether there is such an image. If several slots own
-      one caption, their vectors are summed. No row leaves its device.
+      For each of the `m = g * c` captions in `batch.text`, its image's vector, and
+      whether it has an image; `batch.owner` tells which slots have which caption. The
+      vectors of several slots with one caption are summed. No row leaves its device.
     """
     groups, places, _ = batch.text.shape
 
