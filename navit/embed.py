@@ -29,7 +29,7 @@ from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan.geometry import check_count
 from navit.sharding import split_rows
-from navit.sources.images import ArrayLike, ImageLike, sizes_of
+from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
 
 log = logging.getLogger("navit")
@@ -102,7 +102,9 @@ class Embedder:
             lambda i: Record(images[i]), sizes, max_tokens, stop=True
         )
         for index, error in errors:
-            raise ValueError(f"image {index} cannot be read: {error}") from error
+            raise ValueError(
+                f"{image_name(images, index)} cannot be read: {error}"
+            ) from error
         return vectors
 
     def embed_source(
@@ -180,7 +182,7 @@ class Embedder:
             ):
                 for index, error in filled.errors:
                     raise ValueError(
-                        f"image {start + index} cannot be read: {error}"
+                        f"{image_name(images, start + index)} cannot be read: {error}"
                     ) from error
                 placed = split_rows(filled.images, self.vision.rules)
                 tokens = np.asarray(_tokens_of(self.vision, placed, max_tokens))
@@ -244,7 +246,21 @@ class Embedder:
         return out
 
     def logits(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """`[m, e]`, `[len, e]` -> `[m, len]`: exp(scale) * images @ texts.T + bias."""
+        """`[m, e]`, `[len, e]` -> `[m, len]`: exp(scale) * images @ texts.T + bias.
+
+        Raises:
+          TypeError: if one of them is not vectors.
+        """
+        for name, vectors in (("images", images), ("texts", texts)):
+            try:
+                width = np.shape(vectors)[-1:]
+            except ValueError:  # a list of images of several sizes
+                width = ()
+            if width != (self.embed_dim,):
+                raise TypeError(
+                    f"{name} is a {type(vectors).__name__}, but should be vectors "
+                    f"[len, {self.embed_dim}]: pass model.embed_{name}({name})"
+                )
         if self.model.scale is None or self.model.bias is None:
             raise ValueError("this model was trained without a text tower")
         scale, bias = float(self.model.scale[...]), float(self.model.bias[...])

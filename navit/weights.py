@@ -47,10 +47,14 @@ def load(
         device.
 
     Raises:
-      TypeError: if `path` is not a path.
+      TypeError: if `path` is not a path, or `overrides` is one text.
       FileNotFoundError: if `path` does not exist, or has no model.
       ValueError: names what is damaged, missing or unknown.
     """
+    if isinstance(overrides, str):
+        raise TypeError(
+            f"overrides is {overrides!r}, but should be a list: pass [{overrides!r}]"
+        )
     path = _path(path)
     if is_workdir(path):
         return _load_workdir(path, overrides, rules)
@@ -72,6 +76,8 @@ def _path(path: str | Path) -> Path:
             f"path is {path!r}, but should be the name of a directory or an .npz: pass "
             "a str or a Path"
         )
+    if not str(path):
+        raise ValueError("path is empty: name a directory or an .npz")
     return Path(path).expanduser()
 
 
@@ -153,8 +159,14 @@ def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
         that ends in .npz, otherwise huggingface.
 
     Raises:
+      TypeError: if `model` is not a model, or `path` not a path.
       ValueError: names a setting of the model that the format lacks.
     """
+    if not isinstance(model, Embedder):
+        raise TypeError(
+            f"model is {model!r}, but should be one from navit.load: call "
+            "navit.save(model, path)"
+        )
     write(weights_of(model), _path(path), format, config=model.config)
 
 

@@ -22,6 +22,7 @@ MISTAKES = {
     "model.embed_images(b'GIF')": ("ValueError", "<class 'bytes'>", "pass [image]"),
     "model.embed_images(image)": ("ValueError", "numpy.ndarray", "pass [image]"),
     "model.embed_images(3)": ("TypeError", "images is 3, but", "[image]"),
+    "model.embed_images([golden])": ("ValueError", "image 0 (", "siglip2_b"),
     "model.embed_images([3])": ("ValueError", "image 0", "not a int"),
     "model.embed_images([image], '256')": ("TypeError", "max_tokens is '256'", "256"),
     "model.embed_images([image], 2.5)": ("TypeError", "max_tokens is 2.5", "256"),
@@ -36,17 +37,38 @@ MISTAKES = {
     "navit.pack([image], row_tokens=9.5)": ("TypeError", "row_tokens is 9.5", "whole"),
     "navit.pack([image], slots='1')": ("TypeError", "slots is '1'", "whole number"),
     "navit.grid_for(9, 9, max_tokens='9')": ("TypeError", "max_tokens is '9'", "whole"),
+    "navit.grid_for('480', 9)": ("TypeError", "height is '480'", "pixels"),
+    "navit.load('')": ("ValueError", "path is empty", "name a directory"),
+    "navit.load(golden, overrides='a.b=1')": ("TypeError", "'a.b=1'", "pass ['a.b=1']"),
+    "navit.save('/no/x', model)": ("TypeError", "'/no/x'", "navit.save(model, path)"),
+    "navit.unpack(out)": ("TypeError", "VisionOutput", "pass out.packed"),
+    "navit.unpack(out.tokens)": ("TypeError", "without the layout", "pass out.packed"),
+    "model.vision([image])": ("TypeError", "not a list", "navit.pack(images)"),
+    "model.logits(z, ['a cat'])": (
+        "TypeError",
+        "texts is a list",
+        "embed_texts(texts)",
+    ),
+    "model.logits([image], z)": (
+        "TypeError",
+        "images is a list",
+        "embed_images(images",
+    ),
+    "model.embed_images([image, broken])": ("ValueError", "image 1 (", "broken.jpg"),
+    "navit.pack([image, broken])": ("ValueError", "image 1 (", "broken.jpg"),
+    "next(model.features([broken]))": ("ValueError", "image 0 (", "broken.jpg"),
 }
 # flax itself imports optax, so that one is not here.
 HEAVY = ("orbax", "grain", "tensorstore", "matplotlib", "navit.train.checkpoint")
 
 CODE = """
 import json, sys
-mistakes, heavy, golden = json.loads(sys.argv[1])
+mistakes, heavy, golden, broken = json.loads(sys.argv[1])
 import numpy as np
 import navit
 model = navit.load(golden)
 image = np.zeros((40, 50, 3), np.uint8)
+z, out = model.embed_images([image]), model.vision(navit.pack([image], patch_size=3))
 shapes = [list(model.embed_images([image]).shape), list(model.embed_texts(["a"]).shape)]
 loaded = [name for name in heavy if name in sys.modules]
 errors = {}
@@ -60,8 +82,11 @@ print(json.dumps([shapes, loaded, errors]))
 
 
 @pytest.fixture(scope="module")
-def outcome():
-    given = json.dumps([list(MISTAKES), HEAVY, str(GOLDEN)])
+def outcome(tmp_path_factory):
+    # The header can be read, the pixels cannot.
+    broken = tmp_path_factory.mktemp("images") / "broken.jpg"
+    broken.write_bytes((ROOT / "data/sample/cat.jpg").read_bytes()[:3000])
+    given = json.dumps([list(MISTAKES), HEAVY, str(GOLDEN), str(broken)])
     out = subprocess.run(
         [sys.executable, "-c", CODE, given],
         cwd=ROOT,

@@ -11,7 +11,7 @@ from navit.batch import PackedImages, PackedTokens
 from navit.input import memory, pixels
 from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
-from navit.sources.images import ArrayLike, ImageLike, sizes_of, standard
+from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of, standard
 from navit.sources.source import Record
 
 # Each kind of draw has its own number in the random key; `navit.plan` has others.
@@ -217,7 +217,9 @@ def pack(
         dct=dct,
     )
     for image, error in errors:
-        raise ValueError(f"image {image} cannot be decoded: {error}") from error
+        raise ValueError(
+            f"{image_name(images, image)} cannot be decoded: {error}"
+        ) from error
     index = slot_array(planned, slots, planned.index, -1)
     if rows is not None:
         return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
@@ -257,20 +259,26 @@ def unpack(
 ) -> list[np.ndarray]:
     """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
 
+    `pack` reorders the images. With its `index`, the arrays come in the images' order;
+    without, they come row by row and slot by slot.
+
     Args:
       tokens: `PackedTokens`, such as `model.vision(packed).packed`; or `[b, n, d]` of
         numpy or jax.
       packed: where the tokens lie; None: as `PackedTokens` has it.
-      index: `[b, s]`, from `pack`: the arrays come in the images' order, without those
-        left out. None: they come row by row and slot by slot.
+      index: `[b, s]`, from `pack(..., return_index=True)`.
 
     Raises:
+      TypeError: if `tokens` has no layout and `packed` is not given.
       ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
     """
     if isinstance(tokens, PackedTokens):
         packed, tokens = tokens if packed is None else packed, tokens.tokens
     if packed is None:
-        raise ValueError("tokens that are not PackedTokens need packed, their layout")
+        raise TypeError(
+            f"tokens is a {type(tokens).__name__} without the layout of its images: "
+            "pass out.packed of out = model.vision(packed), or packed as well"
+        )
     tokens = np.asarray(tokens)
     segment_ids, coords, grids = (np.asarray(x) for x in packed[1:])
     b, n = segment_ids.shape

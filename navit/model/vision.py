@@ -115,10 +115,16 @@ class Vision(nnx.Module):
             never a guess.
 
         Raises:
+          TypeError: if `packed` is not a PackedImages.
           ValueError: if the patch size differs from the model's; or, outside jit, if a
             grid exceeds the position table or an image has more than `max_image_tokens`
             tokens.
         """
+        if not isinstance(packed, PackedImages):
+            raise TypeError(
+                f"expected PackedImages, not a {type(packed).__name__}: pass "
+                "navit.pack(images)"
+            )
         p, channels = self.config.patch_size, np.shape(packed.patches)[-1]
         if channels != p**2 * 3:
             side = (channels / 3) ** 0.5

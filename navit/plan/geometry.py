@@ -33,8 +33,12 @@ def grid_for(
       max_upscale: enlarge an image by this factor at most; None for no cap.
 
     Raises:
+      TypeError: if a size is a text, or the budget not a whole number.
       ValueError: if a size or the budget is not positive.
     """
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, str):
+            raise TypeError(f"{name} is {value!r}, but should be a number: pass pixels")
     _check(float(height), float(width), max_tokens, patch_size, max_upscale)
 
     def patches(scale: float) -> tuple[int, int]:

@@ -107,8 +107,17 @@ def sizes_of(images: Sequence[ImageLike] | ArrayLike) -> np.ndarray:
         try:
             sizes[i] = size_of(images[i])
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {i} cannot be read: {error}") from error
+            raise ValueError(
+                f"{image_name(images, i)} cannot be read: {error}"
+            ) from error
     return sizes
+
+
+def image_name(images: Sequence[ImageLike] | ArrayLike, index: int) -> str:
+    """An image for a message: its index, and its path if it has one."""
+    image = images[index]
+    path = f" ({image})" if isinstance(image, str | os.PathLike) else ""
+    return f"image {index}{path}"
 
 
 def open_image(data: bytes | BinaryFile) -> Image.Image:

@@ -143,7 +143,7 @@ class OnDevice:
     ],
 )
 def test_an_image_that_cannot_be_taken_is_refused_with_the_remedy(image, words):
-    with pytest.raises(ValueError, match=r"image 1 cannot be read: .*" + words):
+    with pytest.raises(ValueError, match=r"image 1 .*cannot be read: .*" + words):
         navit.pack([np.zeros((8, 8, 3), np.uint8), image])
 
 
