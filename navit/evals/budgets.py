@@ -127,7 +127,7 @@ def evaluate(
         confidences[budget] = []
         for each, evaluator, own in zip(opened, evaluators, rows, strict=True):
             source, count = each.images
-            measured, sure = _measure(each, evaluator, held)
+            measured, guessed, sure = _measure(each, evaluator, held)
             confidences[budget].append(sure)
             pooled = held[source].pooled[:count]
             speed = held[source].per_second
@@ -143,7 +143,7 @@ def evaluate(
                     **_cost(config, source.sizes[:count], budget),
                     "images_per_second": speed,
                     "metrics": {k: round(v, 4) for k, v in measured.items()},
-                    "chance": {k: round(v, 4) for k, v in evaluator.chance.items()},
+                    "chance": {k: round(v, 4) for k, v in guessed.items()},
                     "notes": about,
                     "data": source.fingerprint(),
                     "settings": _settings(config, each),
@@ -216,17 +216,18 @@ def check(
 
 def _measure(
     each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
-) -> tuple[dict[str, float], Confidences | None]:
-    """The metrics at one budget; and of class scores, how sure the model is."""
+) -> tuple[dict[str, float], dict[str, float], Confidences | None]:
+    """The metrics at one budget, their chance, and a classifier's confidences."""
     if isinstance(evaluator, Probe):
         assert each.train is not None
         train = _vectors(each, each.train[0], held)
-        return dict(evaluator.run(_vectors(each, each.images, held), train)), None
+        found = dict(evaluator.run(_vectors(each, each.images, held), train))
+        return found, evaluator.chance, None
     images = _vectors(each, each.images, held)
-    sure = None
     if isinstance(evaluator, Classification):
         sure = evaluator.confidences(images)
-    return dict(evaluator.run(images)), sure
+        return dict(evaluator.run(images)), evaluator.chance, sure
+    return dict(evaluator.run(images)), evaluator.chance(images), None
 
 
 def _vectors(

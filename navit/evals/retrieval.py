@@ -56,17 +56,17 @@ class Retrieval:
                 for c in dict.fromkeys(own)
             ]
         )
-        self._images, self._texts = len(captions), embed_texts(texts)
+        self._texts = embed_texts(texts)
 
-    @property
-    def chance(self) -> dict[str, float]:
-        """Recall of guessing, by metric name."""
-        images, texts, pairs = self._images, len(self._texts), self._pairs
+    def chance(self, images: np.ndarray) -> dict[str, float]:
+        """Recall of guessing, by metric name, among the candidates that `run` has."""
+        readable, asked, pairs = self._counted(images)
+        if not len(pairs):
+            return {}
+        count, texts = int(readable.sum()), len(asked)
         return {
             **_named("image_to_text", chance(pairs, texts, ks=_useful(texts))),
-            **_named(
-                "text_to_image", chance(pairs[:, ::-1], images, ks=_useful(images))
-            ),
+            **_named("text_to_image", chance(pairs[:, ::-1], count, ks=_useful(count))),
         }
 
     def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
@@ -75,13 +75,9 @@ class Retrieval:
         A row of NaN is an image that could not be read; it does not count, nor do
         captions that belong only to such images.
         """
-        readable = ~np.isnan(images[:, 0])
-        pairs = self._pairs[readable[self._pairs[:, 0]]]
+        readable, asked, pairs = self._counted(images)
         if not len(pairs):
             return
-        asked, text = np.unique(pairs[:, 1], return_inverse=True)
-        image = (np.cumsum(readable) - 1)[pairs[:, 0]]
-        pairs = np.stack((image, text), -1)
         images, texts = images[readable], self._texts[asked]
         yield from _named(
             "image_to_text", recall(images, texts, pairs, ks=_useful(len(texts)))
@@ -90,6 +86,19 @@ class Retrieval:
             "text_to_image",
             recall(texts, images, pairs[:, ::-1], ks=_useful(len(images))),
         ).items()
+
+    def _counted(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The candidates for embeddings `[len(captions), e]`.
+
+        Returns:
+          which images are readable, `[len(captions)]`; the texts with a readable image;
+          and the right pairs `[pairs, 2]` (image, text), counted among these.
+        """
+        readable = ~np.isnan(images[:, 0])
+        pairs = self._pairs[readable[self._pairs[:, 0]]]
+        asked, text = np.unique(pairs[:, 1], return_inverse=True)
+        image = (np.cumsum(readable) - 1)[pairs[:, 0]]
+        return readable, asked, np.stack((image, text), -1)
 
 
 def recall(

@@ -80,7 +80,7 @@ def test_retrieval_counts_any_right_caption_and_any_right_image():
     # Both cats -> image 0; "a dog" ties to image 0 (0.6) first, wrong; "a car" -> 1.
     assert found["text_to_image_r1"] == pytest.approx(2 / 4)
     # Right pairs among 3 images x 4 captions.
-    assert retrieval.chance["image_to_text_r1"] == pytest.approx(5 / 12)
+    assert retrieval.chance(images)["image_to_text_r1"] == pytest.approx(5 / 12)
 
 
 def test_classification_ignores_images_without_a_label():

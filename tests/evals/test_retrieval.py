@@ -119,7 +119,22 @@ def test_retrieval_equals_a_plain_one(devices, rng):
             retrieval = Retrieval(lambda _, texts=texts: texts, captions)
             found = dict(retrieval.run(images))
             assert found == plain_recalls(images, texts, places)
-            assert set(found) == set(retrieval.chance)
+            assert set(found) == set(retrieval.chance(images))
+
+
+def test_chance_is_among_the_candidates_of_the_recall(rng):
+    """Unreadable images and their captions count no more than absent ones."""
+    captions = [("a",), ("b", "c"), ("a", "d"), ("e",), ("d",)]
+    images = integers(rng, 5)
+    images[[1, 4]] = np.nan
+    retrieval = Retrieval(lambda texts: integers(rng, len(texts)), captions)
+    there = Retrieval(
+        lambda texts: integers(rng, len(texts)), [captions[i] for i in (0, 2, 3)]
+    )
+    assert retrieval.chance(images) == there.chance(images[[0, 2, 3]])
+    # "b" and "c" are no candidates: 1, 2 and 1 of "a", "d" and "e" are right.
+    assert retrieval.chance(images)["image_to_text_r1"] == pytest.approx(4 / 9)
+    assert retrieval.chance(np.full_like(images, np.nan)) == {}
 
 
 def test_sharded_over_8_devices_equals_one(rng):
