@@ -166,7 +166,7 @@ class MakeBatch(grain.transforms.Map):
 
 
 class MakeStreamBatch(grain.transforms.Map):
-    """Planned rows and records -> a `Batch`; its ids number the records of the stream."""
+    """Planned rows and their records -> a `Batch`; its ids count the records read."""
 
     def __init__(self, make_batch: Callable[[Source], MakeBatch]) -> None:
         self._make_batch = make_batch
