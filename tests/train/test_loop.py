@@ -134,8 +134,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
 ):
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     (workdir / "checkpoints/6/opt_state/manifest.ocdbt").unlink()
-    with pytest.raises(ValueError, match=r"opt_state/manifest.ocdbt is missing"):
-        navit.load(workdir)
+    assert navit.load(workdir).step == 6  # its model is intact
     assert loop.train(tiny_config(), workdir)
     assert "(opt_state/manifest.ocdbt is missing): resuming from step 3" in caplog.text
     a, b = restored(uninterrupted, tiny_config()), restored(workdir, tiny_config())
