@@ -199,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_overrides(
         evaluate,
-        "fields of the saved config to change, such as data.eval.path=~/other; with "
-        "released weights also model.*, such as model.vision.image_size=384",
+        "fields of the saved config to change, such as data.eval.path=~/other or "
+        "model.attention=xla; with released weights also all of model.*, such as "
+        "model.vision.image_size=384",
     )
     evaluate.set_defaults(run="evaluate")
 
@@ -320,12 +321,10 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="check this machine: devices, kernels, decoding, checkpoints",
         description="Checks whether this machine runs CONFIG, or the default "
-        "config. Prints\nversions, devices, memory and disk, the decode rate of one "
-        "core, and a\ncheckpoint's round trip. Then compares each attention "
-        "implementation, fused layer\nand loss with the plain path, for the sizes of "
-        "the config and few rows: values,\ngradients, and that no image affects "
-        "another. Nothing is trained, and no data of\nthe config is read. Takes a "
-        "minute on a free CPU.",
+        "config: its\ndevices, decoding, a checkpoint's round trip, and each kernel "
+        "against the plain path.\nNothing is trained, and no data of the config is "
+        "read. Takes a minute on a free\nCPU. Exit code 1: something fails "
+        "(docs/pods.md).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="columns:\n"
         "  values, gradients  the largest difference from the plain path in float32,\n"
@@ -333,11 +332,7 @@ def _parser() -> argparse.ArgumentParser:
         "  at most            the share that rounding explains\n"
         "  ms, plain ms       one call with gradients, and the same of the plain path\n"
         "  verdict            ok; differs; does not compile; not checked, with the "
-        "reason\n"
-        "On a CPU, TPU kernels are interpreted: their results count, their time does "
-        "not.\nExit code 1: a kernel differs or does not compile, or the checkpoint is "
-        "not\nbit-equal. Training checks the kernels that it uses at its start "
-        "(train.check_kernels).\n\nexamples:\n"
+        "reason\n\nexamples:\n"
         "  navit check configs/quickstart.py\n"
         "  navit check configs/siglip2_b16_naflex.py --workdir /mnt/runs\n"
         "  navit check model.dtype=bfloat16 data.row_tokens=512",

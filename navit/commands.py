@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from navit import config as config_lib
+from navit.config.model import ROUNDING
 from navit.config.towers import starting_from
 
 
@@ -80,15 +81,18 @@ def evaluate(args: argparse.Namespace) -> int:
     from navit.train.workdir import is_workdir
     from navit.weights import load, read
 
-    weights, model_overrides = args.weights.expanduser(), []
-    cache = weights / "embeddings" if is_workdir(weights) else vectors.default_cache()
-    if not is_workdir(weights):
+    weights = args.weights.expanduser()
+    in_workdir = is_workdir(weights)
+    cache = weights / "embeddings" if in_workdir else vectors.default_cache()
+    prefixes: tuple[str, ...] = ROUNDING
+    if not in_workdir:
         if not args.out and weights.exists():  # before the slow loading
             raise ValueError(
                 f"{weights} is not a work directory to write to: name a folder for "
                 "the results with --out"
             )
-        model_overrides = [x for x in args.overrides if x.startswith("model.")]
+        prefixes = ("model.",)
+    model_overrides = [x for x in args.overrides if x.startswith(prefixes)]
     mesh, rules = make_mesh(config_lib.MeshConfig())
     with use_mesh(mesh):
         embedder = load(weights, overrides=model_overrides, rules=rules)
@@ -105,9 +109,10 @@ def evaluate(args: argparse.Namespace) -> int:
             if not difference.startswith(("data.", "eval.")):
                 raise ValueError(
                     f"{difference}: the checkpoint was trained with the former; an "
-                    "evaluation may change only data.* and eval.*"
+                    "evaluation may change only data.*, eval.* and "
+                    f"{', '.join(ROUNDING)}"
                 )
-        if model_overrides:
+        if model_overrides and not in_workdir:
             trained = dataclasses.replace(trained, model=read(weights).model)
         budgets.check_memory(config)
         opened = open_tasks(config, names=args.task, classes=args.classes)

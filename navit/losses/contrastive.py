@@ -60,10 +60,15 @@ def sigmoid_loss(
         match = _diagonal((len(images), len(texts)), rules)
         total = _terms(images, everywhere, scale, bias, both, match)
     else:
-        small = texts.size * texts.dtype.itemsize <= _GATHERED
-        ring = implementation == "ring" or (implementation == "auto" and not small)
+        ring = uses_ring(texts, implementation)
         total = _total(images, texts, scale, bias, real, rules, ring)
     return total / jnp.maximum(real.sum(), 1)
+
+
+def uses_ring(texts: Array | jax.ShapeDtypeStruct, implementation: str) -> bool:
+    """Whether several devices pass texts `[m, e]` around, rather than gather them."""
+    small = texts.size * texts.dtype.itemsize <= _GATHERED
+    return implementation == "ring" or (implementation == "auto" and not small)
 
 
 @jax.named_scope("loss")

@@ -23,9 +23,9 @@ class Verdict:
     """How one implementation compares with the plain path.
 
     Attributes:
-      why: the reason in one line, unless the verdict is "ok".
+      why: the reason in one line, unless the outcome is "ok".
       values, gradients: the largest difference from the plain path in float32, as a
-        share of the largest value of the same array.
+        share of the largest value of the same array; None if a result is not finite.
       tolerance: the most that either may be.
       seconds, plain_seconds: one call with gradients, of the implementation (None if
         it is interpreted) and of the plain path.
@@ -33,7 +33,7 @@ class Verdict:
     """
 
     name: str
-    verdict: str
+    outcome: str
     why: str = ""
     values: float | None = None
     gradients: float | None = None
@@ -44,20 +44,20 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        return self.verdict in (DIFFERS, NO_PROGRAM)
+        return self.outcome in (DIFFERS, NO_PROGRAM)
 
 
 class Implementation(NamedTuple):
-    """One way to compute a case: `run(inputs, weights)`.
+    """One way to compute a case: `run(*inputs, weights)`.
 
     Attributes:
-      misfit: why this device or config cannot run it; empty if it can.
+      misfit: why this device or config cannot run it; None if it can.
       interpreted: Pallas simulates a TPU.
     """
 
     name: str
     run: Callable[..., Any]
-    misfit: str = ""
+    misfit: str | None = None
     interpreted: bool = False
 
 
@@ -66,7 +66,7 @@ class Case:
     """Arrays, the plain path, and the implementations to compare with it.
 
     Attributes:
-      plain: `(inputs, weights) -> outputs`, each an array or a tuple of arrays.
+      plain: `(*inputs, weights) -> outputs`, an array or a tuple of arrays.
       inputs: arrays `[*m, ...]`, with the leading axes of the two masks.
       real: where outputs count: not at padding.
       altered: one image, or empty slots; no other output may depend on them.
@@ -92,39 +92,47 @@ def tolerance(dtype: Any, terms: int) -> float:
     return 4 * max(float(jnp.finfo(dtype).eps), sums)
 
 
-def judged(case: Case) -> list[Verdict]:
-    """Compares the implementations of a case with its plain path."""
-    wanted = [x for x in case.implementations if not x.misfit]
-    found = {x.name: Verdict(x.name, SKIPPED, x.misfit) for x in case.implementations}
-    if not wanted:
-        return list(found.values())
-    dtype = case.inputs[0].dtype
-    rng = np.random.default_rng(1)
+def verdicts(case: Case, *, timed: bool) -> list[Verdict]:
+    """Compares the implementations of a case with its plain path.
 
-    def gradient(output: Any) -> Any:
+    Never raises an error of a device: if the plain path fails, nothing is checked.
+    """
+    if all(x.misfit for x in case.implementations):
+        return [Verdict(x.name, SKIPPED, x.misfit or "") for x in case.implementations]
+    dtype, rng = case.inputs[0].dtype, np.random.default_rng(1)
+
+    def cotangent(output: Any) -> Any:
         if not output.ndim:
             return np.float32(1)
         values = rng.standard_normal(output.shape, np.float32)
         return _masked(jnp.asarray(values, output.dtype), case.real)
 
-    outputs = jax.eval_shape(case.plain, case.inputs, case.weights)
-    above = jax.tree.map(gradient, outputs)
-    args = (case.inputs, case.weights, above)
-    plain = _with_gradients(case.plain)
-    exact: Any = jax.tree.map(lambda x: x.astype(jnp.float32), args)
-    with _products_in(jnp.float32):
-        expected = plain(*exact)
-    # One image is altered, and no gradient comes from its own outputs.
-    others = case.real & ~case.altered
-    altered = _altered(case.inputs, case.altered)
-    apart = (altered, case.weights, jax.tree.map(lambda x: _masked(x, others), above))
-    with _products_in(dtype):
-        plain_seconds = _seconds(plain, args)
-        for each in wanted:
-            found[each.name] = _verdict(
-                each, case, expected, args, apart, plain_seconds
-            )
-    return list(found.values())
+    plain, seconds = _with_gradients(case.plain), None
+    try:
+        outputs = jax.eval_shape(case.plain, *case.inputs, case.weights)
+        cotangents = jax.tree.map(cotangent, outputs)
+        args = (cotangents, *case.inputs, case.weights)
+        # One image is altered, and its own outputs have no cotangents.
+        others = case.real & ~case.altered
+        masked = jax.tree.map(lambda x: _masked(x, others), cotangents)
+        altered_args = (masked, *_altered(case.inputs, case.altered), case.weights)
+        with _products_in(jnp.float32):
+            expected = plain(*jax.tree.map(lambda x: x.astype(jnp.float32), args))
+            jax.block_until_ready(expected)
+        with _products_in(dtype):
+            seconds = _seconds(plain, args) if timed else None
+    except Exception as error:  # out of memory, for example
+        why = f"the plain path fails: {_first_line(error)}"
+        return [Verdict(x.name, SKIPPED, x.misfit or why) for x in case.implementations]
+
+    def verdict(x: Implementation) -> Verdict:
+        if x.misfit:
+            return Verdict(x.name, SKIPPED, x.misfit)
+        with _products_in(dtype):
+            found = _verdict(x, case, expected, args, altered_args, timed)
+        return dataclasses.replace(found, plain_seconds=seconds)
+
+    return [verdict(x) for x in case.implementations]
 
 
 def _verdict(
@@ -132,57 +140,63 @@ def _verdict(
     case: Case,
     expected: Any,
     args: Any,
-    apart: Any,
-    plain_seconds: float,
+    altered_args: Any,
+    timed: bool,
 ) -> Verdict:
-    """Args are `(inputs, weights, gradients of outputs)`; `apart` has an image altered.
+    """Compares one implementation that this device and config can run.
 
     Args:
       expected: outputs and gradients of the plain path, in float32.
+      args: cotangents of outputs, inputs and weights; `altered_args`: with an image
+        altered.
     """
     name, interpreted = implementation.name, implementation.interpreted
     run = _with_gradients(implementation.run)
     try:
-        result = _compared(run(*args), expected, run(*apart), case.real, case.altered)
-        values, gradients, finite, leaks = map(float, result)
-        seconds = None if interpreted else _seconds(run, args)
+        actual, other = run(*args), run(*altered_args)
+        result = _compared(actual, expected, other, case.real, case.altered)
+        values, gradients, finite, leaked = map(float, result)
+        seconds = _seconds(run, args) if timed and not interpreted else None
     except Exception as error:  # compilers raise many types
-        why = next((x for x in str(error).splitlines() if x.strip()), repr(error))
-        return Verdict(name, NO_PROGRAM, why.strip()[:200], interpreted=interpreted)
-    most = tolerance(case.inputs[0].dtype, case.terms)
+        return Verdict(name, NO_PROGRAM, _first_line(error), interpreted=interpreted)
+    largest, most = max(values, gradients), tolerance(args[1].dtype, case.terms)
     why = ""
     if not finite:
         why = "a result is NaN or infinite"
-    elif leaks:
+    elif leaked:
         why = "an image, or an empty slot, changes the results of others"
-    elif max(values, gradients) > most:
-        why = f"by {max(values, gradients):.1e} of the largest value, over {most:.1e}"
+    elif largest > most:
+        why = f"by {largest:.1e} of the largest value, over {most:.1e}"
     return Verdict(
         name,
         DIFFERS if why else OK,
         why,
-        values=values,
-        gradients=gradients,
+        values=values if finite and math.isfinite(values) else None,
+        gradients=gradients if finite and math.isfinite(gradients) else None,
         tolerance=most,
         seconds=seconds,
-        plain_seconds=plain_seconds,
         interpreted=interpreted,
     )
 
 
+def _first_line(error: Exception) -> str:
+    lines = (x.strip() for x in str(error).splitlines())
+    return next(filter(None, lines), repr(error))[:200]
+
+
 def _with_gradients(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`(inputs, weights, gradients of outputs) -> (outputs, gradients of both)`."""
+    """`(cotangents, *args) -> (outputs, gradients of args)`."""
 
     @jax.jit
-    def run(inputs: Any, weights: Any, above: Any) -> Any:
-        outputs, back = jax.vjp(f, inputs, weights)
-        return outputs, back(above)
+    def run(cotangents: Any, *args: Any) -> Any:
+        outputs, back = jax.vjp(f, *args)
+        return outputs, back(cotangents)
 
     return run
 
 
 def _products_in(dtype: Any) -> contextlib.AbstractContextManager:
-    """Float32 products are exact, since a device's default may round their operands."""
+    """Computes float32 products in full precision; a device may round operands."""
     exact = jnp.dtype(dtype) == jnp.float32
     return jax.default_matmul_precision("highest" if exact else None)
 
@@ -199,54 +213,46 @@ def _seconds(run: Callable[..., Any], args: Any) -> float:
 
 @jax.jit
 def _altered(inputs: Any, altered: Bool[Array, "*m"]) -> Any:
-    return jax.tree.map(lambda x: jnp.where(_like(altered, x), -30 * x, x), inputs)
+    return jax.tree.map(lambda x: jnp.where(_expand(altered, x), -30 * x, x), inputs)
 
 
 @jax.jit
 def _compared(
-    found: Any,
-    expected: Any,
-    apart: Any,
-    real: Bool[Array, "*m"],
-    altered: Bool[Array, "*m"],
+    actual: Any, expected: Any, other: Any, real: Any, altered: Any
 ) -> tuple[Array, ...]:
-    """Differences of values and of gradients, whether all is finite, and any leak."""
-    outputs, gradients = (jax.tree.leaves(x) for x in found)
-    right_outputs, right_gradients = (jax.tree.leaves(x) for x in expected)
+    """Differences of values and of gradients, whether all is finite, and any leak.
 
-    def largest(pairs: Any) -> Array:
-        shares = [_share(a, b) for a, b in pairs]
-        return jnp.stack(shares).max()
+    Args:
+      actual, expected, other: outputs, and gradients of inputs and weights; `other`
+        with an image altered.
+      real, altered: `[*m]`, as in `Case`.
+    """
 
-    values = largest(
-        (_masked(a, real), _masked(b, real))
-        for a, b in zip(outputs, right_outputs, strict=True)
-    )
-    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(found)]
-    other_outputs, (d_inputs, _) = apart
-    changed = [
-        (_masked(a, real & ~altered) != _masked(b, real & ~altered)).any()
-        for a, b in zip(outputs, jax.tree.leaves(other_outputs), strict=True)
+    def masked(tree: Any, mask: Any) -> list[Array]:
+        return [_masked(x, mask) for x in jax.tree.leaves(tree)]
+
+    values = _difference(masked(actual[0], real), masked(expected[0], real))
+    gradients = _difference(*map(jax.tree.leaves, (actual[1], expected[1])))
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves((actual, expected))]
+    before, after = (masked(x[0], real & ~altered) for x in (actual, other))
+    leaked = [(a != b).any() for a, b in zip(before, after, strict=True)]
+    leaked += [(x != 0).any() for x in masked(other[1][:-1], altered)]
+    return values, gradients, jnp.stack(finite).all(), jnp.stack(leaked).any()
+
+
+def _difference(actual: list[Array], expected: list[Array]) -> Float[Array, ""]:
+    """The largest difference, as a share of the largest value of the same array."""
+    shares = [
+        jnp.abs(a.astype(jnp.float32) - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-30)
+        for a, b in zip(actual, expected, strict=True)
     ]
-    seen = [(_masked(x, altered) != 0).any() for x in d_inputs]
-    return (
-        values,
-        largest(zip(gradients, right_gradients, strict=True)),
-        jnp.stack(finite).all(),
-        jnp.stack(changed + seen).any(),
-    )
+    return jnp.stack(shares).max()
 
 
-def _share(found: Array, expected: Array) -> Float[Array, ""]:
-    """The largest difference of two arrays, as a share of the largest value."""
-    difference = jnp.abs(found.astype(jnp.float32) - expected).max()
-    return difference / jnp.maximum(jnp.abs(expected).max(), 1e-30)
-
-
-def _masked(x: Array | np.float32, mask: Bool[Array, "*m"]) -> Array | np.float32:
+def _masked(x: Any, mask: Bool[Array, "*m"]) -> Any:
     """0 where the mask is False; a scalar as it is."""
-    return jnp.where(_like(mask, x), x, 0) if isinstance(x, Array) and x.ndim else x
+    return jnp.where(_expand(mask, x), x, 0) if np.ndim(x) else x
 
 
-def _like(mask: Bool[Array, "*m"], x: Array) -> Array:
+def _expand(mask: Bool[Array, "*m"], x: Array) -> Array:
     return mask[(..., *[None] * (x.ndim - mask.ndim))]

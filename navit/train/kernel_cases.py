@@ -1,4 +1,8 @@
-"""The cases of `kernel_check.py`: small arrays, a plain path, and its kernels."""
+"""The cases of `kernel_check.py`: small arrays, a plain path, and its kernels.
+
+The plain paths of the fused layers restate `navit/model/encoder.py`, since the model's
+layers have one compute dtype, and the check needs float32 as well.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,9 @@ from navit.config import Config, Sigmoid, TextConfig, VisionConfig
 from navit.kernels.fused import EPSILON, block_tokens, fits
 from navit.kernels.fused_mlp import MlpWeights, fused_mlp
 from navit.kernels.norm_project import ProjectWeights, norm_project
-from navit.kernels.splash import splash, splash_skip
-from navit.kernels.splash_blocks import LANES, SUBLANES, WHOLE_ROW, heads_fill_lanes
-from navit.losses.contrastive import sigmoid_loss
-from navit.model.attention import attention_qkvpacked
+from navit.kernels.splash_blocks import LANES, heads_fill_lanes
+from navit.losses.contrastive import sigmoid_loss, uses_ring
+from navit.model.attention import KERNELS, attention_qkvpacked, misfit
 from navit.model.layers import compute_dtype
 from navit.sharding import Rules, platform, split_rows
 from navit.train.comparison import Case, Implementation
@@ -29,10 +32,6 @@ from navit.train.comparison import Case, Implementation
 _LOGITS = 2**28
 # Images on each device, in the case of the losses.
 _IMAGES = 16
-KERNELS: dict[str, Callable[..., Array]] = {
-    "splash": splash,
-    "splash_skip": splash_skip,
-}
 
 
 def attention_case(
@@ -45,7 +44,12 @@ def attention_case(
     longest: int,
     tensor: int,
 ) -> Case:
-    """Attention by the heads of one device; by fewer if their logits are large."""
+    """Attention by the heads of one device; by fewer if their logits are large.
+
+    Args:
+      longest: tokens of the longest segment.
+      tensor: the number of devices that heads are split over.
+    """
     n, width = ids.shape[1], sizes.width // sizes.num_heads
     all_heads = sizes.num_heads // tensor
     lanes = heads_fill_lanes(all_heads, width)
@@ -54,16 +58,19 @@ def attention_case(
         for count in range(min(2, all_heads), all_heads + 1)
         if all_heads % count == 0 and heads_fill_lanes(count, width) == lanes
     ]
-    small = [count for count in counts if count * ids.size * n <= _LOGITS]
-    channels = max(small, default=counts[0]) * width
+    logits = ids.size * n
+    small = [count for count in counts if count * logits <= _LOGITS]
+    heads, too_large = max(small, default=counts[0]), None
+    if not small:
+        size = heads * logits / 2**28
+        too_large = f"the plain path's logits would take {size:.1f} GiB, over 1"
     segments = jnp.asarray(ids, jnp.int32)
 
-    def attend(name: str, inputs: tuple[Array, ...], weights: Any) -> Array:
+    def attend(name: str, q: Array, k: Array, v: Array, weights: Any) -> Array:
         del weights
-        qkv = jnp.concatenate(inputs, -1)
+        qkv = jnp.concatenate([q, k, v], -1)
         if name in KERNELS:
-            kernel = KERNELS[name]
-            return kernel(qkv, segments, width=width, interpret=_simulation())
+            return KERNELS[name](qkv, segments, width=width, interpret=simulation())
         return attention_qkvpacked(
             qkv,
             segments,
@@ -73,19 +80,7 @@ def attention_case(
             max_segment_tokens=longest,
         )
 
-    def misfit(name: str) -> str:
-        if name not in KERNELS:
-            return ""
-        if n % LANES or channels % (2 * SUBLANES):
-            return (
-                f"takes multiples of {LANES} tokens and {2 * SUBLANES} channels, not "
-                f"{n} and {channels}"
-            )
-        if name == "splash" and n > WHOLE_ROW:
-            return f"takes rows of up to {WHOLE_ROW} tokens, not {n}"
-        return _elsewhere()
-
-    rng = np.random.default_rng(0)
+    rng, channels = np.random.default_rng(0), heads * width
     qkv = rng.standard_normal((3, *ids.shape, channels), np.float32)
     q, k, v = jnp.asarray(qkv, compute_dtype(config.model.dtype))
     return Case(
@@ -94,8 +89,8 @@ def attention_case(
             Implementation(
                 f"{tower} attention {name}",
                 functools.partial(attend, name),
-                misfit(name),
-                name in KERNELS and interpreted(),
+                too_large or misfit(name, n, channels, _kernel_platform()),
+                name in KERNELS and bool(simulation()),
             )
             for name in names
         ],
@@ -119,7 +114,6 @@ def fused_cases(
     """The fused layers of a tower, on tokens of a block's input."""
     rng, segments = np.random.default_rng(0), jnp.asarray(ids, jnp.int32)
     dtype, width = compute_dtype(config.model.dtype), sizes.width
-    wide, three = sizes.mlp_dim, 3 * width
     transposed = ids.shape[1] % LANES == 0 and not heads_fill_lanes(
         sizes.num_heads, width // sizes.num_heads
     )
@@ -131,54 +125,54 @@ def fused_cases(
         values = rng.standard_normal((inputs, outputs), np.float32)
         return jnp.asarray(values * inputs**-0.5, dtype)
 
-    def mlp(inputs: tuple[Array], weights: MlpWeights) -> Array:
-        return fused_mlp(*inputs, weights, interpret=_simulation())
-
-    def project(inputs: tuple[Array], weights: ProjectWeights) -> tuple[Array, Array]:
-        options: Any = dict(transposed=transposed, interpret=_simulation())
-        return norm_project(*inputs, weights, **options)
-
     norm = dict(scale=1 + vector(width), bias=vector(width))
+    x = jnp.asarray(rng.standard_normal((*ids.shape, width), np.float32), dtype)
+    simulated: Any = dict(interpret=simulation())
+    mlp = functools.partial(fused_mlp, **simulated)
+    project = functools.partial(norm_project, transposed=transposed, **simulated)
+    hidden, joined = sizes.mlp_dim, 3 * width
     mlp_weights = MlpWeights(
-        up=matrix(width, wide),
-        up_bias=vector(wide),
-        down=matrix(wide, width),
+        up=matrix(width, hidden),
+        up_bias=vector(hidden),
+        down=matrix(hidden, width),
         down_bias=vector(width),
         **norm,
     )
     project_weights = ProjectWeights(
-        kernel=matrix(width, three), kernel_bias=vector(three), **norm
+        kernel=matrix(width, joined), kernel_bias=vector(joined), **norm
     )
-    x = jnp.asarray(rng.standard_normal((*ids.shape, width), np.float32), dtype)
     layers: list[tuple[str, int, Callable, Callable, Any]] = [
-        ("fused_mlp", wide, mlp, _plain_mlp, mlp_weights),
-        ("norm_project", three, project, _plain_project, project_weights),
+        ("fused_mlp", hidden, mlp, _plain_mlp, mlp_weights),
+        ("norm_project", joined, project, _plain_project, project_weights),
     ]
-    for name, hidden, run, plain, weights in layers:
-        misfit = _elsewhere()
+    for name, channels, run, plain, weights in layers:
+        why = None
         if not config.model.fused:
-            misfit = "not used with model.fused=false"
+            why = "not used with model.fused=false"
         elif rules.tensor is not None:
-            misfit = f"not used with mesh.tensor={config.mesh.tensor}"
+            why = f"not used with mesh.tensor={config.mesh.tensor}"
         elif name == "norm_project" and getattr(sizes, "qk_norm", False):
-            misfit = f"not used with model.{tower}.qk_norm=true"
-        elif not misfit and not _fits(x, hidden):
-            misfit = (
+            why = f"not used with model.{tower}.qk_norm=true"
+        elif _kernel_platform() != "tpu":
+            why = f"is a TPU kernel, and this runs on a {platform()}"
+        elif not _fits(x, channels):
+            why = (
                 f"takes multiples of {LANES} channels and tokens, and weights that fit "
-                f"a TPU's vector memory, not {width}x{hidden} channels and {ids.size} "
-                "tokens"
+                f"a TPU's vector memory, not {width}x{channels} channels and "
+                f"{ids.size} tokens"
             )
-        if only_used and misfit:
+        if only_used and why:
             continue
-        name = f"{tower} {name}"
         yield Case(
             plain=plain,
-            implementations=[Implementation(name, run, misfit, interpreted())],
+            implementations=[
+                Implementation(f"{tower} {name}", run, why, bool(simulation()))
+            ],
             inputs=(x,),
             weights=weights,
             real=segments > 0,
             altered=_one_image(segments),
-            terms=max(ids.size, hidden),
+            terms=max(ids.size, channels),
         )
 
 
@@ -189,19 +183,15 @@ def _plain_norm(
     return (y * weights.scale + weights.bias).astype(x.dtype)
 
 
-def _plain_mlp(
-    inputs: tuple[Float[Array, "b n d"]], weights: MlpWeights
-) -> Float[Array, "b n d"]:
-    (x,) = inputs
+def _plain_mlp(x: Float[Array, "b n d"], weights: MlpWeights) -> Float[Array, "b n d"]:
     y = _plain_norm(x, weights) @ weights.up + weights.up_bias
     y = jax.nn.gelu(y.astype(x.dtype), approximate=True)
     return x + (y @ weights.down + weights.down_bias).astype(x.dtype)
 
 
 def _plain_project(
-    inputs: tuple[Float[Array, "b n d"]], weights: ProjectWeights
+    x: Float[Array, "b n d"], weights: ProjectWeights
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
-    (x,) = inputs
     y = _plain_norm(x, weights) @ weights.kernel + weights.kernel_bias
     return y.astype(x.dtype), x
 
@@ -212,29 +202,25 @@ def loss_case(config: Config, rules: Rules, *, only_used: bool) -> Case | None:
     None if training uses no implementation but the plain one, and only those used are
     wanted.
     """
-    sigmoid = [x for x in config.train.losses if isinstance(x, Sigmoid)]
-    chosen = sigmoid[0].implementation if sigmoid else None
-    misfit = "" if sigmoid else "not used without the sigmoid loss"
-    # A ring that fails is replaced by "gather", and "auto" may be either.
-    names = ["gather"] if only_used and chosen == "gather" else ["gather", "ring"]
-    if only_used and (misfit or chosen == "dense"):
-        return None
+    sigmoid = next((x for x in config.train.losses if isinstance(x, Sigmoid)), None)
+    embed = config.model.vision.embed_dim or config.model.vision.width
+    unused = None if sigmoid else "not used without the sigmoid loss"
+    ring = None if rules.size("batch") > 1 else "needs several devices"
+    names = ["gather", "ring"]
+    if only_used:
+        if sigmoid is None or sigmoid.implementation == "dense":
+            return None
+        # Rows have at most one slot for each token.
+        count = config.data.rows * (config.data.slots or config.data.row_tokens)
+        texts = jax.ShapeDtypeStruct((count, embed), jnp.float32)
+        if ring or not uses_ring(texts, sigmoid.implementation):
+            names = ["gather"]  # otherwise both: "gather" replaces a ring that fails
 
-    def loss(name: Any, inputs: tuple[Array, Array], weights: Any) -> Array:
-        images, texts = inputs
-        scale, bias = weights
-        return sigmoid_loss(
-            images,
-            texts,
-            real,
-            scale=scale,
-            bias=bias,
-            rules=rules,
-            implementation=name,
-        )
+    def loss(name: Any, images: Array, texts: Array, weights: Any) -> Array:
+        options: Any = dict(rules=rules, implementation=name, **weights)
+        return sigmoid_loss(images, texts, real, **options)
 
     count = _IMAGES * rules.size("batch")
-    embed = config.model.vision.embed_dim or config.model.vision.width
     # Every process makes its own part of the global arrays.
     rng = np.random.default_rng(jax.process_index())
     vectors = rng.standard_normal((2, count // jax.process_count(), embed), np.float32)
@@ -244,11 +230,15 @@ def loss_case(config: Config, rules: Rules, *, only_used: bool) -> Case | None:
     return Case(
         plain=functools.partial(loss, "dense"),
         implementations=[
-            Implementation(f"loss {name}", functools.partial(loss, name), misfit)
+            Implementation(
+                f"loss {name}",
+                functools.partial(loss, name),
+                unused or (ring if name == "ring" else None),
+            )
             for name in names
         ],
         inputs=(images, texts),
-        weights=(np.float32(math.log(10)), np.float32(-10)),
+        weights=dict(scale=np.float32(math.log(10)), bias=np.float32(-10)),
         real=real,
         altered=altered,
         terms=count**2,
@@ -265,16 +255,11 @@ def _fits(x: Float[Array, "b n d"], hidden: int) -> bool:
     return x.shape[-1] % LANES == 0 and block_tokens(x, hidden, ()) > 0
 
 
-def interpreted() -> bool:
-    """Whether Pallas simulates a TPU, because there is none."""
-    return jax.default_backend() != "tpu"
+def simulation() -> Any:
+    """How Pallas simulates a TPU where there is none; False on a TPU."""
+    return jax.default_backend() != "tpu" and pltpu.InterpretParams()
 
 
-def _simulation() -> Any:
-    return pltpu.InterpretParams() if interpreted() else False
-
-
-def _elsewhere() -> str:
-    """Why TPU kernels cannot be checked here."""
-    name = platform()
-    return "" if name in ("cpu", "tpu") else f"a TPU kernel, not for a {name}"
+def _kernel_platform() -> str:
+    """Where TPU kernels run: a CPU interprets them."""
+    return "tpu" if platform() == "cpu" else platform()

@@ -6,43 +6,47 @@ the plain path in place of a kernel that fails.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from navit.config import Config, Sigmoid
+from navit.config import Config, override
 from navit.kernels.fused import block_tokens
 from navit.kernels.splash_blocks import LANES
-from navit.model.attention import choice
+from navit.model.attention import KERNELS, choice
 from navit.model.layers import compute_dtype
 from navit.model.text import captions_beside
 from navit.sharding import Rules, platform, use_mesh
 from navit.train import hosts
-from navit.train.comparison import Case, Verdict, judged
+from navit.train.comparison import OK, SKIPPED, Case, Verdict, verdicts
 from navit.train.kernel_cases import (
-    KERNELS,
     attention_case,
     fused_cases,
-    interpreted,
     loss_case,
+    simulation,
 )
 
 log = logging.getLogger("navit")
 
 # The most rows that a check takes to get training's blocks of tokens.
 _ROWS = 8
+# The setting that replaces each kind of kernel, and its cost.
+_REPLACEMENTS = {
+    "attention": ("model.attention=xla", "attention takes several times as long"),
+    "fused_mlp": ("model.fused=false", "MLPs take longer"),
+    "norm_project": ("model.fused=false", "MLPs take longer"),
+    "ring": ("train.losses.sigmoid.implementation=gather", "more memory"),
+    "gather": ("train.losses.sigmoid.implementation=dense", "more memory"),
+}
 
 
-def verdicts(
+def kernel_verdicts(
     config: Config,
     mesh: jax.sharding.Mesh | None,
     rules: Rules,
@@ -54,20 +58,23 @@ def verdicts(
     Attention and layers run on one device of every process, and losses on the mesh.
 
     Args:
-      only_used: only the kernels that training with this config uses here.
+      only_used: only the kernels that training with this config uses here, untimed.
     """
     with use_mesh(mesh):
         devices, tensor = rules.size("batch"), rules.size("tensor")
     for case in _layer_cases(
         config, rules, devices=devices, tensor=tensor, only_used=only_used
     ):
-        yield from judged(case)
+        yield from verdicts(case, timed=not only_used)
     with use_mesh(mesh):
-        if loss := loss_case(config, rules, only_used=only_used):
-            yield from judged(loss)
+        loss = loss_case(config, rules, only_used=only_used)
+        of_loss = verdicts(loss, timed=not only_used) if loss else []
+    yield from of_loss
 
 
-def proven(config: Config, mesh: jax.sharding.Mesh | None, rules: Rules) -> Config:
+def replace_failed(
+    config: Config, mesh: jax.sharding.Mesh | None, rules: Rules
+) -> Config:
     """The config with the plain path in place of each kernel that fails here.
 
     Checks the kernels that the config uses, and only on accelerators. A kernel that
@@ -75,52 +82,35 @@ def proven(config: Config, mesh: jax.sharding.Mesh | None, rules: Rules) -> Conf
     """
     if not config.train.check_kernels or platform() == "cpu":
         return config
-    start = time.perf_counter()
-    checked = list(verdicts(config, mesh, rules, only_used=True))
-    own = {x.name: f"{x.verdict} ({x.why})" for x in checked if x.failed}
+    checked = list(kernel_verdicts(config, mesh, rules, only_used=True))
+    if names := [x.name for x in checked if x.outcome == OK]:
+        log.info("%s agree with the plain path within rounding", ", ".join(names))
+    for x in checked:
+        if x.outcome == SKIPPED:
+            log.warning("%s is used, but not checked: %s", x.name, x.why)
+    own = {x.name: f"{x.outcome} ({x.why})" for x in checked if x.failed}
     failed: dict[str, str] = {}
     for text in hosts.gather_texts(json.dumps(own)):
         failed |= json.loads(text)
-    if checked and not failed:
-        names = ", ".join(x.name for x in checked)
-        seconds = time.perf_counter() - start
-        log.info("%s equal the plain path here (%.1f s)", names, seconds)
-    return _without(config, failed)
-
-
-def _without(config: Config, failed: dict[str, str]) -> Config:
-    """Replaces the kernels that failed, with a warning for each.
-
-    Args:
-      failed: name -> what is wrong.
-    """
-    model, train = config.model, config.train
+    settings = []
     for name, wrong in failed.items():
-        if " attention " in name:
-            model = dataclasses.replace(model, attention="xla")
-            instead = "model.attention=xla: attention takes several times as long"
-        elif name.startswith("loss "):
-            plain: Any = "dense" if "loss gather" in failed else "gather"
-            losses = tuple(
-                dataclasses.replace(x, implementation=plain)
-                if isinstance(x, Sigmoid)
-                else x
-                for x in train.losses
-            )
-            train = dataclasses.replace(train, losses=losses)
-            instead = f"train.losses.sigmoid.implementation={plain}: more memory"
-        else:
-            model = dataclasses.replace(model, fused=False)
-            instead = "model.fused=false: MLPs take about 1.6 times as long"
+        # A ring is replaced by "gather", unless that fails too.
+        kind = "gather" if "loss gather" in failed else "ring"
+        kind = kind if name == "loss ring" else name.split()[1]
+        setting, cost = _REPLACEMENTS[kind]
+        settings.append(setting)
+        again = f" Evaluate with {setting} too." if "model." in setting else ""
         if hosts.first():
             log.warning(
-                "%s %s. This run uses %s. `navit check` shows more; "
+                "%s %s. This run uses %s: %s.%s `navit check` shows more; "
                 "train.check_kernels=false keeps the kernel",
                 name,
                 wrong,
-                instead,
+                setting,
+                cost,
+                again,
             )
-    return dataclasses.replace(config, model=model, train=train)
+    return override(config, settings)
 
 
 def _layer_cases(
@@ -134,15 +124,7 @@ def _layer_cases(
     """
     vision, text, n = config.model.vision, config.model.text, config.data.row_tokens
     most = min(config.data.most_tokens(vision.patch_size), n)
-    # Three images and padding; no padding if two images fill a row; and no image.
-    lengths = [
-        [min(n // 2, most), min(n // 4, most), min(n // 16, most)],
-        [most, min(n - most, most)],
-        [],
-    ]
-    rows = _rows(config, devices)
-    lengths += [lengths[1]] * (rows - len(lengths))
-    ids = np.stack([_row(x, n) for x in lengths])
+    ids = _segment_ids(config, devices, most)
     names = ["xla", "unpack", *KERNELS]
     if only_used:
         names = [config.model.attention]
@@ -169,24 +151,29 @@ def _layer_cases(
     yield from fused("text", text, ids)
 
 
-def _rows(config: Config, devices: int) -> int:
-    """The fewest rows whose tokens divide into blocks as those of training do.
+def _segment_ids(config: Config, devices: int, most: int) -> Int[np.ndarray, "b n"]:
+    """Three images and padding; no padding if two images fill a row; and no image.
 
-    Interpreted, blocks of any size will do.
+    Full rows follow until the tokens divide into blocks as those of training do;
+    interpreted, blocks of any size will do.
+
+    Args:
+      most: tokens of the largest image.
     """
     vision, n = config.model.vision, config.data.row_tokens
-    rows = config.data.rows // devices // config.train.microbatches
 
     def block(rows: int) -> int:
         shape = (rows, n, vision.width)
         x = jax.ShapeDtypeStruct(shape, compute_dtype(config.model.dtype))
         size = block_tokens(x, vision.mlp_dim, ())
-        return min(size, 1) if interpreted() else size
+        return min(size, 1) if simulation() else size
 
-    return next((r for r in range(3, _ROWS + 1) if block(r) == block(rows)), 3)
-
-
-def _row(lengths: list[int], tokens: int) -> Int[np.ndarray, " n"]:
-    """Segment ids of images of these lengths, one after another, then padding."""
-    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    return np.pad(ids, (0, tokens - len(ids)))
+    training = block(config.data.rows // devices // config.train.microbatches)
+    rows = next((r for r in range(3, _ROWS + 1) if block(r) == training), 3)
+    mixed = [min(n // 2, most), min(n // 4, most), min(n // 16, most)]
+    full = [most, min(n - most, most)]
+    ids = np.zeros((rows, n), np.int32)
+    for row, lengths in zip(ids, [mixed, full, [], *[full] * (rows - 3)], strict=True):
+        segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+        row[: len(segments)] = segments
+    return ids

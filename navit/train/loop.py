@@ -23,7 +23,7 @@ from navit.train.checkpoint import Checkpoints
 from navit.train.checks import check_captions, check_config, check_devices, check_finite
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
-from navit.train.kernel_check import proven
+from navit.train.kernel_check import replace_failed
 from navit.train.metrics import Meter, line
 from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
@@ -74,7 +74,7 @@ def train(
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)
-    running = proven(config, mesh, rules)
+    running = replace_failed(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
         try:

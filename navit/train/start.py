@@ -38,13 +38,13 @@ def start(
 ) -> TrainState:
     """The state to start or resume from; a new run also writes `config.json`.
 
-    Settings that affect only rounding may differ from the checkpoint's: `changes.jsonl`
-    records them, and from which step they apply.
+    Settings that affect only rounding may differ from the checkpoint's, and a kernel
+    that fails here is replaced: `changes.jsonl` records both, and from which step.
 
     Args:
       config: the config of the run, which is saved.
       running: the same with the implementations that work here
-        (`kernel_check.proven`), which the model computes with.
+        (`kernel_check.replace_failed`), which the model computes with.
       data: the fingerprint of the training data.
       initial: makes the model for step 0; None initializes one randomly.
 
@@ -69,6 +69,7 @@ def start(
         state = jax.jit(make)(model=model)
         count = sum(x.size for x in jax.tree.leaves(state.model))
         log.info("training %.2fM parameters in %s", count / 1e6, workdir)
+        _record([], rounding_changes(config, running), 0, workdir)
         return state
     before = checkpoints.config()
     if changed := changes(before, config):
@@ -85,16 +86,16 @@ def start(
         log.info("%s is already trained to step %d", workdir, latest)
     else:
         log.info("resuming from step %d of %s", latest, workdir)
-        if rounded := rounding_changes(before, config):
-            _record(rounded, latest, workdir)
+        replaced = rounding_changes(config, running)
+        _record(rounding_changes(before, config), replaced, latest, workdir)
     return checkpoints.restore(jax.eval_shape(make))
 
 
 def trained_model(workdir: Path) -> ModelConfig | None:
     """The model of the run to resume in `workdir`; None if there is no checkpoint.
 
-    Moves damaged checkpoints aside; raises as `Checkpoints.set_damaged_aside`, and as
-    `lock.held`.
+    Moves damaged checkpoints aside; raises the same errors as
+    `Checkpoints.set_damaged_aside` and `lock.held`.
     """
     if not is_workdir(workdir):
         return None
@@ -103,13 +104,24 @@ def trained_model(workdir: Path) -> ModelConfig | None:
         return None if latest is None else checkpoints.config().model
 
 
-def _record(changed: list[str], step: int, workdir: Path) -> None:
-    """Logs the changed settings and records them in `changes.jsonl`."""
-    log.info("from here on %s", "; ".join(changed))
-    if hosts.first():
-        line = json.dumps({"step": step, "changes": changed}) + "\n"
-        with (workdir / "changes.jsonl").open("a") as file:
-            file.write(line)
+def _record(changed: list[str], replaced: list[str], step: int, workdir: Path) -> None:
+    """Logs the changed settings and records them in `changes.jsonl`.
+
+    Args:
+      replaced: the settings in which the run differs from its config, because a kernel
+        fails here. They are recorded when they differ from those of the last start.
+    """
+    if changed:
+        log.info("from here on %s", "; ".join(changed))
+    if not hosts.first():
+        return
+    path = workdir / "changes.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = text.splitlines()
+    before = json.loads(lines[-1]).get("replaced", []) if lines else []
+    if changed or replaced != before:
+        line = {"step": step, "changes": changed, "replaced": replaced}
+        write_atomic(path, f"{text}{json.dumps(line)}\n".encode())
 
 
 def _keep_tokenizer(config: Config, workdir: Path) -> None:
