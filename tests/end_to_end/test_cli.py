@@ -113,7 +113,8 @@ def test_eval_repeats_the_evaluation_from_the_checkpoint(workdir, tmp_path):
 
 def test_eval_takes_what_an_evaluation_may_change(workdir, tmp_path):
     out = ["--budgets", "64", "--out", tmp_path]
-    done = run("eval", workdir, *out, "data.max_upscale=0.05")
+    changes = ["data.max_upscale=0.05", "model.attention=xla"]
+    done = run("eval", workdir, *out, *changes)
     assert done.returncode == 0, done.stderr
     small, before = results_of(tmp_path), results_of(workdir)
     kinds = ("zero_shot", "retrieval")
@@ -122,7 +123,7 @@ def test_eval_takes_what_an_evaluation_may_change(workdir, tmp_path):
         assert few < many / 4
     assert any(small[x, 64]["metrics"] != before[x, 64]["metrics"] for x in kinds)
     done = run("eval", workdir, *out, "model.vision.pool=mean")
-    one_line(done, "model.vision.pool: 'map' -> 'mean'", "data.* and eval.*")
+    one_line(done, "model.vision.pool: 'map' -> 'mean'", "data.*, eval.* and model.")
 
 
 def test_embed_photographs_of_all_sizes(workdir, tmp_path):
