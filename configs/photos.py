@@ -2,8 +2,10 @@
 
   navit train configs/photos.py data.train.path=~/photos
 
-Without a path it reads data/sample. About a fifth of the images, chosen by a hash of
-their names, is held out for evaluation (7 of data/sample's 17 files).
+Without a path it reads data/sample. A hash of an image's name decides whether it is
+held out for evaluation: about a fifth of a large folder, more or less of a small one
+(7 of the 17 images of data/sample). data.train.holdout and data.eval.holdout set the
+share.
 """
 
 from navit.config import (

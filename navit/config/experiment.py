@@ -93,9 +93,13 @@ class TrainConfig:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
         positive(self, "microbatches")
         names = [part.short for part in self.losses]
-        if not names or len({*names}) < len(names):
+        if not names:
+            raise ValueError("train.losses is empty: name one part, such as sigmoid")
+        if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(
-                f"train.losses={','.join(names)} must name one part or more, each once"
+                f"train.losses={','.join(names)} names {repeated[0]} "
+                f"{len(repeated)} times: name it once, with a weight, such as "
+                f"{repeated[0]}:{len(repeated)}"
             )
         for part in self.losses:
             if not 0 < part.weight < float("inf"):
@@ -196,7 +200,8 @@ def _check_losses(config: Config) -> None:
         if "classifier" in part.needs and not vision.num_classes:
             raise ValueError(
                 f"{name} needs a classifier: set model.vision.num_classes to the "
-                "number of classes of data.train"
+                "number of classes of data.train (`navit index CONFIG` without this "
+                "loss prints it)"
             )
         if "labels" in part.needs and isinstance(data.train, Stream):
             raise ValueError(

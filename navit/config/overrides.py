@@ -263,6 +263,10 @@ def _expected(hint: Any, text: str) -> str:
     literals = [x for x in inner if typing.get_origin(x) is Literal]
     words = [str(word) for x in literals for word in typing.get_args(x)]
     words = words or [option.short for option in _choices(hint)]
+    if not words and dataclasses.is_dataclass(hint):
+        first = dataclasses.fields(hint)[0].name
+        expected = _expected(typing.get_type_hints(hint)[first], text)
+        return f"a field of {_name(hint)}, such as .{first} ({expected})"
     if not words:
         return _name(hint)
     near = _nearest(text.partition(":")[0], words)

@@ -110,7 +110,10 @@ def check_expressible(
     for name, is_wrong in wrong.items():
         if is_wrong:
             value = operator.attrgetter(name)(model)
-            raise ValueError(f"{format} does not support model.{name}={value!r}")
+            raise ValueError(
+                f"{format} does not support model.{name}={value!r}: write the format "
+                "navit (--format navit), which has every setting"
+            )
 
 
 def square_side(path: Path, name: str, positions: int) -> int:

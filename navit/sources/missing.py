@@ -34,7 +34,10 @@ def check_missing(
     if len(missing) / count <= share:
         log.warning("left out: %s", message)
         return
-    enough = math.ceil(1e4 * len(missing) / count) / 1e4
+    # To one digit, as the next check may find a little more.
+    exact = len(missing) / count
+    unit = 10.0 ** math.floor(math.log10(exact))
+    enough = math.ceil(exact / unit) * unit
     raise ValueError(
         f"{message}; {remedy}, or set missing={enough:g} to continue without them "
         f"(data.train.missing or data.eval.missing; it is {share:g})"

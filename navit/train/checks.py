@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from navit import config as config_lib
-from navit.config import Config, Stream
+from navit.config import Config, Folder, Stream
 from navit.config.model import ROUNDING
 from navit.input import tokens
 from navit.model.attention import misfit
@@ -113,6 +113,28 @@ def check_config(config: Config) -> None:
             config.optim.warmup_steps,
             config.train.steps,
             config.train.steps - 1,
+        )
+
+
+def check_split(config: Config, source: Source | StreamSource, held: int) -> None:
+    """Warns if more than half of a folder is held out.
+
+    Args:
+      source: the training data.
+      held: how many images `data.eval` has.
+    """
+    train, folder = config.data.train, config.data.eval
+    if not (isinstance(train, Folder) and isinstance(folder, Folder)):
+        return
+    assert not isinstance(source, StreamSource)
+    splits_one = (train.split, folder.split) == ("train", "eval")
+    if splits_one and folder.path in (None, train.path) and held > len(source):
+        log.warning(
+            "data.eval.holdout=%g takes %d of %d images, since a hash of each name "
+            "decides: set data.train.holdout and data.eval.holdout to another share",
+            folder.holdout,
+            held,
+            len(source) + held,
         )
 
 

@@ -20,7 +20,13 @@ from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import check_captions, check_config, check_devices, check_finite
+from navit.train.checks import (
+    check_captions,
+    check_config,
+    check_devices,
+    check_finite,
+    check_split,
+)
 from navit.train.feed import Feed
 from navit.train.interruption import Interruption
 from navit.train.kernel_check import replace_failed
@@ -71,6 +77,8 @@ def train(
     log.info("training on %s", source.fingerprint())
     for images in {each.images for each in opened}:
         log.info("evaluating on %d images", images.limit)
+    usual = (len(x.images.source) for x in opened if x.task.source is None)
+    check_split(config, source, next(usual, 0))
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)

@@ -73,9 +73,11 @@ def start(
         return state
     before = checkpoints.config()
     if changed := changes(before, config):
+        longer = any(change.startswith("train.steps:") for change in changed)
         raise ValueError(
             f"{workdir} holds a run with another config ({'; '.join(changed[:3])}): "
             "choose another --workdir, delete this one, or restore its settings"
+            + (f"; to train longer, set init={workdir} in a new one" if longer else "")
         )
     if data != checkpoints.data():
         raise ValueError(

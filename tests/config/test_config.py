@@ -263,6 +263,11 @@ def test_a_value_of_the_wrong_type_names_the_key_and_the_value(assignment):
     assert text in message
 
 
+def test_a_word_in_place_of_a_part_gets_its_first_field():
+    message = error_of("model.vision.position=learned")
+    assert ".kind" in message and "factorized" in message and "'learned'" in message
+
+
 @pytest.mark.parametrize("assignment", ["optim.lr", "", "optim.lr.x=1", "=3"])
 def test_text_that_is_not_an_assignment_is_refused(assignment):
     error_of(assignment)
@@ -283,12 +288,12 @@ def test_text_that_is_not_an_assignment_is_refused(assignment):
         (["model.text.vocab_size=100"], ["258", "100"]),
         (["data.caption_rows=3"], ["8", "3"]),
         (["data.captions=3"], ["captions=3", "caption_rows"]),
-        (["train.losses=sigmoid,sigmoid"], ["train.losses", "sigmoid,sigmoid"]),
+        (["train.losses=sigmoid,sigmoid"], ["sigmoid,sigmoid", "once", "sigmoid:2"]),
         (["train.losses.sigmoid.weight=0"], ["train.losses.sigmoid", "weight", "0"]),
         (["train.losses=softmax:-1"], ["train.losses.softmax", "weight", "-1"]),
         (["model.vision.position.size=-1"], ["size", "-1"]),
         (["model.vision.pool=mean", "model.text=None"], ["sigmoid", "text"]),
-        (["train.losses=classification"], ["classification", "num_classes"]),
+        (["train.losses=classification"], ["num_classes", "navit index"]),
         (["train.steps=0"], ["steps", "0"]),
         (["init="], ["init=PATH", "init=none"]),
     ],

@@ -180,6 +180,13 @@ def test_missing_files_are_counted_and_some_are_named(folder, caplog):
     assert held and set(held) < set(captions(source))
 
 
+def test_the_share_in_the_error_covers_missing_captions_and_missing_files(folder):
+    rows = "".join(f"{i}.png,x\n" for i in range(6))
+    table = f"file,caption\n{rows}6.png,\n7.png,x\n"
+    assert "set missing=0.2 " in error_of(folder, table)  # of 1 of 8 captions
+    assert len(open_folder(folder, missing=0.2)) == 6  # and of 1 of 7 files
+
+
 def test_missing_captions_are_counted_and_some_are_named(folder, caplog):
     table = "file,caption,label\n0.png,x,\n1.png,,\n2.png,,dog\n3.png,,\n0.png,,\n"
     message = error_of(folder, table)

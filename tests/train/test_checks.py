@@ -10,7 +10,7 @@ from navit.sharding import make_mesh, use_mesh
 from navit.sources.source import Record
 from navit.sources.synthetic import SyntheticSource
 from navit.train import loop
-from navit.train.checks import _some_captions, check_devices
+from navit.train.checks import _some_captions, check_devices, check_split
 
 
 class Counted(SyntheticSource):
@@ -22,6 +22,18 @@ class Counted(SyntheticSource):
     def record(self, index: int) -> Record:
         self.asked.append(index)
         return Record(b"", (str(index),))
+
+
+def test_a_folder_that_is_mostly_held_out_is_warned_about(caplog):
+    data = ["data.train=folder:x", "data.train.split=train", "data.eval=folder"]
+    config = override(tiny_config(), [*data, "data.eval.split=eval"])
+    source = SyntheticSource(size=3)
+    check_split(config, source, 3)
+    check_split(override(config, ["data.eval.path=y"]), source, 4)
+    check_split(override(config, ["data.eval.split=all"]), source, 4)
+    assert not caplog.records
+    check_split(config, source, 4)
+    assert "data.eval.holdout=0.1 takes 4 of 7 images" in caplog.text
 
 
 @pytest.mark.parametrize("size", [1, 31, 40, 100_000])

@@ -239,7 +239,10 @@ def test_checkpoint_of_another_config_is_refused(uninterrupted):
         loop.train(changed, uninterrupted)
     message = str(error.value)
     assert "optim.lr: 0.001 -> 0.5" in message and "--workdir" in message
-    assert "\n" not in message
+    assert "\n" not in message and "init=" not in message
+    longer = override(tiny_config(), ["train.steps=100"])
+    with pytest.raises(ValueError, match=f"train longer, set init={uninterrupted}"):
+        loop.train(longer, uninterrupted)
 
 
 def test_changed_data_is_refused(tmp_path):
