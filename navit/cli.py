@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from navit import libtpu, stopping
+from navit import __version__, libtpu, stopping
 
 # Errors that users can cause and fix: one line, or a traceback with --debug.
 _USER_ERRORS = (
@@ -19,6 +20,22 @@ _USER_ERRORS = (
 )
 
 log = logging.getLogger("navit")
+
+
+class _Once(logging.Filter):
+    """Drops a repeated warning: data.train and data.eval may read the same folder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        line = record.getMessage()
+        repeated = line in self._shown
+        self._shown.add(line)
+        return not repeated
 
 
 def console() -> int:
@@ -43,7 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = _parser()
+    parser, commands = _parser()
+    words = [x for x in (sys.argv[1:] if argv is None else argv) if x[:1] != "-"]
+    near = difflib.get_close_matches(words[0], commands, 1) if words else []
+    if near and words[0] not in commands:
+        parser.error(f"there is no command {words[0]!r}; did you mean {near[0]!r}?")
     args, rest = parser.parse_known_args(argv)
     # argparse rejects positionals that follow an option, but overrides may.
     if rest and hasattr(args, "overrides") and not any(x.startswith("-") for x in rest):
@@ -55,18 +76,23 @@ def _run(argv: Sequence[str] | None) -> int:
     # jax[tpu] tries a TPU first, and libtpu complains at length if there is none.
     if "JAX_PLATFORMS" not in os.environ and not libtpu.tpu_is_attached():
         libtpu.quiet()
-    from navit import commands  # late, so that --help and usage errors are fast
+    from navit import commands as work  # late: --help and usage errors are fast
 
+    once = _Once()
+    log.addFilter(once)
     try:
-        return getattr(commands, args.run)(args)
+        return getattr(work, args.run)(args)
     except _USER_ERRORS as error:
         if args.debug:
             raise
         print(f"navit: {error}", file=sys.stderr)
         return args.failed
+    finally:
+        log.removeFilter(once)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of the commands."""
     parser = argparse.ArgumentParser(
         prog="navit",
         description="Train and run NaViT / NaFlex vision encoders in JAX.",
@@ -82,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error"
     )
+    parser.add_argument("--version", action="version", version=f"navit {__version__}")
     parser.set_defaults(failed=1)
     parsers = parser.add_subparsers(required=True, metavar="command")
 
@@ -232,7 +259,12 @@ def _parser() -> argparse.ArgumentParser:
         default=256,
         help="token budget of an image (default: 256)",
     )
-    embed.add_argument("--out", type=_local, required=True, help="the .npz to write")
+    embed.add_argument(
+        "--out",
+        type=_local,
+        required=True,
+        help="the .npz to write; the suffix is added if it is not there",
+    )
     embed.add_argument(
         "--skip-unreadable",
         action="store_true",
@@ -323,8 +355,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Checks whether this machine runs CONFIG, or the default "
         "config: its\ndevices, decoding, a checkpoint's round trip, and each kernel "
         "against the plain path.\nNothing is trained, and no data of the config is "
-        "read. Takes a minute on a free\nCPU. Exit code 1: something fails "
-        "(docs/pods.md).",
+        "read. On a CPU this takes a minute\nfor the quickstart's sizes, and a few "
+        "minutes for B/16's. Exit code 1: something\nfails (docs/pods.md).",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="columns:\n"
         "  values, gradients  the largest difference from the plain path in float32,\n"
@@ -394,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run="bench")
     for each in parsers.choices.values():
         each.set_defaults(parser=each)
-    return parser
+    return parser, [*parsers.choices]
 
 
 def _add_config(parser: argparse.ArgumentParser, example: str) -> None:

@@ -139,18 +139,21 @@ def embed(args: argparse.Namespace) -> int:
     images = images_of(args.images, sys.stdin, must_exist=not args.skip_unreadable)
     if not images:
         raise ValueError("there are no names on standard input")
-    if args.out.is_dir():
-        raise IsADirectoryError(f"--out {args.out} is a directory: name a file in it")
+    out = args.out
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a directory: name a file in it")
+    if out.suffix != ".npz":
+        out = out.with_name(f"{out.name}.npz")
     mesh, rules = make_mesh(config_lib.MeshConfig())
     with use_mesh(mesh):
         count = embed_files(
             load(args.weights, overrides=args.set, rules=rules),
             images,
-            args.out,
+            out,
             max_tokens=args.max_tokens,
             skip_unreadable=args.skip_unreadable,
         )
-    print(f"wrote {count} embeddings to {args.out}")
+    print(f"wrote {count} embedding{'s' if count > 1 else ''} to {out}")
     return 0
 
 

@@ -222,9 +222,9 @@ class _Opener:
         if not trained or classes != len(labels.class_names):
             raise ValueError(
                 f"{task.name!r} is of kind classification and has "
-                f"{len(labels.class_names)} classes, and the model was trained to "
-                f"classify {classes if trained else 0}: measure zero_shot, knn or "
-                "logistic"
+                f"{len(labels.class_names)} classes, but the model has "
+                f"model.vision.num_classes={classes if trained else 0}: train it with "
+                f"{len(labels.class_names)}, or measure zero_shot, knn or logistic"
             )
 
     def _train(

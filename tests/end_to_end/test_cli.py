@@ -135,8 +135,9 @@ def test_embed_photographs_of_all_sizes(workdir, tmp_path):
         Image.new("RGB", (width, height), color).save(tmp_path / name)
         files.append(tmp_path / name)
     out = tmp_path / "z.npz"
-    done = run("embed", workdir, *files, "--max-tokens", 729, "--out", out)
+    done = run("embed", workdir, *files, "--max-tokens", 729, "--out", tmp_path / "z")
     assert done.returncode == 0, done.stderr
+    assert f"wrote 5 embeddings to {out}" in done.stdout
     with np.load(out, allow_pickle=False) as found:
         assert found["names"].tolist() == [str(f) for f in files]
         z = found["embeddings"]
@@ -336,6 +337,28 @@ def test_unreadable_photograph_is_named_and_the_run_continues(tmp_path):
     assert re.search(r"left out, unreadable: .*bad.jpg", done.stdout)
     assert re.search(r"left empty: .*cut.jpg", done.stdout)
     assert "unreadable 2" in done.stdout  # once in each of the two steps logged
+
+
+def test_the_version_and_the_nearest_command(capsys):
+    for words, shown in (
+        (["--version"], f"navit {navit.__version__}"),
+        (["trian", "configs/photos.py"], "'trian'; did you mean 'train'?"),
+        (["--debug", "evla"], "'evla'; did you mean 'eval'?"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert shown in "".join(capsys.readouterr())
+
+
+def test_a_warning_is_shown_once(tmp_path, caplog):
+    """Also if the same folder is read for training and for the evaluation."""
+    path = folder(tmp_path, "file,caption\ncat.jpg,a\nlost.jpg,b\n")
+    splits = ["data.train.split=all", "data.eval.split=all"]
+    for _ in range(2):  # of each command
+        caplog.clear()
+        words = ["index", "configs/photos.py", path, *splits, "data.train.missing=0.5"]
+        assert cli.main(words) == 0
+        assert caplog.text.count("lost.jpg") == 1
 
 
 def test_help_shows_examples():
