@@ -125,14 +125,13 @@ def verdicts(case: Case, *, timed: bool) -> list[Verdict]:
         why = f"the plain path fails: {_first_line(error)}"
         return [Verdict(x.name, SKIPPED, x.misfit or why) for x in case.implementations]
 
-    def verdict(x: Implementation) -> Verdict:
-        if x.misfit:
-            return Verdict(x.name, SKIPPED, x.misfit)
-        with _products_in(dtype):
-            found = _verdict(x, case, expected, args, altered_args, timed)
-        return dataclasses.replace(found, plain_seconds=seconds)
-
-    return [verdict(x) for x in case.implementations]
+    with _products_in(dtype):
+        return [
+            Verdict(x.name, SKIPPED, x.misfit)
+            if x.misfit
+            else _verdict(x, case, expected, args, altered_args, seconds)
+            for x in case.implementations
+        ]
 
 
 def _verdict(
@@ -141,7 +140,7 @@ def _verdict(
     expected: Any,
     args: Any,
     altered_args: Any,
-    timed: bool,
+    plain_seconds: float | None,
 ) -> Verdict:
     """Compares one implementation that this device and config can run.
 
@@ -149,6 +148,7 @@ def _verdict(
       expected: outputs and gradients of the plain path, in float32.
       args: cotangents of outputs, inputs and weights; `altered_args`: with an image
         altered.
+      plain_seconds: the time of the plain path; None if nothing is timed.
     """
     name, interpreted = implementation.name, implementation.interpreted
     run = _with_gradients(implementation.run)
@@ -156,7 +156,8 @@ def _verdict(
         actual, other = run(*args), run(*altered_args)
         result = _compared(actual, expected, other, case.real, case.altered)
         values, gradients, finite, leaked = map(float, result)
-        seconds = _seconds(run, args) if timed and not interpreted else None
+        timed = plain_seconds is not None and not interpreted
+        seconds = _seconds(run, args) if timed else None
     except Exception as error:  # compilers raise many types
         return Verdict(name, NO_PROGRAM, _first_line(error), interpreted=interpreted)
     largest, most = max(values, gradients), tolerance(args[1].dtype, case.terms)
@@ -175,6 +176,7 @@ def _verdict(
         gradients=gradients if finite and math.isfinite(gradients) else None,
         tolerance=most,
         seconds=seconds,
+        plain_seconds=plain_seconds,
         interpreted=interpreted,
     )
 
