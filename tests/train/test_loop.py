@@ -544,7 +544,7 @@ def test_classes_must_agree(tmp_path):
     config = override(
         tiny_config(), ["train.losses=classification", "model.vision.num_classes=6"]
     )
-    with pytest.raises(ValueError, match="7 classes.*num_classes=6"):
+    with pytest.raises(ValueError, match=r"7 classes.*num_classes=6"):
         loop.train(config, tmp_path)
 
 
