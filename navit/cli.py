@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser, commands = _parser()
+    parser = _parser()
+    commands = parser.get_default("commands")
     words = [x for x in (sys.argv[1:] if argv is None else argv) if x[:1] != "-"]
     near = difflib.get_close_matches(words[0], commands, 1) if words else []
     if near and words[0] not in commands:
@@ -426,7 +427,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     bench.set_defaults(run="bench")
     for each in parsers.choices.values():
         each.set_defaults(parser=each)
-    return parser, [*parsers.choices]
+    parser.set_defaults(commands=[*parsers.choices])
+    return parser
 
 
 def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
