@@ -255,7 +255,8 @@ def test_projection_and_classes(rng):
     np.testing.assert_array_equal(tokens, other)
     with pytest.raises(TypeError, match=r"pass out\.packed"):
         navit.unpack(out.tokens)
-    expected = out.pooled @ vision.classifier.kernel[...] + vision.classifier.bias[...]
+    kernel, bias = vision.classifier.kernel[...], vision.classifier.bias[...]
+    expected = out.pooled @ kernel + bias[None, None]
     np.testing.assert_allclose(out.logits, expected, atol=1e-5)
 
 
