@@ -92,8 +92,8 @@ def _run(argv: Sequence[str] | None) -> int:
         log.removeFilter(once)
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser, and the names of the commands."""
+def _parser() -> argparse.ArgumentParser:
+    """The parser; its default `commands` are the names of the commands."""
     parser = argparse.ArgumentParser(
         prog="navit",
         description="Train and run NaViT / NaFlex vision encoders in JAX.",

@@ -253,10 +253,10 @@ class Embedder:
         """
         for name, vectors in (("images", images), ("texts", texts)):
             try:
-                width = np.shape(vectors)[-1:]
+                axes = np.ndim(vectors)
             except ValueError:  # a list of images of several sizes
-                width = ()
-            if width != (self.embed_dim,):
+                axes = 0
+            if axes != 2:
                 raise TypeError(
                     f"{name} is a {type(vectors).__name__}, but should be vectors "
                     f"[len, {self.embed_dim}]: pass model.embed_{name}({name})"

@@ -13,6 +13,6 @@ def classification_loss(
 ) -> Float[Array, ""]:
     """Mean cross-entropy over the real images that have a label (>= 0)."""
     real = real & (labels >= 0)
-    right = labels[:, None] == jnp.arange(logits.shape[-1])
+    right = labels[:, None] == jnp.arange(logits.shape[-1])[None]
     terms = -jnp.where(right, jax.nn.log_softmax(logits), 0.0).sum(-1)
     return jnp.where(real, terms, 0.0).sum() / jnp.maximum(real.sum(), 1)

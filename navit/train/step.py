@@ -129,7 +129,7 @@ def with_captions(
         return x.reshape(groups, -1, *x.shape[1:], out_sharding=rules("batch"))
 
     # A product with a one-hot matrix: its gradient is a product too, not a scatter.
-    chosen = grouped(batch.owner)[:, None, :] == jnp.arange(places)[:, None]
+    chosen = grouped(batch.owner)[:, None, :] == jnp.arange(places)[None, :, None]
     real = grouped(batch.images.grids[..., 0] > 0)
     present = (chosen & real[:, None, :]).any(-1)
     highest = jax.lax.Precision.HIGHEST

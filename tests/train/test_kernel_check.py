@@ -248,7 +248,7 @@ def test_a_kernel_that_fails_is_replaced_and_the_run_goes_on(
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setitem(attention.KERNELS, "splash", leaky)
     evaluated = []
-    monkeypatch.setattr(budgets, "run", lambda model, *_: evaluated.append(model))
+    monkeypatch.setattr(budgets, "run", lambda model, *_, **__: evaluated.append(model))
     config = kernel_config(
         "data.rows=2",
         "model.text.width=16",  # too small for fused layers
