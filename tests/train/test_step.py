@@ -1,6 +1,6 @@
 """navit.train.step: the loss of a batch with lists of captions."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import tiny_config
 
 from navit.batch import Batch
-from navit.config import Config, MeshConfig, override
+from navit.config import Config, MeshConfig, ModelConfig, override
 from navit.input import pipeline
 from navit.input.tokens import encode
 from navit.model.two_tower import TwoTower
@@ -20,17 +20,22 @@ from navit.train.step import batch_loss, with_captions
 GROUP = 2
 
 
+PAIRS = "train.losses=sigmoid,softmax:0.5"
+BOTH = "train.losses=sigmoid:0.5,softmax:0.25,classification:3"
+
+
 def make_config(*options: str) -> Config:
     """Rows of 6 slots, 16 of them, of which the last are empty."""
-    depths = ("model.vision.depth=1", "model.text.depth=1")
-    options = (
-        *depths,
+    shared = [
+        "mesh.data=1",
+        "model.vision.depth=1",
+        "model.vision.num_classes=7",
         "data.rows=16",
         "data.slots=6",
         f"data.caption_rows={GROUP}",
-        *options,
-    )
-    return override(tiny_config(), [*options, "data.train.size=40"])
+        "data.train.size=40",
+    ]
+    return override(tiny_config(), [*shared, *options])
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +64,35 @@ def per_slot(batch: Batch) -> Batch:
     return batch._replace(text=text, owner=owner)
 
 
+@functools.cache
+def initial_model(model: ModelConfig, mesh: MeshConfig) -> TwoTower:
+    devices, rules = make_mesh(mesh)
+    with use_mesh(devices):
+        return jax.jit(lambda: TwoTower(model, rules, rngs=nnx.Rngs(0)))()
+
+
 def loss_and_gradients(config: Config, batch: Batch):
+    """The loss with each of its parts by name, and the gradients of the loss."""
+    model = initial_model(config.model, config.mesh)
     mesh, rules = make_mesh(config.mesh)
 
     @jax.jit
-    def step(batch):
-        model = TwoTower(config.model, rules, rngs=nnx.Rngs(0))
+    def step(model, batch):
         value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
-        (loss, _), gradients = value_and_grad(model, batch, config, rules)
-        return loss, gradients
+        return value_and_grad(model, batch, config, rules)
 
     with use_mesh(mesh):
-        return jax.tree.map(np.asarray, step(split_rows(batch, rules)))
+        return jax.tree.map(np.asarray, step(model, split_rows(batch, rules)))
+
+
+@pytest.fixture(scope="module")
+def of_pairs(batch):
+    return loss_and_gradients(make_config(PAIRS), batch)
+
+
+@pytest.fixture(scope="module")
+def of_both(batch):
+    return loss_and_gradients(make_config(BOTH), batch)
 
 
 def assert_equal_but_for_rounding(found, expected):
@@ -84,43 +106,36 @@ def assert_equal_but_for_rounding(found, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
-def test_a_list_of_captions_has_the_loss_and_gradients_of_all_slots(batch, loss):
-    config = make_config(f"train.losses={loss}")
+def test_a_list_of_captions_has_the_losses_and_gradients_of_all_slots(batch, of_pairs):
     slots = per_slot(batch)
     assert (batch.id >= 0).sum() == 40 and batch.text.any(-1).sum() == 40
     places = np.prod(batch.text.shape[:2])
     assert places < 0.8 * np.prod(slots.text.shape[:2])
-    expected = loss_and_gradients(config, slots)
-    meshes = [MeshConfig(data=1), MeshConfig(data=4, fsdp=2)]
-    for mesh in meshes if loss == "sigmoid" else meshes[:1]:
-        found = loss_and_gradients(dataclasses.replace(config, mesh=mesh), batch)
-        assert_equal_but_for_rounding(found, expected)
+    assert_equal_but_for_rounding(
+        of_pairs, loss_and_gradients(make_config(PAIRS), slots)
+    )
+    sharded = make_config(PAIRS, "mesh.data=2", "mesh.fsdp=2")
+    assert_equal_but_for_rounding(loss_and_gradients(sharded, batch), of_pairs)
 
 
-def test_losses_and_their_gradients_are_summed_by_weight(batch):
-    def found(*options):
-        classes = "model.vision.num_classes=7"
-        return loss_and_gradients(make_config("mesh.data=1", classes, *options), batch)
-
-    sigmoid = found("train.losses=sigmoid")
-    classification = found("train.losses=classification", "data.caption_rows=none")
-    for value, gradients in (sigmoid, classification):
+def test_losses_and_their_gradients_are_summed_by_weight(batch, of_pairs, of_both):
+    config = make_config("train.losses=classification", "data.caption_rows=none")
+    terms = of_pairs, loss_and_gradients(config, batch)
+    for (value, _), gradients in terms:
         assert value > 0 and any(x.any() for x in jax.tree.leaves(gradients))
-    expected = jax.tree.map(lambda a, b: 0.5 * a + 3 * b, sigmoid, classification)
-    both = found("train.losses=sigmoid:0.5,classification:3")
-    assert_equal_but_for_rounding(both, expected)
+    pairs, classification = [(value, gradients) for (value, _), gradients in terms]
+    expected = jax.tree.map(lambda a, b: 0.5 * a + 3 * b, pairs, classification)
+    (value, _), gradients = of_both
+    assert_equal_but_for_rounding((value, gradients), expected)
 
 
-def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch):
-    both = ["model.vision.num_classes=7", "train.losses=sigmoid,classification"]
-    expected = loss_and_gradients(make_config(*both, "mesh.data=1"), batch)
+def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch, of_both):
     for options in (
-        ("mesh.data=1", "train.microbatches=4"),
-        ("mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"),
+        ["train.microbatches=4"],
+        ["mesh.data=2", "mesh.fsdp=2", "train.microbatches=2"],
     ):
-        found = loss_and_gradients(make_config(*both, *options), batch)
-        assert_equal_but_for_rounding(found, expected)
+        found = loss_and_gradients(make_config(BOTH, *options), batch)
+        assert_equal_but_for_rounding(found, of_both)
 
 
 def test_images_and_captions_stay_together(batch):
