@@ -11,8 +11,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 FILES = ["test_attention.py", "test_heads.py", "test_vision.py"]
-# Every implementation; every head with the reference, and one with "unpack".
-PROOFS = "leak and not unpack-map and not unpack-max and not unpack-none"
+# Both implementations of attention, on both paths of "unpack", and every head. In whole
+# towers two heads with the reference, and one with "unpack".
+PROOFS = (
+    "leak and not 7-xla and not xla-mean and not xla-none"
+    " and not unpack-map and not unpack-max and not unpack-none"
+)
 
 
 def test_no_leak_under_default_optimisation():
@@ -36,4 +40,4 @@ def test_no_leak_under_default_optimisation():
     )
     assert child.returncode == 0, child.stdout + child.stderr
     passed = re.search(r"(\d+) passed", child.stdout)
-    assert passed and int(passed[1]) >= 25, child.stdout
+    assert passed and int(passed[1]) >= 20, child.stdout
