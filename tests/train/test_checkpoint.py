@@ -149,6 +149,8 @@ def test_a_damaged_checkpoint_is_named_and_training_uses_the_one_before(
             is_read = folder == part or not in_folder
             if name == checksums.NAME and damage in (truncate, flip):
                 continue  # it may lack lines of other parts only
+            if not is_read and damage is not remove:
+                continue  # what is not read may be damaged in any way
             message = r"step 3 of .* is damaged \(.*\): navit t"
             error = pytest.raises(ValueError, match=message)
             with error if is_read else contextlib.nullcontext():
