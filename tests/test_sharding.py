@@ -36,6 +36,7 @@ def run(config, steps=4):
 PRESETS = {
     "replicate": ["mesh.data=8"],
     "fsdp": ["mesh.data=1", "mesh.fsdp=8"],
+    "replicate, fsdp": ["mesh.data=2", "mesh.fsdp=4"],
     "fsdp, tensor": ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
 }
 
@@ -50,7 +51,14 @@ def sharded_config() -> Config:
     return override(config, [*options, "data.train.size=14"])
 
 
-@pytest.mark.parametrize("preset", ["replicate", "fsdp"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "replicate, fsdp",
+        pytest.param("replicate", marks=pytest.mark.slow),
+        pytest.param("fsdp", marks=pytest.mark.slow),
+    ],
+)
 def test_one_device_equals_eight(preset):
     """Loss and parameters, with parameters replicated and sharded.
 
