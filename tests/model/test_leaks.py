@@ -14,7 +14,7 @@ FILES = ["test_attention.py", "test_heads.py", "test_vision.py"]
 # Both implementations of attention, on both paths of "unpack", and every head. In whole
 # towers two heads with the reference, and one with "unpack".
 PROOFS = (
-    "leak and not 7-xla and not xla-mean and not xla-none"
+    "leak and not 7-xla and not xla-mean"
     " and not unpack-map and not unpack-max and not unpack-none"
 )
 
