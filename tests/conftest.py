@@ -2,12 +2,16 @@
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of the suite's time is compilation, and this halves it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# A shell's background jobs ignore SIGINT, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing is compiled twice in a run of the suite: the first process makes the cache,
 # and pytest's workers and the processes that tests start inherit it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
