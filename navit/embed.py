@@ -40,7 +40,7 @@ class Embedded(NamedTuple):
 
     Attributes:
       vectors: float32 `[m, e]`; 0 for an image that cannot be read.
-      errors: of several processes, only the one that decodes an image has its error.
+      errors: with several processes, each has those of the images that it decodes.
     """
 
     vectors: np.ndarray
@@ -173,7 +173,7 @@ class Embedder:
         )
 
         def few(start: int) -> Iterator[np.ndarray]:
-            found: dict[int, np.ndarray] = {}
+            features_of: dict[int, np.ndarray] = {}
             for part, filled in batches(
                 self.config,
                 lambda i: Record(images[start + i]),
@@ -187,16 +187,15 @@ class Embedder:
                 placed = split_rows(filled.images, self.vision.rules)
                 tokens = np.asarray(_tokens_of(self.vision, placed, max_tokens))
                 for row in range(len(part)):
-                    own = range(part.offsets[row], part.offsets[row + 1])
-                    ends = np.cumsum(part.lengths[own.start : own.stop])
-                    for i, end in zip(own, ends, strict=True):
-                        image = tokens[row, end - part.lengths[i] : end]
+                    first = 0
+                    for i in range(part.offsets[row], part.offsets[row + 1]):
+                        own = slice(first, first + part.lengths[i])
+                        image = tokens[row, own].reshape(*part.grids[i], -1)
                         # A copy, so that the batch does not live as long as an image.
-                        found[int(part.index[i])] = image.reshape(
-                            *part.grids[i], -1
-                        ).copy()
-            for i in range(len(found)):
-                yield found.pop(i)
+                        features_of[int(part.index[i])] = image.copy()
+                        first = own.stop
+            for i in range(len(features_of)):
+                yield features_of.pop(i)
 
         return itertools.chain.from_iterable(
             few(start) for start in range(0, len(sizes), window)

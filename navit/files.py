@@ -1,4 +1,4 @@
-"""Writes files so that a reader never sees a partial one."""
+"""Writes files so that no reader sees a partial one; names the cache folder."""
 
 from __future__ import annotations
 
@@ -41,3 +41,9 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
             return
         for file in sorted(temporary.iterdir()):
             os.replace(file, path / file.name)
+
+
+def cache_home() -> Path:
+    """`$XDG_CACHE_HOME/navit`, or `~/.cache/navit`."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "navit"

@@ -73,7 +73,7 @@ def run(config: Config, workdir: Path | None, out: Path | None) -> int:
     with use_mesh(mesh):
         check_devices(config, rules)
     versions = _versions()
-    print(*(f"{name} {version}" for name, version in versions.items()), sep=", ")
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     devices = _devices()
     for line, count in devices.items():
         print(f"{count} x {line}")

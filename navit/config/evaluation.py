@@ -31,8 +31,8 @@ class EvalTask:
     `data.train`. To split one folder, give its two parts by `split` and `holdout`.
     `max_images`: the most images, and the most that a probe learns from; None means
     `eval.max_images`.
-    `k`: of the nearest neighbours. `c`: the inverse of the strength of regularisation
-    of logistic regression.
+    `k`: the number of nearest neighbours. `c`: the inverse of the strength of
+    regularisation in logistic regression.
     `per_class`: budgets.json also has the accuracy of each class.
     """
 

@@ -98,7 +98,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many classes come before the right one: `[m, c]`, `[m]` -> `[m]`.
 
-    Of classes with equal scores, the lower one comes first.
+    Among classes with equal scores, the lower one comes first.
     """
     own = np.take_along_axis(scores, labels[:, None], 1)
     lower = np.arange(scores.shape[1]) < labels[:, None]

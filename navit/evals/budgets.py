@@ -52,25 +52,25 @@ def run(
 ) -> Results:
     """Evaluates at `config.eval.budgets`, prints the results and adds them to `out`.
 
-    Writes budgets.json, .md, .csv and .png. Of a table that is there, only the same
+    Writes budgets.json, .md, .csv and .png. In a table that is there, only the same
     evaluations are replaced.
 
     Args:
       out: the folder to write to.
       trained, cache: as in `evaluate`.
     """
-    found = evaluate(embedder, config, opened, trained=trained, cache=cache)
-    log.info("step %d\n%s", embedder.step, results.text(*found))
+    new = evaluate(embedder, config, opened, trained=trained, cache=cache)
+    log.info("step %d\n%s", embedder.step, results.text(*new))
     if jax.process_index() == 0:
-        rows, cascades = results.write(out, *found, pages_of(config))
-        latest = [found.rows[0][name] for name in ("step", "weights")]
+        rows, cascades = results.write(out, *new, pages_of(config))
+        latest = [new.rows[0][name] for name in ("step", "weights")]
 
         def drawn(some: list[Row]) -> list[Row]:
             return [x for x in some if [x["step"], x.get("weights")] == latest]
 
         write_atomic(out / "budgets.png", plot(drawn(rows), drawn(cascades)))
         log.info("wrote budgets.json, .md, .csv and .png to %s", out)
-    return found
+    return new
 
 
 def evaluate(
@@ -115,14 +115,14 @@ def evaluate(
         held = {}
         for source, count in counts.items():
             log.info("%d images at %d tokens", count, budget)
-            found = held[source] = vectors.embed(
+            embedded = held[source] = vectors.embed(
                 embedder, source, count, budget, weights=weights, cache=cache
             )
-            for index, error in found.errors:
+            for index, error in embedded.errors:
                 if (source, index) not in named:  # once, not at every budget
                     named.add((source, index))
                     log.warning("not evaluated: %s (%s)", source.name(index), error)
-            written += found.written
+            written += embedded.written
         about = notes.notes(config, trained or config, budget, step=embedder.step)
         confidences[budget] = []
         for each, evaluator, own in zip(opened, evaluators, rows, strict=True):
@@ -221,8 +221,8 @@ def _measure(
     if isinstance(evaluator, Probe):
         assert each.train is not None
         train = _vectors(each, each.train[0], held)
-        found = dict(evaluator.run(_vectors(each, each.images, held), train))
-        return found, evaluator.chance, None
+        metrics = dict(evaluator.run(_vectors(each, each.images, held), train))
+        return metrics, evaluator.chance, None
     images = _vectors(each, each.images, held)
     if isinstance(evaluator, Classification):
         sure = evaluator.confidences(images)
@@ -276,18 +276,18 @@ def _cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
 
 def _settings(config: Config, each: Opened) -> dict[str, Any]:
     """What else a result depends on."""
-    found: dict[str, Any] = vectors.settings(config)
+    depends_on: dict[str, Any] = vectors.settings(config)
     version = each.images.source.version()
-    found["files"] = hashlib.sha256(version.encode()).hexdigest()[:12]
+    depends_on["files"] = hashlib.sha256(version.encode()).hexdigest()[:12]
     if each.task.kind == "zero_shot":
         assert each.labels is not None
         texts = json.dumps([each.labels.class_names, each.prompts])
-        found["texts"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
+        depends_on["texts"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
     if each.train is not None:
         source, count = each.train[0]
-        found |= {"k": each.task.k, "c": each.task.c}
-        found |= {"train": source.fingerprint(), "train_images": count}
-    return found
+        depends_on |= {"k": each.task.k, "c": each.task.c}
+        depends_on |= {"train": source.fingerprint(), "train_images": count}
+    return depends_on
 
 
 def _cascades(
@@ -297,7 +297,7 @@ def _cascades(
 ) -> list[Row]:
     """From the smallest to the largest budget, of every evaluation of class scores."""
     small, large = min(confidences), max(confidences)
-    found = []
+    curves = []
     for i in range(len(opened)):
         a, b = confidences[small][i], confidences[large][i]
         if small == large or a is None or b is None:
@@ -317,9 +317,9 @@ def _cascades(
             large_flops=other["flops_per_image"],
         )
         same = ("step", "weights", "set", "kind", "images", "data", "settings", "date")
-        found.append(
+        curves.append(
             {name: other[name] for name in same}
             | {"small": small, "large": large}
             | {"points": [tuple(round(x, 4) for x in point) for point in points]}
         )
-    return found
+    return curves

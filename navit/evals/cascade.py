@@ -33,8 +33,8 @@ def cascade(
     """Accuracy against compute, for each share of images sent to the larger budget.
 
     The hardest images are sent (NaViT, appendix D). Here these are the images whose
-    largest probability at the small budget is lowest; of equal ones, the earlier is
-    sent first. An image that is sent costs both budgets.
+    largest probability at the small budget is lowest; among equal ones, the earlier
+    is sent first. An image that is sent costs both budgets.
 
     Args:
       small: probabilities at the small budget, `[m, c]`.

@@ -61,7 +61,7 @@ def plot(rows: Sequence[Row], cascades: Sequence[Row]) -> bytes:
 def _lines(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[tuple]]:
     """(tokens, GFLOPs, value, chance) at each budget, by set, kind and metric.
 
-    Of several results for one point, such as with other prompts, the last counts.
+    If a point has several results, such as with other prompts, the last counts.
     """
     lines: dict[tuple[str, str, str], dict[int, tuple]] = {}
     for row in sorted(rows, key=lambda row: row["budget"]):

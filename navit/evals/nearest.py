@@ -23,7 +23,7 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the k candidates that have the largest dot products with each query.
 
-    Of equal candidates, the one with the lower index comes first. Products are float32.
+    Among equal candidates, the lower index comes first. Products are float32.
     No more than `query_block x candidate_block` of them are held on a device at a time.
     Each device takes its share of the queries; all devices hold the candidates.
 

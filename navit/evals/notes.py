@@ -35,32 +35,32 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
       step: 0 for weights that do not say at which budgets they were trained.
     """
     vision, was = config.model.vision, trained.model.vision
-    found = []
+    lines = []
     if vision.fixed_grid:
         side = vision.position.size
-        found.append(
+        lines.append(
             f"one fixed resolution: every image is resized to {side}x{side} patches, "
             "without its aspect"
         )
     elif was.fixed_grid:
         side = was.position.size
-        found.append(
+        lines.append(
             f"trained at one fixed resolution, {side}x{side} patches, and evaluated "
             "with each image's aspect"
         )
     elif step == 0:
-        found.append("the weights do not say at which budgets they were trained")
+        lines.append("the weights do not say at which budgets they were trained")
     elif text := _untrained(trained, budget):
-        found.append(text)
+        lines.append(text)
     tokenizers = [c.model.text and c.model.text.tokenizer for c in (trained, config)]
     if tokenizers[0] is None and tokenizers[1] is not None:
-        found.append(
+        lines.append(
             f"tokenizer {tokenizers[1]}; the weights do not say which one they were "
             "trained with"
         )
     elif tokenizers[0] != tokenizers[1]:
-        found.append(f"tokenizer {tokenizers[1]}, and the weights have {tokenizers[0]}")
-    return found
+        lines.append(f"tokenizer {tokenizers[1]}, and the weights have {tokenizers[0]}")
+    return lines
 
 
 def pages(config: Config, budget: int) -> list[Page]:

@@ -86,8 +86,8 @@ class Probe:
         counted = counts(images, labels)
         if counted.any():
             learned = labelled(train, self._train_labels[: len(train)])
-            found = self._predict(learned, images[counted])
-            yield "accuracy", float((found == labels[counted]).mean())
+            predicted = self._predict(learned, images[counted])
+            yield "accuracy", float((predicted == labels[counted]).mean())
 
 
 def nearest_neighbours(
@@ -96,7 +96,7 @@ def nearest_neighbours(
     """The class that the k nearest training vectors vote for, `[q]`.
 
     Nearest by cosine. A vote weighs exp(cosine / temperature), as in Wu et al. 2018
-    (arXiv 1805.01978) and DINO; of equal classes, the lowest wins.
+    (arXiv 1805.01978) and DINO; among equal classes, the lowest wins.
 
     Args:
       vectors: `[q, d]`.

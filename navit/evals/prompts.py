@@ -22,7 +22,7 @@ def load_templates(path: str) -> tuple[str, ...]:
       FileNotFoundError, ValueError: for a missing or empty file, or a template that
         does not have exactly one place.
     """
-    found = []
+    templates = []
     for line in _load(path):
         template = line.replace("{c}", "{}")
         if template.count("{}") != 1:
@@ -30,8 +30,8 @@ def load_templates(path: str) -> tuple[str, ...]:
                 f"{path}: the template {line!r} has {template.count('{}')} places for "
                 'the class name: write "{}" or "{c}" once in each'
             )
-        found.append(template)
-    return tuple(found)
+        templates.append(template)
+    return tuple(templates)
 
 
 def load_class_names(

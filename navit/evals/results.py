@@ -27,10 +27,18 @@ Row = dict[str, Any]
 
 # What identifies a row, or a cascade. The rest is measured.
 _IDENTITY = (
-    *("step", "weights", "set", "kind", "budget", "small", "large"),
-    *("images", "data", "settings"),
+    "step",
+    "weights",
+    "set",
+    "kind",
+    "budget",
+    "small",
+    "large",
+    "images",
+    "data",
+    "settings",
 )
-# Of the points of a cascade, at each 5 %, the tables show these.
+# A cascade has a point for every 5 % of the images; the tables show every fifth point.
 _EVERY = 5
 _COLUMNS = ("set", "kind", "tokens", "used", "enlarged", "images", "GFLOPs", "images/s")
 

@@ -110,8 +110,8 @@ def recall(
 ) -> dict[int, float]:
     """The share of queries that have a right candidate among their k nearest, by k.
 
-    Exact, without a matrix of all scores. Of equal candidates, the one with the lower
-    index is the nearer.
+    Exact, without a matrix of all scores. Among equal candidates, the one with the
+    lower index is the nearer.
 
     Args:
       queries: vectors `[m, e]`.
@@ -120,9 +120,9 @@ def recall(
         not count.
     """
     asked, query = np.unique(pairs[:, 0], return_inverse=True)
-    _, found = nearest(queries[asked], candidates, k=max(ks))
+    _, index = nearest(queries[asked], candidates, k=max(ks))
     count = len(candidates)
-    places = np.arange(len(asked))[:, None] * count + found
+    places = np.arange(len(asked))[:, None] * count + index
     right = np.isin(places, query * count + pairs[:, 1])
     return {k: float(right[:, :k].any(1).mean()) for k in ks}
 

@@ -41,7 +41,7 @@ class Opened:
 
     Attributes:
       images: what it measures on.
-      labels: class names, and labels of all images of the source; of retrieval, None.
+      labels: class names, and labels of all images of the source; retrieval has none.
       prompts: templates with one "{}" each; used by zero-shot.
       train: what a probe learns from, with their labels.
     """
@@ -103,10 +103,10 @@ def open_tasks(
     if classes is not None:
         some = [task for task in tasks if task.kind == "zero_shot"]
         if len(some) != 1:
-            found = ", ".join(task.name for task in some) or "none"
+            names_of = ", ".join(task.name for task in some) or "none"
             raise ValueError(
                 f"--classes {classes} names the classes of one zero-shot "
-                f"classification, and there are {len(some)} ({found}): choose one with "
+                f"classification, and there are {len(some)} ({names_of}): choose one with "
                 "--task"
             )
         named = dataclasses.replace(some[0], classes=classes)

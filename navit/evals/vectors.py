@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import navit
 from navit import config as config_lib
 from navit.config import Config
 from navit.embed import Embedder
-from navit.files import write_atomic
+from navit.files import cache_home, write_atomic
 from navit.input.fill import Errors
 from navit.sources.source import Record, Source
 
@@ -38,7 +37,7 @@ class Vectors(NamedTuple):
 
     Attributes:
       pooled: float32 `[m, e]`, before normalisation; NaN for an unreadable image.
-      errors: why images cannot be read; of several processes, each has its own.
+      errors: why images cannot be read; each process has those of its own images.
       per_second: images embedded in a second; None if all were kept.
       written: bytes written to the cache.
     """
@@ -51,8 +50,7 @@ class Vectors(NamedTuple):
 
 def default_cache() -> Path:
     """Where vectors of released weights are kept."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "navit" / "embeddings"
+    return cache_home() / "embeddings"
 
 
 def fingerprint(embedder: Embedder) -> str:
@@ -78,7 +76,7 @@ def embed(
 ) -> Vectors:
     """Embeds the first `count` images of a source, or reads what is kept of them.
 
-    Collective: of several processes, the first reads and writes the cache.
+    All processes must call it; only the first reads and writes the cache.
 
     Args:
       weights: their fingerprint.
@@ -109,7 +107,7 @@ def embed(
             return source.record(int(numbers[i]))
 
         began = time.perf_counter()
-        found = embedder.embed_source(
+        embedded = embedder.embed_source(
             read,
             source.sizes[missing],
             max_tokens,
@@ -117,9 +115,9 @@ def embed(
             progress=_label(max_tokens, start, count),
         )
         timed.append((len(missing), time.perf_counter() - began))
-        pooled[missing] = found.vectors
-        errors += [(int(missing[i]), error) for i, error in found.errors]
-        if path is not None and found.vectors.any() and jax.process_index() == 0:
+        pooled[missing] = embedded.vectors
+        errors += [(int(missing[i]), error) for i, error in embedded.errors]
+        if path is not None and embedded.vectors.any() and jax.process_index() == 0:
             written += _keep(path, part)
     pooled[~pooled.any(-1)] = np.nan
     if len(timed) > 1:  # the first includes compilation
@@ -146,18 +144,18 @@ def _label(max_tokens: int, start: int, count: int) -> str | None:
 
 def _kept(path: Path | None, shape: tuple[int, ...]) -> np.ndarray:
     """The vectors in a file of this shape; 0 if there are none."""
-    found = np.zeros(shape, np.float32)
+    vectors = np.zeros(shape, np.float32)
     if path is not None and jax.process_index() == 0 and path.is_file():
         try:
-            found[:] = np.load(path, allow_pickle=False)
+            vectors[:] = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             log.warning(
                 "%s is damaged (%s): its images are embedded again", path, error
             )
-            found[:] = 0
+            vectors[:] = 0
     if path is None or jax.process_count() == 1:
-        return found
-    return np.array(multihost_utils.broadcast_one_to_all(found))
+        return vectors
+    return np.array(multihost_utils.broadcast_one_to_all(vectors))
 
 
 def _keep(path: Path, vectors: np.ndarray) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from navit.files import write_atomic
+from navit.files import cache_home, write_atomic
 
 log = logging.getLogger("navit")
 
@@ -107,9 +106,8 @@ def find_beside(place: Place, kind: str, suffix: str) -> Path | None:
 
 
 def _folders(place: Place) -> list[Path]:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     beside = [] if place.folder is None else [place.folder / ".navit"]
-    return [*beside, Path(cache) / "navit"]
+    return [*beside, cache_home()]
 
 
 def _file_name(place: Place, kind: str, suffix: str) -> str:

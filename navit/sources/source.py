@@ -46,6 +46,4 @@ class Source(Protocol):
     def record(self, index: int) -> Record: ...
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...  # changes with sizes, captions and labels
-    def version(
-        self,
-    ) -> str: ...  # changes when any file does
+    def version(self) -> str: ...  # changes with any file

@@ -77,8 +77,8 @@ def train(
     log.info("training on %s", source.fingerprint())
     for images in {each.images for each in opened}:
         log.info("evaluating on %d images", images.limit)
-    usual = (len(x.images.source) for x in opened if x.task.source is None)
-    check_split(config, source, next(usual, 0))
+    held_out = (len(x.images.source) for x in opened if x.task.source is None)
+    check_split(config, source, next(held_out, 0))
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)
@@ -114,7 +114,7 @@ def train(
                 workdir,
             )
             return False
-        found = budgets.run(
+        measured = budgets.run(
             Embedder(state.model, config, step=step),
             config,
             opened,
@@ -123,7 +123,7 @@ def train(
         )
         if config.eval.every and hosts.first() and first_step < step:
             for writer in open_writers(config, workdir, step):
-                writer.write({"step": step, **results.logged(found.rows)})
+                writer.write({"step": step, **results.logged(measured.rows)})
                 writer.close()
         return True
 
@@ -195,9 +195,9 @@ def _steps(
                 break
             if config.eval.every and step % config.eval.every == 0:
                 embedder = Embedder(state.model, config, step=step)
-                found = budgets.run(embedder, config, opened, workdir)
+                measured = budgets.run(embedder, config, opened, workdir)
                 for writer in writers:
-                    writer.write({"step": step, **results.logged(found.rows)})
+                    writer.write({"step": step, **results.logged(measured.rows)})
                 meter.start_clock()
     if meter.unreadable:
         log.warning("%d images could not be read in this run", len(meter.unreadable))
