@@ -103,10 +103,10 @@ def open_tasks(
     if classes is not None:
         some = [task for task in tasks if task.kind == "zero_shot"]
         if len(some) != 1:
-            names_of = ", ".join(task.name for task in some) or "none"
+            known = ", ".join(task.name for task in some) or "none"
             raise ValueError(
                 f"--classes {classes} names the classes of one zero-shot "
-                f"classification, and there are {len(some)} ({names_of}): choose one with "
+                f"classification, and there are {len(some)} ({known}): choose one with "
                 "--task"
             )
         named = dataclasses.replace(some[0], classes=classes)
