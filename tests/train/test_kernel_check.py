@@ -107,7 +107,7 @@ def small_case(implementations, dtype, *, plain=right):
 def test_what_is_wrong_is_found_and_rounding_is_not():
     """In float32 and bfloat16, by their tolerances."""
     for dtype in (jnp.float32, jnp.bfloat16):
-        rounded = jnp.asarray(1, dtype) + 2 * jnp.finfo(dtype).eps
+        rounded = jnp.asarray(1 + 2 * float(jnp.finfo(dtype).eps), dtype)
         implementations = {
             "right": right,
             "rounded": lambda x, w, rounded=rounded: right(x, w) * rounded,
