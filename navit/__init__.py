@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from navit.embed import Embedder as Embedder
     from navit.input.fill import pack as pack
     from navit.input.fill import unpack as unpack
+    from navit.plan import strategies as strategies
     from navit.plan.geometry import grid_for as grid_for
     from navit.weights import load as load
     from navit.weights import save as save
@@ -28,6 +29,7 @@ _HOMES = {
     "load": "navit.weights",
     "pack": "navit.input.fill",
     "save": "navit.weights",
+    "strategies": "navit.plan.strategies",
     "unpack": "navit.input.fill",
 }
 
@@ -37,7 +39,8 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'navit' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    return home if home.__name__.endswith(f".{name}") else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,180 @@
+"""One view that keeps the image's aspect: Qwen2-VL to Qwen3-VL, Kimi-VL, NaFlex."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from navit.plan.geometry import grid_for
+from navit.plan.strategies import views
+from navit.plan.strategies.views import BLACK, Block, Layout, Separator, View
+
+# Qwen2-VL refuses images that are longer than this many times their width.
+_LONGEST_ASPECT = 200
+
+# Kimi-VL's position table ends before this many patches.
+_KIMI_SIDE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVL:
+    """Rounds both sides to a multiple of `patch * merge`, within bounds of the area.
+
+    The bounds are not strict: rounding may exceed either. Qwen3-VL has `patch=16`.
+
+    `utils`: round as qwen-vl-utils does, whose first rounding is at least one multiple;
+    transformers' is at least one only where it shrinks.
+
+    From `smart_resize` in transformers' image_processing_qwen2_vl.py and in
+    qwen-vl-utils (arXiv 2409.12191).
+    """
+
+    patch: int = 14
+    merge: int = 2
+    min_pixels: int = dataclasses.field(default=56 * 56, kw_only=True)
+    max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
+    utils: bool = dataclasses.field(default=False, kw_only=True)
+
+    resample = "bicubic"
+
+    def __post_init__(self) -> None:
+        views.check_fields(self, "patch", "merge", "min_pixels", "max_pixels")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"QwenVL.min_pixels={self.min_pixels} is more than "
+                f"max_pixels={self.max_pixels}"
+            )
+
+    def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
+        views.check(height, width, images)
+        return (views.whole(height, width, self._size(height, width), self.patch),)
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
+        (view,) = self.views(height, width, images=images)
+        rows, columns = (side // self.merge for side in view.grid)
+        block = Block(0, rows, columns)
+        return Separator("<|vision_start|>"), block, Separator("<|vision_end|>")
+
+    def tokens(self, height: int, width: int, *, images: int = 1) -> int:
+        """`merge` x `merge` patches a token, and the two tags."""
+        return views.count(self.layout(height, width, images=images))
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        aspect = max(height, width) / min(height, width)
+        if aspect > _LONGEST_ASPECT:
+            raise ValueError(
+                f"an image of {height}x{width} pixels has an aspect of {aspect:.0f}:1, "
+                f"and Qwen-VL takes at most {_LONGEST_ASPECT}:1: crop it, or leave it "
+                "out"
+            )
+        unit = self.patch * self.merge
+        least, shrunk_least = (unit, 0) if self.utils else (0, unit)
+        high = max(least, round(height / unit) * unit)
+        wide = max(least, round(width / unit) * unit)
+        if high * wide > self.max_pixels:
+            scale = math.sqrt(height * width / self.max_pixels)
+            high = max(shrunk_least, math.floor(height / scale / unit) * unit)
+            wide = max(shrunk_least, math.floor(width / scale / unit) * unit)
+        elif high * wide < self.min_pixels:
+            scale = math.sqrt(self.min_pixels / (height * width))
+            high = math.ceil(height * scale / unit) * unit
+            wide = math.ceil(width * scale / unit) * unit
+        if not high or not wide:
+            raise ValueError(
+                f"an image of {height}x{width} pixels is resized to {high}x{wide} by "
+                "QwenVL: crop it, leave it out, raise max_pixels, or set utils=False"
+            )
+        return high, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Kimi:
+    """Shrinks to about `max_tokens` patches, never enlarges, and pads below and right.
+
+    Sides are padded with black to a multiple of `patch * merge`. As they are, the limit
+    is exceeded by up to a fifth: 1792x896 pixels become 4232 patches. Kimi-K2.5 has
+    `max_tokens=16384`.
+
+    From Kimi-VL's image_processing_kimi_vl.py (arXiv 2504.07491).
+    """
+
+    patch: int = 14
+    max_tokens: int = 4096
+    merge: int = dataclasses.field(default=2, kw_only=True)
+
+    resample = "bicubic"
+
+    def __post_init__(self) -> None:
+        views.check_fields(self, "patch", "max_tokens", "merge")
+
+    def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
+        views.check(height, width, images)
+        patch, unit = self.patch, self.patch * self.merge
+        size, patches = (height, width), (width // patch) * (height // patch)
+        if patches > self.max_tokens:
+            scale = math.sqrt(self.max_tokens / patches)
+            size = (max(1, int(height * scale)), max(1, int(width * scale)))
+        high, wide = (-(-side // unit) * unit for side in size)
+        if max(high, wide) // patch >= _KIMI_SIDE:
+            raise ValueError(
+                f"an image of {height}x{width} pixels takes {high // patch}x"
+                f"{wide // patch} patches, and Kimi-VL takes fewer than {_KIMI_SIDE} a "
+                "side: crop it, or leave it out"
+            )
+        return (
+            View(
+                box=(0, 0, height, width),
+                size=size,
+                window=(0, 0, high, wide),
+                grid=(high // patch, wide // patch),
+                role="whole",
+                fill=None if size == (high, wide) else BLACK,
+            ),
+        )
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
+        (view,) = self.views(height, width, images=images)
+        rows, columns = (side // self.merge for side in view.grid)
+        return (Block(0, rows, columns),)
+
+    def tokens(self, height: int, width: int, *, images: int = 1) -> int:
+        """`merge` x `merge` patches a token, without tags, which are text."""
+        return views.count(self.layout(height, width, images=images))
+
+
+@dataclasses.dataclass(frozen=True)
+class NaFlex:
+    """The grid of least distortion within `max_tokens` patches: `navit.grid_for`.
+
+    From SigLIP 2 (arXiv 2502.14786, section 2.4.2). This is navit's own rule without a
+    strategy; `max_upscale` limits enlarging.
+    """
+
+    patch: int = 16
+    max_tokens: int = 256
+    max_upscale: float | None = dataclasses.field(default=None, kw_only=True)
+
+    resample = "bilinear"
+
+    def __post_init__(self) -> None:
+        views.check_fields(self, "patch", "max_tokens")
+
+    def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
+        views.check(height, width, images)
+        rows, columns = grid_for(
+            height,
+            width,
+            patch_size=self.patch,
+            max_tokens=self.max_tokens,
+            max_upscale=self.max_upscale,
+        )
+        size = (rows * self.patch, columns * self.patch)
+        return (views.whole(height, width, size, self.patch),)
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
+        (view,) = self.views(height, width, images=images)
+        return (Block(0, *view.grid),)
+
+    def tokens(self, height: int, width: int, *, images: int = 1) -> int:
+        """One token a patch, and no separators."""
+        return views.count(self.layout(height, width, images=images))
