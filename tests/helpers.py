@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from navit.config import (
     TrainConfig,
     VisionConfig,
 )
+from navit.evals.metric import Metric
 from navit.model.vision import Vision
 from navit.sources import examples
 from navit.sources.images import standard
@@ -50,6 +52,16 @@ def serialize_example(features: dict[str, Any]) -> bytes:
         if values:
             getattr(feature, kind[type(values[0])]).value.extend(values)
     return example.SerializeToString(deterministic=True)
+
+
+def values(metrics: Iterable[Metric]) -> dict[str, float]:
+    """What was measured, by name."""
+    return {metric.name: metric.value for metric in metrics}
+
+
+def chances(metrics: Iterable[Metric]) -> dict[str, float]:
+    """What guessing gives, by name, where that is known."""
+    return {m.name: m.chance for m in metrics if m.chance is not None}
 
 
 def vision_config(**overrides) -> VisionConfig:

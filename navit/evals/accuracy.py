@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from navit.evals.calibration import calibration_error
+from navit.evals.metric import Metric
 from navit.sources.source import Task
 
 
@@ -47,13 +48,8 @@ class Classification:
             )
         self._scores, self._task, self._logits = scores, task, logits or scores
 
-    @property
-    def chance(self) -> dict[str, float]:
-        """Accuracy of guessing, by metric name."""
-        return chance(len(self._task.class_names))
-
-    def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, value) for vectors `[len(source), d]`.
+    def run(self, images: np.ndarray) -> Iterator[Metric]:
+        """Yields metrics of vectors `[len(source), d]`; none if no image counts.
 
         A row of NaN is an image that could not be read; it does not count.
         """
@@ -61,10 +57,8 @@ class Classification:
         if len(confidences.labels):
             scores = self._scores(images[confidences.places])
             yield from accuracies(scores, confidences.labels)
-            yield (
-                "calibration_error",
-                calibration_error(confidences.probabilities, confidences.labels),
-            )
+            error = calibration_error(confidences.probabilities, confidences.labels)
+            yield Metric("calibration_error", error)
 
     def confidences(self, images: np.ndarray) -> Confidences:
         """The probabilities of the images that count, of vectors as in `run`."""
@@ -105,17 +99,9 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((scores > own) | ((scores == own) & lower)).sum(1)
 
 
-def accuracies(scores: np.ndarray, labels: np.ndarray) -> Iterator[tuple[str, float]]:
+def accuracies(scores: np.ndarray, labels: np.ndarray) -> Iterator[Metric]:
     """Yields top-1 accuracy of scores `[m, c]`; top-5 of more than five classes."""
-    rank = ranks(scores, labels)
-    for metric, k in _metrics(scores.shape[1]).items():
-        yield metric, float((rank < k).mean())
-
-
-def chance(classes: int) -> dict[str, float]:
-    """Accuracy of guessing, by metric name."""
-    return {metric: k / classes for metric, k in _metrics(classes).items()}
-
-
-def _metrics(classes: int) -> dict[str, int]:
-    return {"accuracy": 1, **({"top5": 5} if classes > 5 else {})}
+    rank, classes = ranks(scores, labels), scores.shape[1]
+    for name, k in (("accuracy", 1), ("top5", 5)):
+        if k == 1 or k < classes:
+            yield Metric(name, float((rank < k).mean()), k / classes)

@@ -22,6 +22,7 @@ from navit.evals import notes, results, vectors
 from navit.evals.accuracy import Classification, Confidences
 from navit.evals.cascade import cascade
 from navit.evals.figure import plot
+from navit.evals.metric import Metric
 from navit.evals.probes import Probe
 from navit.evals.results import Row
 from navit.evals.tasks import Evaluator, Images, Opened
@@ -127,7 +128,7 @@ def evaluate(
         confidences[budget] = []
         for each, evaluator, own in zip(opened, evaluators, rows, strict=True):
             source, count = each.images
-            measured, guessed, sure = _measure(each, evaluator, held)
+            metrics, sure = _measure(each, evaluator, held)
             confidences[budget].append(sure)
             pooled = held[source].pooled[:count]
             speed = held[source].per_second
@@ -142,8 +143,12 @@ def evaluate(
                     "unreadable": int(np.isnan(pooled[:, 0]).sum()),
                     **_cost(config, source.sizes[:count], budget),
                     "images_per_second": speed,
-                    "metrics": {k: round(v, 4) for k, v in measured.items()},
-                    "chance": {k: round(v, 4) for k, v in guessed.items()},
+                    "metrics": {x.name: round(x.value, 4) for x in metrics},
+                    "chance": {
+                        x.name: round(x.chance, 4)
+                        for x in metrics
+                        if x.chance is not None
+                    },
                     "notes": about,
                     "data": source.fingerprint(),
                     "settings": _settings(config, each),
@@ -216,18 +221,15 @@ def check(
 
 def _measure(
     each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
-) -> tuple[dict[str, float], dict[str, float], Confidences | None]:
-    """The metrics at one budget, their chance, and a classifier's confidences."""
+) -> tuple[list[Metric], Confidences | None]:
+    """The metrics at one budget, and a classifier's confidences."""
+    images = _vectors(each, each.images, held)
     if isinstance(evaluator, Probe):
         assert each.train is not None
-        train = _vectors(each, each.train[0], held)
-        metrics = dict(evaluator.run(_vectors(each, each.images, held), train))
-        return metrics, evaluator.chance, None
-    images = _vectors(each, each.images, held)
+        return [*evaluator.run(images, _vectors(each, each.train[0], held))], None
     if isinstance(evaluator, Classification):
-        sure = evaluator.confidences(images)
-        return dict(evaluator.run(images)), evaluator.chance, sure
-    return dict(evaluator.run(images)), evaluator.chance(images), None
+        return [*evaluator.run(images)], evaluator.confidences(images)
+    return [*evaluator.run(images)], None
 
 
 def _vectors(

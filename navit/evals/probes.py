@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from navit.evals.accuracy import counts
+from navit.evals.metric import Metric
 from navit.evals.nearest import nearest
 from navit.sources.source import Task
 
@@ -72,13 +73,8 @@ class Probe:
     ) -> None:
         self._predict, self._task, self._train_labels = predict, task, train_labels
 
-    @property
-    def chance(self) -> dict[str, float]:
-        """Accuracy of guessing, by metric name."""
-        return {"accuracy": 1 / len(self._task.class_names)}
-
-    def run(self, images: np.ndarray, train: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, accuracy) for vectors `[m, d]` and training vectors `[t, d]`.
+    def run(self, images: np.ndarray, train: np.ndarray) -> Iterator[Metric]:
+        """Yields the accuracy on vectors `[m, d]`, after training vectors `[t, d]`.
 
         A row of NaN is an image that could not be read; it does not count.
         """
@@ -87,7 +83,8 @@ class Probe:
         if counted.any():
             learned = labelled(train, self._train_labels[: len(train)])
             predicted = self._predict(learned, images[counted])
-            yield "accuracy", float((predicted == labels[counted]).mean())
+            hits = float((predicted == labels[counted]).mean())
+            yield Metric("accuracy", hits, 1 / len(self._task.class_names))
 
 
 def nearest_neighbours(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from navit.evals.metric import Metric
 from navit.evals.nearest import nearest
 
 log = logging.getLogger("navit")
@@ -58,19 +59,8 @@ class Retrieval:
         )
         self._texts = embed_texts(texts)
 
-    def chance(self, images: np.ndarray) -> dict[str, float]:
-        """Recall of guessing, by metric name, among the candidates that `run` has."""
-        readable, asked, pairs = self._counted(images)
-        if not len(pairs):
-            return {}
-        count, texts = int(readable.sum()), len(asked)
-        return {
-            **_named("image_to_text", chance(pairs, texts, ks=_useful(texts))),
-            **_named("text_to_image", chance(pairs[:, ::-1], count, ks=_useful(count))),
-        }
-
-    def run(self, images: np.ndarray) -> Iterator[tuple[str, float]]:
-        """Yields (metric, recall) for image embeddings `[len(captions), e]`.
+    def run(self, images: np.ndarray) -> Iterator[Metric]:
+        """Yields recalls of image embeddings `[len(captions), e]`, both ways.
 
         A row of NaN is an image that could not be read; it does not count, nor do
         captions that belong only to such images.
@@ -79,13 +69,16 @@ class Retrieval:
         if not len(pairs):
             return
         images, texts = images[readable], self._texts[asked]
-        yield from _named(
-            "image_to_text", recall(images, texts, pairs, ks=_useful(len(texts)))
-        ).items()
-        yield from _named(
-            "text_to_image",
-            recall(texts, images, pairs[:, ::-1], ks=_useful(len(images))),
-        ).items()
+        for direction, queries, candidates, right in (
+            ("image_to_text", images, texts, pairs),
+            ("text_to_image", texts, images, pairs[:, ::-1]),
+        ):
+            count = len(candidates)
+            ks = [k for k in _KS if k == 1 or k < count]
+            found = recall(queries, candidates, right, ks=ks)
+            guessed = chance(right, count, ks=ks)
+            for k in ks:
+                yield Metric(f"{direction}_r{k}", found[k], guessed[k])
 
     def _counted(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The candidates for embeddings `[len(captions), e]`.
@@ -144,11 +137,3 @@ def chance(
         (candidates - right - i).clip(0) / (candidates - i) for i in range(max(ks))
     ]
     return {k: float(1 - np.prod(missed[:k], 0).mean()) for k in ks}
-
-
-def _useful(candidates: int) -> list[int]:
-    return [k for k in _KS if k == 1 or k < candidates]
-
-
-def _named(direction: str, values: dict[int, float]) -> dict[str, float]:
-    return {f"{direction}_r{k}": value for k, value in values.items()}

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_config
+from helpers import chances, tiny_config, values
 
 import navit
 from navit.config import DataConfig, EvalConfig, Folder, override
@@ -43,8 +43,8 @@ def test_zero_shot_counts_the_nearest_class_of_labelled_images():
     task = Task(("cat", "dog"), np.array([0, 1, 0, -1]))
     evaluator = zero_shot(embed, logits, task, ("a {}",))
     images = np.array([[1, 0, 0], [0.9, 0.1, 0], [0.6, 0.5, 0], [0, 1, 0]])
-    assert dict(evaluator.run(images))["accuracy"] == pytest.approx(2 / 3)
-    assert evaluator.chance == {"accuracy": 0.5}
+    assert values(evaluator.run(images))["accuracy"] == pytest.approx(2 / 3)
+    assert chances(evaluator.run(images)) == {"accuracy": 0.5}
 
 
 def test_zero_shot_averages_prompts():
@@ -53,18 +53,18 @@ def test_zero_shot_averages_prompts():
     image = np.array([[0.5, 0.6, -0.6]])
     for prompts, accuracy in ((("a {}",), 0), (("a {}", "photo of a {}"), 1)):
         evaluator = zero_shot(embed, logits, task, prompts)
-        assert dict(evaluator.run(image))["accuracy"] == accuracy
+        assert values(evaluator.run(image))["accuracy"] == accuracy
 
 
 def test_images_that_could_not_be_read_do_not_count():
     task = Task(("cat", "dog"), np.array([0, 0, 1]))
     images = np.array([[1.0, 0, 0], [np.nan] * 3, [0, 1, 0]])
     evaluator = zero_shot(embed, logits, task, ("a {}",))
-    assert dict(evaluator.run(images))["accuracy"] == 1.0
+    assert values(evaluator.run(images))["accuracy"] == 1.0
     classify = Classification(lambda pooled: pooled, task)
-    assert dict(classify.run(images))["accuracy"] == 1.0
+    assert values(classify.run(images))["accuracy"] == 1.0
     retrieval = Retrieval(embed, [("a cat",), ("a car",), ("a dog",)])
-    assert dict(retrieval.run(images)) == {
+    assert values(retrieval.run(images)) == {
         "image_to_text_r1": 1.0,
         "text_to_image_r1": 1.0,
     }
@@ -74,21 +74,21 @@ def test_retrieval_counts_any_right_caption_and_any_right_image():
     captions = [("a cat", "photo of a cat"), ("a dog",), ("a dog", "a car")]
     retrieval = Retrieval(embed, captions)
     images = np.array([[0.8, 0.6, 0], [0, 0, 1], [0, 0.6, 0.8]])
-    found = dict(retrieval.run(images))
+    found = values(retrieval.run(images))
     # Image 0 -> "photo of a cat", right; image 1 -> "a car", wrong; image 2 -> "a car".
     assert found["image_to_text_r1"] == pytest.approx(2 / 3)
     # Both cats -> image 0; "a dog" ties to image 0 (0.6) first, wrong; "a car" -> 1.
     assert found["text_to_image_r1"] == pytest.approx(2 / 4)
     # Right pairs among 3 images x 4 captions.
-    assert retrieval.chance(images)["image_to_text_r1"] == pytest.approx(5 / 12)
+    assert chances(retrieval.run(images))["image_to_text_r1"] == pytest.approx(5 / 12)
 
 
 def test_classification_ignores_images_without_a_label():
     task = Task(("x", "y", "z"), np.array([0, 2, -1]))
     classify = Classification(lambda pooled: pooled, task)
     images = np.array([[3.0, 1, 2], [1, 5, 2], [0, 0, 1]])
-    assert dict(classify.run(images))["accuracy"] == 0.5
-    assert classify.chance == {"accuracy": pytest.approx(1 / 3)}
+    assert values(classify.run(images))["accuracy"] == 0.5
+    assert chances(classify.run(images)) == {"accuracy": pytest.approx(1 / 3)}
 
 
 def evaluated(name, budget_list, **data):

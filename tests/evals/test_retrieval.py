@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from helpers import chances, values
 
 from navit.config import MeshConfig
 from navit.evals.nearest import nearest
@@ -117,9 +118,9 @@ def test_retrieval_equals_a_plain_one(devices, rng):
             images[[2, 3, 11]] = np.nan
             places = [{unique.index(c) for c in own} for own in captions]
             retrieval = Retrieval(lambda _, texts=texts: texts, captions)
-            found = dict(retrieval.run(images))
+            found = values(retrieval.run(images))
             assert found == plain_recalls(images, texts, places)
-            assert set(found) == set(retrieval.chance(images))
+            assert set(found) == set(chances(retrieval.run(images)))
 
 
 def test_chance_is_among_the_candidates_of_the_recall(rng):
@@ -131,10 +132,10 @@ def test_chance_is_among_the_candidates_of_the_recall(rng):
     there = Retrieval(
         lambda texts: integers(rng, len(texts)), [captions[i] for i in (0, 2, 3)]
     )
-    assert retrieval.chance(images) == there.chance(images[[0, 2, 3]])
+    assert chances(retrieval.run(images)) == chances(there.run(images[[0, 2, 3]]))
     # "b" and "c" are no candidates: 1, 2 and 1 of "a", "d" and "e" are right.
-    assert retrieval.chance(images)["image_to_text_r1"] == pytest.approx(4 / 9)
-    assert retrieval.chance(np.full_like(images, np.nan)) == {}
+    assert chances(retrieval.run(images))["image_to_text_r1"] == pytest.approx(4 / 9)
+    assert chances(retrieval.run(np.full_like(images, np.nan))) == {}
 
 
 def test_sharded_over_8_devices_equals_one(rng):
@@ -155,11 +156,11 @@ def test_unreadable_images_take_their_captions_with_them(rng):
     retrieval = Retrieval(lambda _: texts, [("a",), ("b",), ("a", "c")])
     images[2] = np.nan
     # "c" has no image left: two images, two captions.
-    assert dict(retrieval.run(images)) == plain_recalls(
+    assert values(retrieval.run(images)) == plain_recalls(
         images, texts, [{0}, {1}, {0, 2}]
     )
     images[:] = np.nan
-    assert dict(retrieval.run(images)) == {}
+    assert values(retrieval.run(images)) == {}
 
 
 def test_an_image_without_a_caption_is_only_retrieved(caplog):
@@ -167,7 +168,7 @@ def test_an_image_without_a_caption_is_only_retrieved(caplog):
     images = np.array([[1, 0, 0], [0, 1, 0], [0, 2, 0]], np.float32)
     retrieval = Retrieval(lambda _: texts, [("a",), ("b",), ()])
     assert "1 of 3 images have no caption" in caplog.text
-    assert dict(retrieval.run(images)) == {
+    assert values(retrieval.run(images)) == {
         "image_to_text_r1": 1.0,
         "text_to_image_r1": 0.5,  # "b" finds the third image
     }
