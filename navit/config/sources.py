@@ -2,7 +2,8 @@
 
 Paths may start with `~`; some classes also take URLs of any file system that fsspec
 knows (`gs://`, `s3://`). `docs/data.md` has an example of each. On a command line, the
-`short` name of a class chooses it: `data.train=tars:PATH`.
+`short` name of a class chooses it: `data.train=tars:PATH`. A file of `classes` has one
+class name per line, or is JSON (`FILE.json#KEY`), as `navit/sources/names.py` reads it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class TarShards:
     `path`: `~/cc12m/{00000..01242}.tar`, a glob, or a folder of .tar files; URLs too.
     `caption`, `label`: the member's extension, and for a .json also the field, as
     `json.caption` or `json.meta.title`. A caption of None means the .txt, or else the
-    field `caption` of the .json. `classes`: a text file with one class name per line.
+    field `caption` of the .json. `classes`: a file of class names.
     `missing`: the share of the shards that may be missing.
     """
 
@@ -81,7 +82,7 @@ class ArrayRecords:
     `path`: as in `TarShards`, but local. `image` (encoded bytes), `caption` (bytes, one
     or several) and `label` (an integer or bytes) are names of features. For `caption`
     and `label`, None means the feature of that name if there is one, and an empty name
-    means none. `classes`: a text file with one class name per line.
+    means none. `classes`: a file of class names.
     `missing`: the share of the files that may be missing.
     """
 
@@ -105,7 +106,7 @@ class Tfds:
     `train`, `validation[:50%]`. `data_dir`: None means TFDS's default. `image`,
     `caption` and `label` are names of features, nested ones as `captions.text`; None
     and empty names are as in `ArrayRecords`. Class names are those of the dataset, or
-    the lines of the text file `classes`.
+    those of the file `classes`.
     """
 
     short = "tfds"
@@ -124,8 +125,8 @@ class ParquetImages:
 
     `path`: as in `TarShards`. `image`: a column of bytes, or of structs with `bytes`.
     `caption` (text, or a list of texts) and `label` (an integer or text) are columns
-    too; None and empty names are as in `ArrayRecords`. `classes`: a text file with one
-    class name per line. Reading an image reads its whole row group: write small ones.
+    too; None and empty names are as in `ArrayRecords`. Reading an image reads its whole
+    row group: write small ones. `classes`: a file of class names.
     `missing`: the share of the files that may be missing.
     """
 

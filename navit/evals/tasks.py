@@ -17,10 +17,11 @@ from navit.config.evaluation import PROBES
 from navit.embed import Embedder
 from navit.evals.accuracy import Classification
 from navit.evals.probes import Probe, logistic_regression, nearest_neighbours
-from navit.evals.prompts import load_class_names, load_templates
+from navit.evals.prompts import load_templates
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import zero_shot
 from navit.input import pipeline
+from navit.sources.names import class_names
 from navit.sources.source import Source, Task
 
 log = logging.getLogger("navit")
@@ -125,6 +126,25 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
             )
 
 
+def _named(path: str, before: Sequence[str]) -> tuple[str, ...]:
+    """The class names in a file, to replace those of the data."""
+    names = class_names(path)
+    # Without names of their own, classes are named by their numbers.
+    if len(names) != len(before) and not all(name.isdigit() for name in before):
+        raise ValueError(
+            f"{path} has {len(names)} class names and the labels {len(before)} "
+            "classes: give one name for each class, in the order of the labels"
+        )
+    # In CLIP's list for ImageNet, two are "sunglasses"; their vectors are equal.
+    if repeated := len(names) - len({*names}):
+        log.warning(
+            "%s: %d class names are repeated; the later class of each is never found",
+            path,
+            repeated,
+        )
+    return names
+
+
 def _usual(config: Config, source: Source, names: Sequence[str]) -> list[EvalTask]:
     """The evaluations of a config that names none."""
     tasks: list[EvalTask] = []
@@ -199,21 +219,7 @@ class _Opener:
                 "labelled data, or raise max_images"
             )
         if task.classes is not None:
-            # Without names of their own, classes are named by their numbers.
-            own = not all(name.isdigit() for name in labels.class_names)
-            names = load_class_names(
-                task.classes,
-                classes=len(labels.class_names) if own else None,
-                allow_repeated=True,
-            )
-            if repeated := len(names) - len({*names}):
-                log.warning(
-                    "%s: %d class names are repeated; the later class of each is "
-                    "never found",
-                    task.classes,
-                    repeated,
-                )
-            labels = Task(names, labels.labels)
+            labels = Task(_named(task.classes, labels.class_names), labels.labels)
         return labels
 
     def _check_classifier(self, task: EvalTask, labels: Task) -> None:

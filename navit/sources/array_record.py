@@ -9,6 +9,7 @@ from typing import Any
 from navit import config
 from navit.sources import examples, records, storage
 from navit.sources.cache import Place, digest
+from navit.sources.names import class_names
 
 log = logging.getLogger("navit")
 
@@ -31,7 +32,7 @@ class ArrayRecordReader:
         self._source, self.damaged = _open(files)
         for line in self.damaged:
             log.warning("left out, damaged: %s", line)
-        self.classes = records.class_names(source.classes)
+        self.classes = class_names(source.classes)
         self._image, self._path = source.image, source.path
         try:
             looked_at = [self._example(i) for i in range(min(len(self), _LOOKED_AT))]

@@ -15,6 +15,7 @@ import numpy as np
 from navit import config
 from navit.sources import records, storage
 from navit.sources.cache import Place, digest
+from navit.sources.names import class_names
 from navit.sources.table import import_parquet
 from navit.sources.transient import is_transient
 
@@ -82,7 +83,7 @@ class ParquetReader:
         self._image = source.image
         chosen = records.choose(source, schema.names, source.path)
         self._caption, self._label = chosen
-        named = records.class_names(source.classes)
+        named = class_names(source.classes)
         self.classes = named or _huggingface_names(schema, self._label)
         self.place = Place(
             None if storage.is_remote(files[0]) else Path(files[0]).parent,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -193,24 +192,6 @@ def choose(
             f"{', '.join(available)}): set caption= or label="
         )
     return caption, label
-
-
-def class_names(path: str | None) -> tuple[str, ...]:
-    """The lines of a text file; none if there is no path.
-
-    Raises:
-      ValueError: for an empty line, which would shift all names after it.
-    """
-    if not path:
-        return ()
-    text = Path(path).expanduser().read_text(encoding="utf-8-sig")
-    lines = [line.strip() for line in text.rstrip().split("\n")]
-    if "" in lines:
-        raise ValueError(
-            f"{path}: line {lines.index('') + 1} is empty, and labels count the lines: "
-            "give it a name, or delete it if they do not count it"
-        )
-    return tuple(lines)
 
 
 def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from navit import config
 from navit.sources import index as sizes_index
 from navit.sources import records, storage
 from navit.sources.cache import Place, digest, read_arrays, write_arrays
+from navit.sources.names import class_names
 
 log = logging.getLogger("navit")
 
@@ -50,7 +51,7 @@ class TarReader:
         self._shards = storage.find(
             self._storage, shards.path, (".tar",), missing=shards.missing
         )
-        self.classes = records.class_names(shards.classes)
+        self.classes = class_names(shards.classes)
         stats = [self._storage.stat(shard) for shard in self._shards]
         remote = storage.is_remote(self._shards[0])
         self.place = Place(

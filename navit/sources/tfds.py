@@ -8,6 +8,7 @@ from typing import Any
 from navit import config
 from navit.sources import records, storage
 from navit.sources.cache import Place, digest
+from navit.sources.names import class_names
 
 _FORMATS = ("array_record", "parquet")
 
@@ -43,7 +44,7 @@ class TfdsReader:
             _feature(features, path, where)
         if not isinstance(_feature(features, self._image, where), tfds.features.Image):
             raise ValueError(f"{where}: the feature {self._image!r} is not an image")
-        self.classes = records.class_names(source.classes)
+        self.classes = class_names(source.classes)
         self.damaged: list[str] = []
         if self._label:
             label = _feature(features, self._label, where)

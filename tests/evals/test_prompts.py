@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from navit.evals.prompts import load_class_names, load_templates
+from navit.evals.prompts import load_templates
+from navit.sources.names import class_names
 
 PROMPTS = Path(__file__).parents[2] / "data/prompts"
 
@@ -34,7 +35,7 @@ def test_every_form_gives_the_same_templates(name, content, key, tmp_path):
 
 def test_class_names_keep_their_order(tmp_path):
     path = written(tmp_path / "names.json", {"birds": ["wren", "owl", "a {} bird"]})
-    assert load_class_names(path, classes=3) == ("wren", "owl", "a {} bird")
+    assert class_names(path) == ("wren", "owl", "a {} bird")
 
 
 def test_the_prompts_of_this_project_load():
@@ -70,12 +71,3 @@ def test_bad_templates_are_one_clear_line(name, content, key, message, tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         load_templates(f"{path}{key}")
     assert "\n" not in str(caught.value)
-
-
-def test_bad_class_names_are_one_clear_line(tmp_path):
-    path = written(tmp_path / "names.txt", "owl\nwren\nowl\n")
-    with pytest.raises(ValueError, match=r"classes 0 and 2 are both 'owl': rename"):
-        load_class_names(path)
-    assert load_class_names(path, allow_repeated=True) == ("owl", "wren", "owl")
-    with pytest.raises(ValueError, match=r"has 3 class names and the labels 4 classes"):
-        load_class_names(path, classes=4, allow_repeated=True)

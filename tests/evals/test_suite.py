@@ -106,7 +106,7 @@ def test_without_tasks_all_classifications_and_retrieval_are_measured(embedder):
     assert [each.task.name for each in chosen] == ["fine", "retrieval"]
 
 
-def test_class_names_and_prompts_come_from_files(embedder, tmp_path):
+def test_class_names_and_prompts_come_from_files(embedder, tmp_path, caplog):
     source = SyntheticSource(COUNT, 1)
     names = source.tasks["coarse"].class_names
     classes, prompts = tmp_path / "classes.txt", tmp_path / "prompts.txt"
@@ -118,6 +118,13 @@ def test_class_names_and_prompts_come_from_files(embedder, tmp_path):
     (opened,) = open_tasks(config_of(embedder, tasks=[task]))
     assert opened.labels.class_names == tuple(f"very {name}" for name in names)
     assert opened.prompts == ("a {}", "the {}")
+    classes.write_text("owl\nwren\n")
+    with pytest.raises(ValueError, match=rf"has 2 .* the labels {len(names)} classes"):
+        open_tasks(config_of(embedder, tasks=[task]))
+    classes.write_text("\n".join(["owl", "owl", *names[2:]]))
+    open_tasks(config_of(embedder, tasks=[task]))
+    assert "1 class names are repeated" in caplog.text
+    classes.write_text("\n".join(f"very {name}" for name in names))
     task = dataclasses.replace(task, per_class=True)
     row = evaluate(embedder, "eval.budgets=16", tasks=[task]).rows[0]
     labels = source.tasks["coarse"].labels

@@ -24,6 +24,7 @@ from navit.config import ArrayRecords, Folder, Mixture, ParquetImages, Synthetic
 from navit.sources import examples, records, storage
 from navit.sources import index as sizes
 from navit.sources.kinds import open_source
+from navit.sources.names import class_names
 from navit.sources.source import Source
 
 ROOT = Path(__file__).parents[2]
@@ -424,10 +425,13 @@ def test_a_label_as_long_as_a_book_is_refused():
 def test_names_of_classes_are_a_line_each(tmp_path):
     file = tmp_path / "names.txt"
     file.write_bytes("a\u2028b\r\nc \n\n".encode())
-    assert records.class_names(str(file)) == ("a\u2028b", "c")
+    assert class_names(str(file)) == ("a\u2028b", "c")
     file.write_text("a\n\nc\n")
-    with pytest.raises(ValueError, match=r"names.txt: line 2 is empty"):
-        records.class_names(str(file))
+    with pytest.raises(ValueError, match=r"names.txt: name 2 is empty"):
+        class_names(str(file))
+    file.with_suffix(".json").write_text('["a", " ", "c"]')
+    with pytest.raises(ValueError, match=r"names.json: name 2 is empty"):
+        class_names(str(file.with_suffix(".json")))
 
 
 def test_a_parquet_file_of_no_rows_is_refused(tmp_path):
