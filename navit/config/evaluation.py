@@ -89,6 +89,8 @@ class EvalConfig:
     `batch_tokens`: tokens embedded at a time; lower it if memory is short. None:
     2048 on a CPU, whose cache holds no more (4096 is a tenth slower), else 16384.
     `prompts`: templates with one "{}" for the class name.
+    `cache_gib`: the most disk space, in GiB, for kept vectors (`docs/evaluation.md`);
+    None: no limit. What the present evaluation uses is kept in any case.
     """
 
     budgets: tuple[int, ...] = (256, 729, 1024)
@@ -97,9 +99,10 @@ class EvalConfig:
     prompts: tuple[str, ...] = ("{}",)
     tasks: tuple[EvalTask, ...] = ()
     every: int | None = None
+    cache_gib: float | None = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "max_images"):
+        for name in ("batch_tokens", "max_images", "cache_gib"):
             if getattr(self, name) is not None:
                 positive(self, name)
         if not self.budgets or min(self.budgets) < 1:

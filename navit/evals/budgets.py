@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +15,14 @@ import navit
 from navit.config import Config
 from navit.embed import Embedder
 from navit.embed_batches import check_budget, grids_of
-from navit.evals import notes, results, vectors
+from navit.evals import notes, results, row_parts, vectors
 from navit.evals.accuracy import Classification, Confidences
-from navit.evals.cascade import cascade
 from navit.evals.figure import plot
 from navit.evals.metric import Metric
 from navit.evals.probes import Probe
 from navit.evals.results import Row
 from navit.evals.tasks import Evaluator, Images, Opened
 from navit.files import write_atomic
-from navit.model import flops
-from navit.plan import geometry
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 
@@ -108,6 +102,13 @@ def evaluate(
             budgets[0],
             ",".join(map(str, config.eval.budgets)),
         )
+    folders: dict[tuple[Source, int], Path] = {}
+    if cache is not None:
+        for budget in budgets:
+            for source in counts:
+                folders[source, budget] = vectors.folder_of(
+                    embedder, source, budget, weights=weights, cache=cache
+                )
     rows: list[list[Row]] = [[] for _ in opened]
     written = 0
     confidences: dict[int, list[Confidences | None]] = {}
@@ -117,7 +118,7 @@ def evaluate(
         for source, count in counts.items():
             log.info("%d images at %d tokens", count, budget)
             embedded = held[source] = vectors.embed(
-                embedder, source, count, budget, weights=weights, cache=cache
+                embedder, source, count, budget, folder=folders.get((source, budget))
             )
             for index, error in embedded.errors:
                 if (source, index) not in named:  # once, not at every budget
@@ -141,7 +142,7 @@ def evaluate(
                     "budget": budget,
                     "images": count,
                     "unreadable": int(np.isnan(pooled[:, 0]).sum()),
-                    **_cost(config, source.sizes[:count], budget),
+                    **row_parts.cost(config, source.sizes[:count], budget),
                     "images_per_second": speed,
                     "metrics": {x.name: round(x.value, 4) for x in metrics},
                     "chance": {
@@ -151,7 +152,7 @@ def evaluate(
                     },
                     "notes": about,
                     "data": source.fingerprint(),
-                    "settings": _settings(config, each),
+                    "settings": row_parts.settings(config, each),
                     "date": datetime.date.today().isoformat(),
                     "navit": navit.__version__,
                     **_per_class(each, evaluator, held),
@@ -159,7 +160,9 @@ def evaluate(
             )
     if written:
         log.info("kept %.1f MB of vectors in %s", written / 1e6, cache)
-    cascades = _cascades(opened, rows, confidences)
+    if cache is not None and jax.process_index() == 0:
+        vectors.evict(cache, folders.values(), config.eval.cache_gib)
+    cascades = row_parts.cascades(opened, rows, confidences)
     return Results([row for own in rows for row in own], cascades)
 
 
@@ -252,76 +255,3 @@ def _per_class(
     values = evaluator.per_class(_vectors(each, each.images, held))
     named = zip(each.labels.class_names, values.tolist(), strict=True)
     return {"per_class": {k: round(v, 4) for k, v in named if not np.isnan(v)}}
-
-
-def _cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
-    """The tokens and FLOPs of an image, and the share of the images that is enlarged.
-
-    An image is enlarged if it has more tokens than its own pixels fill.
-    """
-    grids = grids_of(config, sizes, budget)
-    tokens = grids.prod(-1).astype(np.int64)
-    native = geometry.grids_for(
-        sizes,
-        budget,
-        patch_size=config.model.vision.patch_size,
-        max_upscale=1.0,
-    ).prod(-1)
-    counts = flops.Counts(int(tokens.sum()), int((tokens**2).sum()), len(sizes))
-    vision_only = dataclasses.replace(config.model, text=None)
-    return {
-        "tokens_per_image": round(float(tokens.mean()), 1),
-        "enlarged": round(float((tokens > native).mean()), 4),
-        "flops_per_image": flops.forward(vision_only, counts).total // len(sizes),
-    }
-
-
-def _settings(config: Config, each: Opened) -> dict[str, Any]:
-    """What else a result depends on."""
-    depends_on: dict[str, Any] = vectors.settings(config)
-    version = each.images.source.version()
-    depends_on["files"] = hashlib.sha256(version.encode()).hexdigest()[:12]
-    if each.task.kind == "zero_shot":
-        assert each.labels is not None
-        texts = json.dumps([each.labels.class_names, each.prompts])
-        depends_on["texts"] = hashlib.sha256(texts.encode()).hexdigest()[:12]
-    if each.train is not None:
-        source, count = each.train[0]
-        depends_on |= {"k": each.task.k, "c": each.task.c}
-        depends_on |= {"train": source.fingerprint(), "train_images": count}
-    return depends_on
-
-
-def _cascades(
-    opened: Sequence[Opened],
-    rows: Sequence[Sequence[Row]],
-    confidences: dict[int, list[Confidences | None]],
-) -> list[Row]:
-    """From the smallest to the largest budget, of every evaluation of class scores."""
-    small, large = min(confidences), max(confidences)
-    curves = []
-    for i in range(len(opened)):
-        a, b = confidences[small][i], confidences[large][i]
-        if small == large or a is None or b is None:
-            continue
-        _, first, second = np.intersect1d(a.places, b.places, return_indices=True)
-        if not len(first):
-            continue
-        one, other = (
-            next(row for row in rows[i] if row["budget"] == budget)
-            for budget in (small, large)
-        )
-        points = cascade(
-            a.probabilities[first],
-            b.probabilities[second],
-            a.labels[first],
-            small_flops=one["flops_per_image"],
-            large_flops=other["flops_per_image"],
-        )
-        same = ("step", "weights", "set", "kind", "images", "data", "settings", "date")
-        curves.append(
-            {name: other[name] for name in same}
-            | {"small": small, "large": large}
-            | {"points": [tuple(round(x, 4) for x in point) for point in points]}
-        )
-    return curves

@@ -7,11 +7,15 @@ was. An image that cannot be read is 0 and is tried again the next time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import os
+import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,36 +69,44 @@ def fingerprint(embedder: Embedder) -> str:
     return checksum.hexdigest()[:16]
 
 
+def folder_of(
+    embedder: Embedder, source: Source, max_tokens: int, *, weights: str, cache: Path
+) -> Path:
+    """The folder in `cache` for the vectors of a source at a budget.
+
+    Args:
+      weights: their fingerprint.
+    """
+    # On an accelerator, the same weights may run in bfloat16.
+    dtype = np.dtype(embedder.vision.dtype).name
+    data = (source.fingerprint(), source.version())
+    key = (weights, data, max_tokens, settings(embedder.config), dtype)
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    return cache / f"{max_tokens}-{digest}"
+
+
 def embed(
     embedder: Embedder,
     source: Source,
     count: int,
     max_tokens: int,
     *,
-    weights: str,
-    cache: Path | None,
+    folder: Path | None,
 ) -> Vectors:
     """Embeds the first `count` images of a source, or reads what is kept of them.
 
-    All processes must call it; only the first reads and writes the cache.
+    All processes must call it; only the first reads and writes the folder.
 
     Args:
-      weights: their fingerprint.
-      cache: the folder to keep vectors in; None keeps none.
+      folder: where to keep the vectors, from `folder_of`; None keeps none.
+
+    Raises:
+      FloatingPointError: if the model's vectors are not finite.
     """
-    folder = None
-    if cache is not None:
-        # On an accelerator, the same weights may run in bfloat16.
-        dtype = np.dtype(embedder.vision.dtype).name
-        how = settings(embedder.config)
-        data = (source.fingerprint(), source.version())
-        key = (weights, data, max_tokens, how, dtype)
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
-        folder = cache / f"{max_tokens}-{digest}"
     pooled = np.full((count, embedder.embed_dim), np.nan, np.float32)
     errors: Errors = []
     timed: list[tuple[int, float]] = []
-    written = 0
+    written, lost = 0, None
     for start in range(0, count, _PART):
         part = pooled[start : start + _PART]
         path = folder and folder / f"{start}-{start + len(part)}.npy"
@@ -115,16 +127,81 @@ def embed(
             progress=_label(max_tokens, start, count),
         )
         timed.append((len(missing), time.perf_counter() - began))
+        if not np.isfinite(embedded.vectors).all():
+            raise FloatingPointError(
+                f"{(~np.isfinite(embedded.vectors).all(-1)).sum()} of {len(missing)} "
+                f"images have vectors at {max_tokens} tokens that are not finite: use "
+                "an earlier checkpoint, or model.dtype=float32"
+            )
         pooled[missing] = embedded.vectors
         errors += [(int(missing[i]), error) for i, error in embedded.errors]
         if path is not None and embedded.vectors.any() and jax.process_index() == 0:
-            written += _keep(path, part)
+            try:
+                written += _keep(path, part)
+            except OSError as error:
+                lost = error
+    if lost is not None:
+        log.warning("not all vectors are kept in %s: %s", folder, lost)
     pooled[~pooled.any(-1)] = np.nan
     if len(timed) > 1:  # the first includes compilation
         del timed[0]
     images, seconds = np.sum(timed, 0) if timed else (0, 0)
     speed = round(float(images / seconds), 2) if timed else None
     return Vectors(pooled, errors, speed, written)
+
+
+def evict(cache: Path, used: Collection[Path], gib: float | None) -> None:
+    """Removes the folders used longest ago, until the rest takes at most `gib` GiB.
+
+    Those in `used` stay, and are marked as used now. A removal that is interrupted
+    leaves whole parts, which are still valid. Only the first process calls it.
+
+    Args:
+      gib: None removes nothing.
+    """
+    for folder in used:
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+    if gib is None:
+        return
+    sizes = {x: _bytes(x) for x in cache.glob("*-" + 24 * "[0-9a-f]")}
+    before = total = sum(sizes.values())
+    for folder in sorted({*sizes} - {*used}, key=_last_used):
+        if total > gib * 2**30:
+            shutil.rmtree(folder, ignore_errors=True)
+            total -= sizes[folder]
+    if total < before:
+        log.info(
+            "removed %.1f MB of vectors used longest ago from %s: eval.cache_gib=%g",
+            (before - total) / 1e6,
+            cache,
+            gib,
+        )
+    if total > gib * 2**30:
+        log.info(
+            "this evaluation keeps %.2f GiB of vectors in %s, more than "
+            "eval.cache_gib=%g",
+            total / 2**30,
+            cache,
+            gib,
+        )
+
+
+def _bytes(path: Path) -> int:
+    """The size of a file, or of a folder's files; 0 if another process removed it."""
+    try:
+        return (
+            sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().st_size
+        )
+    except OSError:
+        return 0
+
+
+def _last_used(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -159,12 +236,8 @@ def _kept(path: Path | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _keep(path: Path, vectors: np.ndarray) -> int:
-    """Writes vectors `[m, e]`; returns their bytes, 0 if the disk takes none."""
+    """Writes vectors `[m, e]`; returns their bytes."""
     buffer = io.BytesIO()
     np.save(buffer, vectors, allow_pickle=False)
-    try:
-        write_atomic(path, buffer.getvalue())
-    except OSError as error:
-        log.warning("vectors are not kept: %s", error)
-        return 0
+    write_atomic(path, buffer.getvalue())
     return buffer.tell()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ import navit
 from navit import cli
 from navit.config import EvalTask, Folder, MeshConfig, Synthetic, override
 from navit.embed import Embedder
-from navit.evals import budgets, notes, vectors
+from navit.evals import budgets, notes, row_parts, vectors
 from navit.evals.probes import Labelled, nearest_neighbours
 from navit.evals.tasks import open_tasks
 from navit.model.two_tower import TwoTower
@@ -162,6 +164,61 @@ def test_nothing_is_embedded_twice(embedder, reads, tmp_path):
     moved = Embedder(retrained, embedder.config, step=7)
     evaluate(moved, *options, tasks=[task], cache=tmp_path)
     assert sorted(reads) == [*range(COUNT)]
+
+
+def test_the_vectors_used_longest_ago_make_room(embedder, reads, tmp_path, caplog):
+    """But never those of the present evaluation, whatever they take."""
+    caplog.set_level("INFO", "navit")
+    tasks = [EvalTask("coarse", "zero_shot")]
+
+    def embedded(budgets, gib):
+        reads.clear()
+        options = [f"eval.budgets={budgets}", f"eval.cache_gib={gib}"]
+        evaluate(embedder, *options, tasks=tasks, cache=tmp_path)
+        return len(reads) // COUNT
+
+    (tmp_path / "notes").mkdir()  # not ours
+    (tmp_path / "notes/a.txt").write_text("a")
+    assert embedded("9", 1) == 1
+    each = sum(x.stat().st_size for x in tmp_path.glob("9-*/*")) / 2**30
+    for number, budget in enumerate((16, 25, 9)):
+        assert embedded(f"{budget}", 1) == (budget != 9)
+        (folder,) = tmp_path.glob(f"{budget}-*")
+        os.utime(folder, (number, number))
+    # Room for three: of 16, 25 and 9, the first was used longest ago.
+    assert "removed" not in caplog.text
+    assert embedded("4", 3.5 * each) == 1
+    assert re.search(r"removed 0\.0 MB .*eval.cache_gib=", caplog.text)
+    kept = {int(path.name.partition("-")[0]) for path in tmp_path.glob("*-*")}
+    assert kept == {25, 9, 4}
+    caplog.clear()
+    assert embedded("4,9,16", 0.5 * each) == 1
+    assert "more than eval.cache_gib=" in caplog.text
+    kept = {int(path.name.partition("-")[0]) for path in tmp_path.glob("*-*")}
+    assert kept == {4, 9, 16}
+    assert (tmp_path / "notes/a.txt").read_text() == "a"
+
+
+def test_vectors_that_are_not_finite_are_an_error(embedder, tmp_path):
+    """They are not taken for unreadable images, nor kept."""
+    model = jax.tree.map(lambda x: x * np.nan, embedder.model)
+    broken = Embedder(model, embedder.config, step=7)
+    with pytest.raises(FloatingPointError, match=r"12 of 12 images .* at 16 tokens"):
+        evaluate(broken, tasks=[EvalTask("fine", "zero_shot")], cache=tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["zero_shot", "knn"])
+def test_results_on_other_labels_are_other_results(embedder, kind):
+    """Under one name too: neither replaces the other in the table."""
+    learn = LEARN if kind == "knn" else None
+    settings = []
+    for name in ("coarse", "fine"):
+        task = EvalTask("t", kind, task=name, train_source=learn, k=3)
+        config = config_of(embedder, tasks=[task])
+        (opened,) = open_tasks(config)
+        settings.append(row_parts.settings(config, opened))
+    assert settings[0] != settings[1]
 
 
 def test_other_files_of_the_same_names_and_sizes_are_embedded(embedder, tmp_path):

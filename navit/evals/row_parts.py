@@ -1,0 +1,98 @@
+"""What a row of the table has besides its metrics, and the rows of cascades."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from navit.config import Config
+from navit.embed_batches import grids_of
+from navit.evals import vectors
+from navit.evals.accuracy import Confidences
+from navit.evals.cascade import cascade
+from navit.evals.results import Row
+from navit.evals.tasks import Opened
+from navit.model import flops
+from navit.plan import geometry
+
+
+def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
+    """The tokens and FLOPs of an image, and the share of the images that is enlarged.
+
+    An image is enlarged if it has more tokens than its own pixels fill.
+    """
+    grids = grids_of(config, sizes, budget)
+    tokens = grids.prod(-1).astype(np.int64)
+    native = geometry.grids_for(
+        sizes,
+        budget,
+        patch_size=config.model.vision.patch_size,
+        max_upscale=1.0,
+    ).prod(-1)
+    counts = flops.Counts(int(tokens.sum()), int((tokens**2).sum()), len(sizes))
+    vision_only = dataclasses.replace(config.model, text=None)
+    return {
+        "tokens_per_image": round(float(tokens.mean()), 1),
+        "enlarged": round(float((tokens > native).mean()), 4),
+        "flops_per_image": flops.forward(vision_only, counts).total // len(sizes),
+    }
+
+
+def settings(config: Config, each: Opened) -> dict[str, Any]:
+    """What else a result depends on."""
+    depends_on: dict[str, Any] = vectors.settings(config)
+    depends_on["files"] = _digest(each.images.source.version())
+    if each.labels is not None:
+        labels = each.labels.labels[: each.images.limit].tolist()
+        depends_on["labels"] = _digest([each.labels.class_names, labels])
+    if each.task.kind == "zero_shot":
+        depends_on["prompts"] = _digest(each.prompts)
+    if each.train is not None:
+        source, count = each.train[0]
+        depends_on |= {"k": each.task.k, "c": each.task.c}
+        depends_on |= {"train": source.fingerprint(), "train_images": count}
+    return depends_on
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def cascades(
+    opened: Sequence[Opened],
+    rows: Sequence[Sequence[Row]],
+    confidences: dict[int, list[Confidences | None]],
+) -> list[Row]:
+    """From the smallest to the largest budget, of every evaluation of class scores."""
+    small, large = min(confidences), max(confidences)
+    curves = []
+    for i in range(len(opened)):
+        a, b = confidences[small][i], confidences[large][i]
+        if small == large or a is None or b is None:
+            continue
+        _, first, second = np.intersect1d(a.places, b.places, return_indices=True)
+        if not len(first):
+            continue
+        one, other = (
+            next(row for row in rows[i] if row["budget"] == budget)
+            for budget in (small, large)
+        )
+        points = cascade(
+            a.probabilities[first],
+            b.probabilities[second],
+            a.labels[first],
+            small_flops=one["flops_per_image"],
+            large_flops=other["flops_per_image"],
+        )
+        same = ("step", "weights", "set", "kind", "images", "data", "settings", "date")
+        curves.append(
+            {name: other[name] for name in same}
+            | {"small": small, "large": large}
+            | {"points": [tuple(round(x, 4) for x in point) for point in points]}
+        )
+    return curves
