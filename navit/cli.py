@@ -120,10 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "same\ncommand again to resume after an interruption.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="several hosts: run the same command on each, with a --workdir and data "
-        "that all\nof them share. On a Cloud TPU slice, in GKE, under Slurm or Open "
-        "MPI they find one\nanother; elsewhere, on two hosts:\n"
-        "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 0\n"
-        "  navit train CONFIG --coordinator HOST0:8476 --processes 2 --process 1",
+        "that all\nof them share.\n" + _hosts_of("navit train CONFIG"),
     )
     _add_config(
         train,
@@ -139,20 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--workdir", type=_local, help="where to write (default: runs/NAME_OF_CONFIG)"
     )
-    train.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="with several processes: the address that process 0 listens on",
-    )
-    train.add_argument(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="how many processes there are (1: do not look for others)",
-    )
-    train.add_argument(
-        "--process", type=int, metavar="I", help="the index of this process, from 0"
-    )
+    _add_hosts(train)
     train.set_defaults(run="train")
 
     evaluate = parsers.add_parser(
@@ -181,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
         "      eval.tasks.pets.source=folder:~/pets eval.tasks.pets.source.split=eval "
         "\\\n"
         "      eval.tasks.pets.train_source=folder:~/pets "
-        "eval.tasks.pets.train_source.split=train",
+        "eval.tasks.pets.train_source.split=train\n\n"
+        "several hosts: run the same command on each, with weights and data that all "
+        "of\nthem share; the first writes.\n" + _hosts_of("navit eval runs/photos"),
     )
     evaluate.add_argument(
         "weights",
@@ -231,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         "model.attention=xla; with released weights also all of model.*, such as "
         "model.vision.image_size=384",
     )
+    _add_hosts(evaluate)
     evaluate.set_defaults(run="evaluate")
 
     embed = parsers.add_parser(
@@ -439,6 +426,32 @@ def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
 def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help=help
+    )
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="with several processes: the address that process 0 listens on",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="how many processes there are (1: do not look for others)",
+    )
+    parser.add_argument(
+        "--process", type=int, metavar="I", help="the index of this process, from 0"
+    )
+
+
+def _hosts_of(command: str) -> str:
+    """How several hosts run a command together."""
+    two = f"  {command} --coordinator HOST0:8476 --processes 2 --process"
+    return (
+        "On a Cloud TPU slice, in GKE, under Slurm or Open MPI they find one another;\n"
+        f"elsewhere, on two hosts:\n{two} 0\n{two} 1"
     )
 
 

@@ -73,11 +73,20 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    from navit.train import hosts
+
+    with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
+        _evaluate(args)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> None:
     from navit.embed import Embedder
     from navit.evals import budgets, results, vectors
     from navit.evals.prompts import load_templates
     from navit.evals.tasks import open_tasks
     from navit.sharding import make_mesh, use_mesh
+    from navit.train import hosts
     from navit.train.workdir import is_workdir
     from navit.weights import load, read
 
@@ -114,8 +123,11 @@ def evaluate(args: argparse.Namespace) -> int:
                 )
         if model_overrides and not in_workdir:
             trained = dataclasses.replace(trained, model=read(weights).model)
+        hosts.check_same_config(config)
+        hosts.check_same(f"the model in {weights}", vectors.fingerprint(embedder))
         budgets.check_memory(config)
         opened = open_tasks(config, names=args.task, classes=args.classes)
+        hosts.check_same("what is evaluated", budgets.describe(opened))
         budgets.check(config, opened)
         budgets.run(
             Embedder(embedder.model, config, step=embedder.step),
@@ -125,8 +137,8 @@ def evaluate(args: argparse.Namespace) -> int:
             trained=trained,
             cache=None if args.no_cache else cache,
         )
-        print(f"\n{results.page_text(budgets.pages_of(config))}")
-    return 0
+        if hosts.first():
+            print(f"\n{results.page_text(budgets.pages_of(config))}")
 
 
 def embed(args: argparse.Namespace) -> int:

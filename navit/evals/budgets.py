@@ -177,6 +177,15 @@ def pages_of(config: Config) -> list[notes.Page]:
     return [page for b in budgets_of(config) for page in notes.pages(config, b)]
 
 
+def describe(opened: Sequence[Opened]) -> str:
+    """The evaluations and their data; all processes must have the same."""
+    return "; ".join(
+        f"{each.task.name} of {source.fingerprint()}"
+        for each in opened
+        for source, _ in (each.images, *([each.train[0]] if each.train else []))
+    )
+
+
 def check_memory(config: Config) -> None:
     """Finds, before any data is read, a budget that needs more memory than is free.
 

@@ -82,6 +82,7 @@ def train(
     check_captions(config, source)
     hosts.check_same_config(config)
     hosts.check_same("data.train", data)
+    hosts.check_same("what is evaluated", budgets.describe(opened))
     running = replace_failed(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(workdir, keep=config.train.keep)
