@@ -30,8 +30,10 @@ class Folder:
     """Photographs in `path` (URLs too) with a table of `file[,caption][,label]`.
 
     `table` is a CSV, JSONL or Parquet file, relative to `path`; None means the only
-    one there. `split` keeps every image ("all"), or sets a share `holdout` of them
-    aside by a hash of the file name: "eval" is that part, and "train" is the rest.
+    one there. It may also be Karpathy's JSON of COCO or Flickr30k, with the splits to
+    read: `dataset_coco.json#train+restval`. `split` keeps every image ("all"), or sets
+    a share `holdout` of them aside by a hash of the file name: "eval" is that part, and
+    "train" is the rest.
     `missing`: the share of the table's files that may be missing, and of its rows that
     may have neither a caption nor a label; 0 allows none.
     As `data.eval`, a `path` of None means the folder of `data.train` with its

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from navit import config
-from navit.sources import records, storage
+from navit.sources import karpathy, records, storage
 from navit.sources.cache import Place, digest
 from navit.sources.index import Entry, measure
 from navit.sources.missing import check_missing
@@ -23,8 +23,9 @@ class FolderSource:
     """Photographs in a folder, with a table of `file[,caption][,label]`.
 
     A file may have several rows with a caption each; without a caption, it is captioned
-    with the name of its class. Sizes come from the sizes index.
-    A file that cannot be read is left out, with a warning that names it.
+    with the name of its class. The table may also be Karpathy's JSON
+    (`navit/sources/karpathy.py`). Sizes come from the sizes index. A file that cannot
+    be read is left out, with a warning that names it.
 
     Raises:
       FileNotFoundError, ValueError: if the folder or table does not exist, the table
@@ -38,8 +39,11 @@ class FolderSource:
         remote = storage.is_remote(path)
         listing = self._storage.listing(path)
         self._root, table = _find(folder, listing)
+        splits = _splits(folder)
         with self._opened(table, self._storage.stat(table).size) as file:
-            named = read_table(file, table, self._root, missing=folder.missing)
+            named = read_table(
+                file, table, self._root, splits=splits, missing=folder.missing
+            )
         # Classes come from the whole table, so that every split numbers them alike.
         labels = {e.file: records.label_text(e.label) for e in named}
         names = records.sorted_names({*labels.values()} - {""})
@@ -54,7 +58,7 @@ class FolderSource:
         check_missing(absent, len(named), folder.missing, what, remedy)
         place = Place(
             None if remote else Path(self._root),
-            table,
+            "#".join([table, *splits]),
             digest([[*stats], [tuple(s) for s in stats.values()]]),
         )
         self._version = digest(place[1:])
@@ -139,13 +143,21 @@ def same_table(one: config.Folder, other: config.Folder) -> bool:
         return False
     if one.table == other.table:
         return True
+    some, others = {*_splits(one)}, {*_splits(other)}
+    if some and others and not some & others:
+        return False
     return _resolved(_table(one)) == _resolved(_table(other))
+
+
+def _splits(folder: config.Folder) -> tuple[str, ...]:
+    """Those of Karpathy's JSON that the table names."""
+    return karpathy.parted(folder.table or "")[1]
 
 
 def _table(folder: config.Folder) -> str:
     if folder.table:
-        root = _root(folder)
-        return f"{root}/{inside(root, folder.table, 'data.train.table')}"
+        root, (name, _) = _root(folder), karpathy.parted(folder.table)
+        return f"{root}/{inside(root, name, 'data.train.table')}"
     path = _path(folder)
     return _find(folder, storage.open_storage(path).listing(path))[1]
 
@@ -179,8 +191,9 @@ def _find(
             f"there is no folder {folder.path!r}: set data.train.path (or "
             "data.eval.path) to the folder with your images"
         )
-    names, name = listing or [p.name for p in Path(root).iterdir()], folder.table
-    if name:
+    names = listing or [p.name for p in Path(root).iterdir()]
+    if folder.table:
+        name, _ = karpathy.parted(folder.table)
         name = inside(root, name, "data.train.table")
         if name not in names and not (Path(root) / name).is_file():
             raise FileNotFoundError(f"there is no table {root}/{name}")

@@ -1,4 +1,4 @@
-"""Tables of `file,caption[,label]`: CSV, JSONL or Parquet."""
+"""Tables of `file,caption[,label]`: CSV, JSONL or Parquet; and Karpathy's JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from navit.sources import karpathy
 from navit.sources.missing import check_missing
 from navit.sources.records import label_text
 
+# A .json may be anything, so it must be named.
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 # Other trainers' names for the columns (transformers, open_clip) are accepted too.
@@ -41,7 +43,12 @@ class Listed(NamedTuple):
 
 
 def read_table(
-    file: BinaryIO, table: str, root: str, *, missing: float = 0.0
+    file: BinaryIO,
+    table: str,
+    root: str,
+    *,
+    splits: tuple[str, ...] = (),
+    missing: float = 0.0,
 ) -> list[Listed]:
     """The table's images in order, each with all its captions.
 
@@ -50,6 +57,7 @@ def read_table(
     Args:
       table: the table's name; its suffix gives the format.
       root: the folder of the table's files.
+      splits: of Karpathy's JSON, those to read; none: all.
       missing: the share of rows that may have neither a caption nor a label; those are
         left out and named.
 
@@ -57,7 +65,7 @@ def read_table(
       ValueError: if the table cannot be read or is empty, or a row is incomplete.
     """
     try:
-        return _entries(_rows(file, table), table, root, missing)
+        return _entries(_rows(file, table, splits), table, root, missing)
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} cannot be read: {error}") from None
 
@@ -76,14 +84,19 @@ def read_files(file: BinaryIO, table: str, root: str) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _rows(file: BinaryIO, table: str) -> Iterator[tuple[str, dict]]:
+def _rows(
+    file: BinaryIO, table: str, splits: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict]]:
     """Each row with its place in the table, such as "captions.csv line 3"."""
     suffix = table.lower().rpartition(".")[2]
     if suffix == "parquet":
         yield from _parquet_rows(file, table)
         return
-    read = _csv_rows if suffix == "csv" else _json_lines
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        if suffix == "json":
+            yield from karpathy.rows(text.read(), table, splits)
+            return
+        read = _csv_rows if suffix == "csv" else _json_lines
         yield from read(text, table)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from navit.config import DataConfig, Folder
 from navit.input.pipeline import open_eval_source
-from navit.sources.folder import FolderSource
+from navit.sources.folder import FolderSource, same_table
 from navit.sources.storage import Local, open_file
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -298,6 +298,82 @@ def test_a_folder_without_a_table_or_with_two_is_named(folder):
     assert captions(source) == {"0.png": ("from b",)}
     with pytest.raises(FileNotFoundError, match=r"c\.csv"):
         FolderSource(Folder(path=str(folder), table="c.csv"))
+
+
+KARPATHY = {
+    "dataset": "coco",
+    "images": [
+        {
+            "filepath": "val",
+            "filename": f"{i}.png",
+            "imgid": i,
+            "split": split,
+            "sentences": [{"raw": f"{word} {i}.", "tokens": [word]} for word in words],
+        }
+        for i, (split, words) in enumerate(
+            [
+                ("test", "one uno"),
+                ("train", "two"),
+                ("restval", "a b c d e f"),
+                ("test", "three tre"),
+                ("val", "four"),
+            ]
+        )
+        for words in [words.split()]
+    ],
+}
+
+
+def test_karpathys_json_is_a_table(folder):
+    (folder / "val").mkdir()
+    for i in range(6):
+        (folder / f"{i}.png").rename(folder / f"val/{i}.png")
+    table = json.dumps(KARPATHY)
+    expected = {
+        f"{i}.png": tuple(sentence["raw"] for sentence in image["sentences"])
+        for i, image in enumerate(KARPATHY["images"])
+    }
+    for splits, images in (("#test", "03"), ("#train+restval", "12"), ("", "01234")):
+        (folder / "d.json").write_text(table)
+        source = FolderSource(Folder(str(folder), f"d.json{splits}"))
+        assert captions(source) == {f"{i}.png": expected[f"{i}.png"] for i in images}
+        assert read_image(source, 0) == (folder / f"val/{images[0]}.png").read_bytes()
+    # Flickr30k's has no `filepath`.
+    flat = json.loads(table)
+    for image in flat["images"]:
+        image["filename"] = f"val/{image['filename']}"
+        del image["filepath"]
+    (folder / "d.json").write_text(json.dumps(flat))
+    assert captions(FolderSource(Folder(str(folder), "d.json"))) == expected
+    # Splits of one file are other images, in training and in the evaluation.
+    parts = [Folder(str(folder), f"d.json#{x}") for x in ("train+val", "test", "val")]
+    assert not same_table(parts[0], parts[1])
+    assert same_table(parts[0], parts[2])
+    assert same_table(parts[1], Folder(str(folder), "d.json"))
+
+
+@pytest.mark.parametrize(
+    ("table", "splits", "words"),
+    [
+        ("{", "", ["d.json", "Expecting"]),
+        ("[]", "", ["d.json has no list of images", "Karpathy", ".jsonl"]),
+        ('{"images": {}}', "", ["no list of images"]),
+        ('{"images": []}', "", ["lists no images"]),
+        ('{"images": [{"filename": "0.png"}]}', "", ["image 1", "'sentences'"]),
+        ('{"images": [5]}', "", ["image 1", "not 5"]),
+        (json.dumps(KARPATHY), "#tset", ["no split 'tset'", "test (2)", "restval (1)"]),
+        (json.dumps(KARPATHY), "#train", ["'val/1.png'", "1 of 1 files", "missing"]),
+        (json.dumps(KARPATHY), "#", ["no split ''"]),
+    ],
+)
+def test_a_bad_json_is_named_with_what_is_wrong(folder, table, splits, words):
+    (folder / "d.json").write_text(table)
+    with pytest.raises(ValueError) as caught:
+        FolderSource(Folder(str(folder), f"d.json{splits}"))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
 
 
 GOOD = "file,caption\n2.png,z\n"
