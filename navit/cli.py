@@ -22,22 +22,6 @@ _USER_ERRORS = (
 log = logging.getLogger("navit")
 
 
-class _Once(logging.Filter):
-    """Drops a repeated warning: data.train and data.eval may read the same folder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._shown: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
-            return True
-        line = record.getMessage()
-        repeated = line in self._shown
-        self._shown.add(line)
-        return not repeated
-
-
 def console() -> int:
     """The `navit` command: runs `main` in a process of its own, and may end it.
 
@@ -79,8 +63,6 @@ def _run(argv: Sequence[str] | None) -> int:
         libtpu.quiet()
     from navit import commands as work  # late: --help and usage errors are fast
 
-    once = _Once()
-    log.addFilter(once)
     try:
         return getattr(work, args.run)(args)
     except _USER_ERRORS as error:
@@ -88,8 +70,6 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         print(f"navit: {error}", file=sys.stderr)
         return args.failed
-    finally:
-        log.removeFilter(once)
 
 
 def _parser() -> argparse.ArgumentParser:

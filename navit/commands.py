@@ -172,15 +172,13 @@ def embed(args: argparse.Namespace) -> int:
 def index(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.sources import summary
+    from navit.sources.kinds import Opener
 
     data = config_lib.load(args.config, args.overrides).data
-    train = pipeline.open_source(data.train, again=args.again)
-    print(summary.describe("data.train", train))
+    opener = Opener(again=args.again)
+    print(summary.describe("data.train", opener.open(data.train)))
     if data.eval is not None:
-        # One index serves all parts of a folder, so it is not read twice.
-        same = (None, getattr(data.train, "path", ""))
-        again = args.again and getattr(data.eval, "path", None) not in same
-        source = pipeline.open_eval_source(data, again=again)
+        source = pipeline.open_eval_source(data, opener)
         print(summary.describe("data.eval", source))
     return 0
 

@@ -21,6 +21,7 @@ from navit.evals.prompts import load_templates
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import zero_shot
 from navit.input import pipeline
+from navit.sources.kinds import Opener
 from navit.sources.names import class_names
 from navit.sources.source import Source, Task
 
@@ -81,7 +82,11 @@ class Opened:
 
 
 def open_tasks(
-    config: Config, *, names: Sequence[str] = (), classes: str | None = None
+    config: Config,
+    *,
+    names: Sequence[str] = (),
+    classes: str | None = None,
+    opener: Opener | None = None,
 ) -> list[Opened]:
     """Opens what `config.eval` evaluates; each source is opened once.
 
@@ -89,18 +94,19 @@ def open_tasks(
       names: which evaluations; empty for all. Without `eval.tasks`, names of
         classifications of `data.eval`, beside which retrieval always runs.
       classes: a file of class names, for the only zero-shot classification.
+      opener: what has opened the training images, if they are open.
 
     Raises:
       FileNotFoundError, ValueError: for a name that does not exist, a missing file, or
         data that lack what an evaluation needs.
     """
-    opener = _Opener(config)
+    tasks_of = _Tasks(config, opener or Opener())
     if config.eval.tasks:
         tasks = list(config.eval.tasks)
         check_names(names, [task.name for task in tasks], "eval.tasks")
         tasks = [task for task in tasks if not names or task.name in names]
     else:
-        tasks = _usual(config, opener.source(config.data.eval), names)
+        tasks = _usual(config, tasks_of.source(config.data.eval), names)
     if classes is not None:
         some = [task for task in tasks if task.kind == "zero_shot"]
         if len(some) != 1:
@@ -112,7 +118,7 @@ def open_tasks(
             )
         named = dataclasses.replace(some[0], classes=classes)
         tasks = [named if task is some[0] else task for task in tasks]
-    return [opener.open(task) for task in tasks]
+    return [tasks_of.open(task) for task in tasks]
 
 
 def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
@@ -164,16 +170,16 @@ def _usual(config: Config, source: Source, names: Sequence[str]) -> list[EvalTas
     return tasks
 
 
-class _Opener:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._sources: dict[Any, Source] = {}
+class _Tasks:
+    def __init__(self, config: Config, opener: Opener) -> None:
+        self._config, self._opener = config, opener
+        self._sources: dict[AnySource | None, Source] = {}
 
     def source(self, source: AnySource | None) -> Source:
         """A source to evaluate on."""
         if source not in self._sources:
             data = dataclasses.replace(self._config.data, eval=source)
-            self._sources[source] = pipeline.open_eval_source(data)
+            self._sources[source] = pipeline.open_eval_source(data, self._opener)
         return self._sources[source]
 
     def open(self, task: EvalTask) -> Opened:
@@ -242,10 +248,8 @@ class _Opener:
                 f"{task.name!r} is of kind logistic, which needs scikit-learn: pip "
                 'install "navit[probes]"'
             )
-        chosen = task.train_source or self._config.data.train
-        if ("train", chosen) not in self._sources:
-            self._sources["train", chosen] = pipeline.open_source(chosen)
-        train = self._images(task, self._sources["train", chosen])
+        chosen = self._opener.open(task.train_source or self._config.data.train)
+        train = self._images(task, chosen)
         if train.source.fingerprint() == images.source.fingerprint():
             raise ValueError(
                 f"{task.name!r} would learn from the {len(images.source)} images that "

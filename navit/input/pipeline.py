@@ -25,6 +25,7 @@ from navit.input.stream_plan import Planned, StreamPlans
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import VERSION, Part, Rows, grids_of
 from navit.plan.groups import host_rows
+from navit.sources.kinds import Opener
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
 from navit.sources.mixture import MixtureSource
@@ -44,18 +45,22 @@ _AHEAD, _AHEAD_PER_WORKER = 4, 2
 _NO_ACCIDENT = 8
 
 
-def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
+def open_eval_source(data: config.DataConfig, opener: Opener | None = None) -> Source:
     """Opens `data.eval`, or the training images if it is not set.
 
     Warns if training reads the same images.
 
+    Args:
+      opener: what has opened the training images, if they are open.
+
     Raises:
       ValueError: if training reads images that the config holds out for evaluation;
-        and as `open_source` does.
+        and as `Opener.open` does.
     """
+    opener = opener or Opener()
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
-        return open_source(data.train, again=again)
+        return opener.open(data.train)
     source, train = data.eval, data.train
     if (
         isinstance(source, config.Folder)
@@ -67,7 +72,7 @@ def open_eval_source(data: config.DataConfig, *, again: bool = False) -> Source:
             source, path=train.path, table=table, missing=train.missing
         )
     check_overlap(train, source)
-    return open_source(source, again=again)
+    return opener.open(source)
 
 
 def parts_of(source: Source) -> tuple[Part, ...]:

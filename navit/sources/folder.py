@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from navit import config
 from navit.sources import karpathy, records, storage
 from navit.sources.cache import Place, digest
-from navit.sources.index import Entry, measure
+from navit.sources.index import Entry, Index, measure
 from navit.sources.missing import check_missing
 from navit.sources.source import Record, Task
-from navit.sources.table import inside, is_table, read_table
+from navit.sources.table import Listed, inside, is_table, read_table
+
+
+class _All(NamedTuple):
+    """The images of a table that exist, in every split; an unreadable one too."""
+
+    table: str
+    listed: list[Listed]
+    lengths: list[int]  # in bytes
+    measured: Index
+    task: Task
 
 
 class FolderSource:
@@ -69,8 +80,23 @@ class FolderSource:
             place,
             again=again,
         )
+        number = {name: i for i, name in enumerate(names)} | {"": -1}
+        ids = [number[labels[entry.file]] for entry in listed]
+        lengths = [stats[entry.file].size for entry in listed]
+        task = Task(names, np.array(ids, np.int32))
+        self._all = _All(table, listed, lengths, index, task)
+        self._choose(folder)
+
+    def part(self, folder: config.Folder) -> FolderSource:
+        """Another split of the same folder and table, which are not read again."""
+        other = copy.copy(self)
+        other._choose(folder)
+        return other
+
+    def _choose(self, folder: config.Folder) -> None:
+        table, listed, lengths, measured, (names, ids) = self._all
         split = {i for i, e in enumerate(listed) if _is_in(folder, e.file)}
-        kept = [i for i in index.kept.tolist() if i in split]
+        kept = [i for i in measured.kept.tolist() if i in split]
         if not kept:
             what = f"{len(split)} unreadable images" if split else "no image"
             raise ValueError(
@@ -79,13 +105,9 @@ class FolderSource:
             )
         self.left_out, self.damaged = len(split) - len(kept), 0
         self._listed = [listed[i] for i in kept]
-        self._lengths = [stats[x.file].size for x in self._listed]
-        self.sizes = index.sizes[kept]
-        self.tasks = {}
-        if names:
-            number = {name: i for i, name in enumerate(names)} | {"": -1}
-            ids = np.array([number[labels[x.file]] for x in self._listed], np.int32)
-            self.tasks["label"] = Task(names, ids)
+        self._lengths = [lengths[i] for i in kept]
+        self.sizes = measured.sizes[kept]
+        self.tasks = {"label": Task(names, ids[kept])} if names else {}
 
     def __len__(self) -> int:
         return len(self._listed)

@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from navit import config
+from navit.sources.folder import FolderSource
 from navit.sources.mixture import MixtureSource
 from navit.sources.records import Reader, RecordSource
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 
 
-def open_train_source(source: config.TrainSource) -> Source | StreamSource:
-    """Opens a source to train on, which need not have random access."""
-    if isinstance(source, config.Stream):
-        return StreamSource(source)
-    return open_source(source)
+class Opener:
+    """Opens sources, each only once, so that what it leaves out is also said once.
 
-
-def open_source(source: config.TrainSource, *, again: bool = False) -> Source:
-    """Opens a source with random access; all image sizes are then known.
+    The splits of a folder share one reading of its table and files.
 
     Args:
       again: read all headers again and save the index, even if there is one.
-
-    Raises:
-      ValueError: for a stream, which has no random access.
     """
-    if isinstance(source, config.Stream):
-        raise ValueError(
-            f"the stream {source.path!r} has no random access, which this needs: use "
-            "plain tar shards (TarShards) or ArrayRecord files; only `navit train` "
-            "reads a stream, as data.train"
-        )
-    # Each kind is imported when it is used: some need packages that others do not.
-    if isinstance(source, config.Synthetic):
-        from navit.sources.synthetic import SyntheticSource
 
-        return SyntheticSource(source.size, source.seed)
-    if isinstance(source, config.Folder):
-        from navit.sources.folder import FolderSource
+    def __init__(self, *, again: bool = False) -> None:
+        self._again = again
+        self._opened: dict[config.AnySource, Source] = {}
+        self._folders: dict[config.Folder, FolderSource] = {}
 
-        return FolderSource(source, again=again)
-    if isinstance(source, config.Mixture):
-        parts = [open_source(part, again=again) for part in source.sources]
-        return MixtureSource(parts, source.weights)
-    return RecordSource(_open_reader(source, again), again=again)
+    def open_train(self, source: config.TrainSource) -> Source | StreamSource:
+        """Opens a source to train on, which need not have random access."""
+        if isinstance(source, config.Stream):
+            return StreamSource(source)
+        return self.open(source)
+
+    def open(self, source: config.TrainSource) -> Source:
+        """Opens a source with random access; all image sizes are then known.
+
+        Raises:
+          ValueError: for a stream, which has no random access.
+        """
+        if isinstance(source, config.Stream):
+            raise ValueError(
+                f"the stream {source.path!r} has no random access, which this needs: "
+                "use plain tar shards (TarShards) or ArrayRecord files; only `navit "
+                "train` reads a stream, as data.train"
+            )
+        if source not in self._opened:
+            self._opened[source] = self._open(source)
+        return self._opened[source]
+
+    def _open(self, source: config.AnySource) -> Source:
+        # Each kind is imported when it is used: some need packages that others do not.
+        if isinstance(source, config.Synthetic):
+            from navit.sources.synthetic import SyntheticSource
+
+            return SyntheticSource(source.size, source.seed)
+        if isinstance(source, config.Folder):
+            whole = dataclasses.replace(source, split="all", holdout=0.5)
+            if whole in self._folders:
+                return self._folders[whole].part(source)
+            self._folders[whole] = FolderSource(source, again=self._again)
+            return self._folders[whole]
+        if isinstance(source, config.Mixture):
+            return MixtureSource([*map(self.open, source.sources)], source.weights)
+        return RecordSource(_open_reader(source, self._again), again=self._again)
+
+
+def open_source(source: config.TrainSource) -> Source:
+    """Opens one source as `Opener.open` does."""
+    return Opener().open(source)
+
+
+def open_train_source(source: config.TrainSource) -> Source | StreamSource:
+    """Opens one source as `Opener.open_train` does."""
+    return Opener().open_train(source)
 
 
 def _open_reader(source: config.TrainSource, again: bool) -> Reader:

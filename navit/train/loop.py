@@ -16,6 +16,7 @@ from navit.evals.tasks import Opened, open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
+from navit.sources.kinds import Opener
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 from navit.train import hosts, lock
@@ -69,9 +70,10 @@ def train(
         check_devices(config, rules)
         budgets.check_memory(config)
     pipeline.check_memory(config, jax.process_count())
-    source = pipeline.open_train_source(config.data.train)
+    opener = Opener()
+    source = opener.open_train(config.data.train)
     data = pipeline.fingerprint(source)
-    opened = open_tasks(config)
+    opened = open_tasks(config, opener=opener)
     with use_mesh(mesh):
         budgets.check(config, opened, source)
     log.info("training on %s", source.fingerprint())

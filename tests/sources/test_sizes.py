@@ -15,9 +15,10 @@ from PIL import Image
 
 from navit.cli import main
 from navit.config import Folder
-from navit.sources import cache, storage
+from navit.sources import cache, folder, storage
 from navit.sources import index as sizes
 from navit.sources.folder import FolderSource
+from navit.sources.kinds import Opener
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 
@@ -370,6 +371,27 @@ def test_the_parts_of_a_split_share_one_index(photos):
     parts = [FolderSource(Folder(str(photos), split=s)) for s in ("train", "eval")]
     assert len(list((photos / ".navit").iterdir())) == 1
     assert sum(map(len, parts)) == 17
+
+
+def test_an_opener_reads_the_parts_of_a_split_once(photos, monkeypatch, caplog):
+    (photos / "cat.jpg").write_bytes(b"no image")
+    alone = [FolderSource(Folder(str(photos), split=s)) for s in ("train", "eval")]
+    reads, real = [], folder.read_table
+    monkeypatch.setattr(
+        folder, "read_table", lambda *x, **y: reads.append(x) or real(*x, **y)
+    )
+    caplog.clear()
+    opener = Opener(again=True)
+    parts = [opener.open(Folder(str(photos), split=s)) for s in ("train", "eval")]
+    assert len(reads) == 1
+    assert caplog.text.count("left out, unreadable") == 1
+    for part, other in zip(parts, alone, strict=True):
+        assert part.fingerprint() == other.fingerprint()
+        assert part.version() == other.version() and part.left_out == other.left_out
+        labels, expected = part.tasks["label"], other.tasks["label"]
+        assert labels.class_names == expected.class_names
+        np.testing.assert_array_equal(labels.labels, expected.labels)
+    assert opener.open(Folder(str(photos), split="eval")) is parts[1]
 
 
 def run(capsys, *arguments: str) -> str:

@@ -26,6 +26,7 @@ from navit.evals.tasks import open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
+from navit.sources.kinds import Opener
 from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
@@ -535,7 +536,7 @@ def test_settings_that_would_fail_later_fail_before_training(tmp_path, change, m
 def test_what_no_memory_holds_is_refused_before_data_is_read(
     tmp_path, monkeypatch, change, message
 ):
-    monkeypatch.delattr(pipeline, "open_train_source")
+    monkeypatch.delattr(Opener, "open_train")
     with pytest.raises(ValueError, match=message):
         loop.train(override(tiny_config(), [change]), tmp_path)
 
