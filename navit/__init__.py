@@ -7,29 +7,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from navit.batch import Batch as Batch
     from navit.batch import PackedImages as PackedImages
     from navit.batch import PackedTokens as PackedTokens
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
     from navit.input.fill import pack as pack
     from navit.input.fill import unpack as unpack
+    from navit.input.pipeline import train_batches as train_batches
+    from navit.model.vision import Vision as Vision
     from navit.plan import strategies as strategies
     from navit.plan.geometry import grid_for as grid_for
+    from navit.sources.kinds import open_source as open_source
     from navit.weights import load as load
     from navit.weights import save as save
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Batch": "navit.batch",
     "Config": "navit.config",
     "Embedder": "navit.embed",
     "PackedImages": "navit.batch",
     "PackedTokens": "navit.batch",
+    "Vision": "navit.model.vision",
     "grid_for": "navit.plan.geometry",
     "load": "navit.weights",
+    "open_source": "navit.sources.kinds",
     "pack": "navit.input.fill",
     "save": "navit.weights",
     "strategies": "navit.plan.strategies",
+    "train_batches": "navit.input.pipeline",
     "unpack": "navit.input.fill",
 }
 

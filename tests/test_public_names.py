@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import navit
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/siglip2_b"
 
@@ -38,6 +40,17 @@ MISTAKES = {
     "navit.pack([image], slots='1')": ("TypeError", "slots is '1'", "whole number"),
     "navit.grid_for(9, 9, max_tokens='9')": ("TypeError", "max_tokens is '9'", "whole"),
     "navit.grid_for('480', 9)": ("TypeError", "height is '480'", "pixels"),
+    "navit.open_source('data')": (
+        "TypeError",
+        "'data' is not a source",
+        "Folder(path)",
+    ),
+    "navit.train_batches('a.py')": ("TypeError", "cfg is 'a.py', but", "navit.Config("),
+    "navit.train_batches(model.config, 'data')": (
+        "TypeError",
+        "source is 'data', but",
+        "pass navit.open_source(source)",
+    ),
     "navit.load('')": ("ValueError", "path is empty", "name a directory"),
     "navit.load(golden, overrides='a.b=1')": ("TypeError", "'a.b=1'", "pass ['a.b=1']"),
     "navit.save('/no/x', model)": ("TypeError", "'/no/x'", "navit.save(model, path)"),
@@ -102,6 +115,11 @@ def test_loading_weights_and_embedding_an_image_imports_no_training(outcome):
     shapes, loaded, _ = outcome
     assert shapes == [[1, 30], [1, 30]]
     assert loaded == []
+
+
+def test_every_public_name_loads_and_is_documented():
+    for name in navit.__all__:
+        assert getattr(navit, name).__doc__, name
 
 
 @pytest.mark.parametrize("call", MISTAKES)

@@ -208,7 +208,7 @@ def check_memory(cfg: config.Config, process_count: int = 1) -> None:
 
 def train_batches(
     cfg: config.Config,
-    source: Source | StreamSource,
+    source: Source | StreamSource | None = None,
     *,
     start_step: int = 0,
     process_index: int = 0,
@@ -217,12 +217,29 @@ def train_batches(
     """This host's training batches, from `start_step` to `cfg.train.steps`.
 
     Batch i is a function of only the config and i, so a run resumes exactly with any
-    number of workers.
+    number of workers. All batches are numpy arrays of the same shapes.
+
+    Args:
+      source: an opened source, from `navit.open_source` or your own object with the
+        members of `navit.sources.source.Source`; None opens `cfg.data.train`.
+      process_index, process_count: which host this is, and of how many.
 
     Raises:
+      TypeError: if `cfg` is not a Config, or `source` not an opened source.
       ValueError: if a planned grid reaches beyond the position table, or `data.rows`
         cannot be shared by the processes.
     """
+    if not isinstance(cfg, config.Config):
+        raise TypeError(
+            f"cfg is {cfg!r}, but should be a navit.Config: pass navit.Config(...)"
+        )
+    if source is None:
+        source = open_train_source(cfg.data.train)
+    elif not isinstance(source, Source | StreamSource):
+        raise TypeError(
+            f"source is {source!r}, but should be an opened source: pass "
+            "navit.open_source(source)"
+        )
     data, vision = cfg.data, cfg.model.vision
     options: dict[str, Any] = {
         "patch_size": vision.patch_size,

@@ -66,7 +66,15 @@ class Opener:
 
 
 def open_source(source: config.TrainSource) -> Source:
-    """Opens one source as `Opener.open` does."""
+    """Opens one source of a config, such as `navit.config.Folder(path)`.
+
+    Returns:
+      Records by index, with `sizes` and `tasks` (`navit/sources/source.py`).
+
+    Raises:
+      TypeError: if `source` is not a source of a config.
+      ValueError: for a stream, which has no random access.
+    """
     return Opener().open(source)
 
 
@@ -92,4 +100,7 @@ def _open_reader(source: config.TrainSource, again: bool) -> Reader:
         from navit.sources.parquet import ParquetReader
 
         return ParquetReader(source)
-    raise ValueError(f"{source!r} is not a source of images")
+    raise TypeError(
+        f"{source!r} is not a source of images: pass one of navit.config, such as "
+        "Folder(path)"
+    )

@@ -14,6 +14,7 @@ import threading
 import tracemalloc
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -618,6 +619,29 @@ def test_crops_of_whole_pixels_reach_a_little_farther_than_their_aspect():
         else:
             with pytest.raises(ValueError, match="ends at 16"):
                 train_batches(cfg, Wide())
+
+
+class Own:
+    """The members of a source, on no class of navit."""
+
+    left_out = damaged = 0
+
+    def __init__(self, source) -> None:
+        self.sizes, self.tasks, self.record = source.sizes, source.tasks, source.record
+        self.name, self.fingerprint = source.name, source.fingerprint
+        self.version = source.version
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def test_batches_come_from_the_config_or_from_a_source_of_your_own():
+    cfg = config(steps=3)
+    expected = batches(cfg, open_source(cfg.data.train))
+    for source in (None, Own(open_source(cfg.data.train))):
+        made = list(navit.train_batches(cfg, source))
+        for one, other in zip(made, expected, strict=True):
+            jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_rows_that_the_processes_cannot_share_are_refused():
