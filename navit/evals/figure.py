@@ -15,6 +15,7 @@ _DRAWN = ("accuracy", "image_to_text_r1", "text_to_image_r1")
 def plot(rows: Sequence[Row], cascades: Sequence[Row]) -> bytes:
     """Rows of one step, and their cascades, as a PNG. Dotted lines are chance."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10.0, 4.4), layout="constrained")
     by_tokens, by_flops = figure.subplots(1, 2, sharey=True)
@@ -45,6 +46,9 @@ def plot(rows: Sequence[Row], cascades: Sequence[Row]) -> bytes:
     by_tokens.set_xlabel("tokens an image may take")
     by_tokens.set_ylim(0, 1.02)
     by_flops.set_xscale("log")
+    by_flops.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    by_flops.xaxis.set_major_formatter("{x:g}")
+    by_flops.minorticks_off()
     by_flops.set_xlabel("GFLOPs of the image tower, an image")
     for axes in (by_tokens, by_flops):
         axes.grid(alpha=0.3)
