@@ -14,6 +14,7 @@ from navit.config.experiment import MeshConfig as MeshConfig
 from navit.config.experiment import OptimConfig as OptimConfig
 from navit.config.experiment import TrainConfig as TrainConfig
 from navit.config.experiment import load as load
+from navit.config.experiment import run_file as run_file
 from navit.config.losses import Classification as Classification
 from navit.config.losses import Loss as Loss
 from navit.config.losses import Sigmoid as Sigmoid
@@ -36,6 +37,7 @@ from navit.config.sources import Synthetic as Synthetic
 from navit.config.sources import TarShards as TarShards
 from navit.config.sources import Tfds as Tfds
 from navit.config.sources import TrainSource as TrainSource
+from navit.config.study import Study as Study
 
 
 def from_json(data: Any) -> Config:

@@ -113,6 +113,8 @@ class DataConfig:
     Every image gets one of `budgets` (in tokens), drawn again each epoch by
     `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
     batch, as SigLIP 2 does. `sides` instead draws resolutions, as NaViT does.
+    `square` takes the aspect from every image: it is resized to a square grid within
+    its budget, as in a plain ViT.
     `max_upscale` caps how much a small image is enlarged (None: as much as the budget
     allows, SigLIP 2's own rule; 1.0: native resolution, never enlarged), except that
     every image gets at least `min_tokens`.
@@ -136,6 +138,7 @@ class DataConfig:
     budget_per: Literal["image", "batch"] = "image"
     sides: Sides | None = None
     min_tokens: int = 1
+    square: bool = False
     max_upscale: float | None = None
     row_tokens: int = 1024
     rows: int = 8
@@ -169,6 +172,11 @@ class DataConfig:
         for name in ("workers", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.square and self.elastic:
+            raise ValueError(
+                f"data.elastic={self.elastic} gives images other grids than square "
+                "ones: set it to 0, or data.square=false"
+            )
         if not 0 <= self.elastic < 1:
             raise ValueError(f"elastic must be a share in [0, 1), not {self.elastic}")
         if not self.budgets or min(self.budgets) < 1:

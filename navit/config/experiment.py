@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from navit.config.data import DataConfig
 from navit.config.evaluation import EvalConfig
@@ -20,6 +20,8 @@ from navit.config.losses import Loss, Need, Sigmoid
 from navit.config.model import ModelConfig
 from navit.config.overrides import override, positive
 from navit.config.sources import Stream
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +220,17 @@ def _check_losses(config: Config) -> None:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Runs `get_config()` of a Python file and applies `key.path=value` overrides."""
+    config = run_file(path, "get_config", Config)
+    return override(config, overrides)
+
+
+def run_file(path: str | Path, function: str, kind: type[T]) -> T:
+    """What a function of a Python file returns.
+
+    Raises:
+      FileNotFoundError, ValueError: if there is no such file or function, it fails, or
+        returns something else than a `kind`.
+    """
     path = Path(path)
     if not path.is_file():
         known = [*path.parent.glob("*.py"), *Path("configs").glob("*.py")]
@@ -230,11 +243,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise ValueError(f"{path} defines no get_config() -> navit.config.Config")
-        config = module.get_config()
+        if not hasattr(module, function):
+            raise ValueError(
+                f"{path} defines no {function}() -> navit.config.{kind.__name__}"
+            )
+        value = getattr(module, function)()
     except (TypeError, SyntaxError, ImportError, NameError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(config, Config):
-        raise ValueError(f"{path}: get_config() returned {config!r}, not a Config")
-    return override(config, overrides)
+    if not isinstance(value, kind):
+        raise ValueError(
+            f"{path}: {function}() returned {value!r}, not a {kind.__name__}"
+        )
+    return value

@@ -14,15 +14,26 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-    """The built-in offline dataset (`navit/sources/synthetic.py`)."""
+    """The built-in offline dataset (`navit/sources/synthetic.py`).
+
+    `task`: the one whose classes label the images in training; evaluation has all.
+    `aspect`: the range of the longer side over the shorter.
+    """
 
     short = "synthetic"
     size: int = 20_000
     seed: int = 0
+    task: Literal["coarse", "fine", "finest"] = "coarse"
+    aspect: tuple[float, ...] = (1.0, 6.0)
 
     def __post_init__(self) -> None:
         if not self.size > 0:
             raise ValueError(f"size must be positive, not {self.size}")
+        if len(self.aspect) != 2 or not 1 <= self.aspect[0] <= self.aspect[1] <= 6:
+            raise ValueError(
+                f"aspect must be a range within 1 to 6, as (1.0, 6.0), not "
+                f"{self.aspect}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,6 +208,8 @@ def settings(config: Config) -> dict[str, object]:
     """The preprocessing on which vectors depend, besides the model and the budget."""
     names = ("max_upscale", "min_tokens", "dct")
     data = {name: getattr(config.data, name) for name in names}
+    if config.data.square:  # without it, tables and vectors of earlier versions match
+        data["square"] = True
     return {**data, "navit": navit.__version__}
 
 

@@ -230,6 +230,8 @@ def grids_of(
       sizes: `[m, 2]` (height, width) of each image.
       budgets: `[m]` token budget of each image, or one for all.
     """
+    if data.square:
+        sizes = np.repeat(np.sqrt(np.prod(sizes, -1, float))[:, None], 2, -1)
     grids = geometry.grids_for(
         sizes, budgets, patch_size=patch_size, max_upscale=data.max_upscale
     )

@@ -53,7 +53,9 @@ class Opener:
         if isinstance(source, config.Synthetic):
             from navit.sources.synthetic import SyntheticSource
 
-            return SyntheticSource(source.size, source.seed)
+            return SyntheticSource(
+                source.size, source.seed, task=source.task, aspect=source.aspect
+            )
         if isinstance(source, config.Folder):
             whole = dataclasses.replace(source, split="all", holdout=0.5)
             if whole in self._folders:

@@ -43,7 +43,7 @@ _DIAMETER = (1 / 80, 1 / 6)
 _SMALL = 1 / 32
 # An image whose dots would be smaller has none: upscaling cannot restore lost pixels.
 _MIN_DIAMETER = 4
-_MIN_SIDE, _MAX_SIDE, _MAX_ASPECT = 64, 1024, 6.0
+_MIN_SIDE, _MAX_SIDE = 64, 1024
 
 
 class SyntheticSource:
@@ -53,21 +53,34 @@ class SyntheticSource:
     classes; -1 for an image whose dots would be less than 4 pixels wide, which has
     none), and "finest", the same for images with small dots only (-1 elsewhere).
     Shapes and positions carry no label.
+
+    Args:
+      task: the one that comes first, and so labels training batches.
+      aspect: the range of the longer side over the shorter.
     """
 
     left_out = damaged = 0
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        seed: int = 0,
+        *,
+        task: str = "coarse",
+        aspect: tuple[float, ...] = (1.0, 6.0),
+    ) -> None:
         self._size, self._seed = size, seed
+        self._task, self._aspect = task, aspect
         traits = np.array([self._traits(i)[1:] for i in range(size)], np.int32)
         height, width, coarse, dots, diameter = traits.T
         small = diameter < _SMALL * np.sqrt(height * width)
         self.sizes = np.stack([height, width], -1)
-        self.tasks = {
+        tasks = {
             "coarse": Task(tuple(COLORS), coarse),
             "fine": Task(tuple(map(_fine_name, DOTS)), dots),
             "finest": Task(tuple(map(_fine_name, DOTS)), np.where(small, dots, -1)),
         }
+        self.tasks = {task: tasks.pop(task), **tasks}
 
     def __len__(self) -> int:
         return self._size
@@ -77,7 +90,8 @@ class SyntheticSource:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.sizes, "<i4").tobytes())
-        return f"{self._size} drawn images (sizes {digest.hexdigest()[:16]})"
+        task = "" if self._task == "coarse" else f", task {self._task}"
+        return f"{self._size} drawn images (sizes {digest.hexdigest()[:16]}{task})"
 
     def version(self) -> str:
         return f"seed {self._seed}"
@@ -115,7 +129,10 @@ class SyntheticSource:
         rng = np.random.default_rng([self._seed, index])
         figure, dots = rng.integers((len(COLORS), len(DOTS)))
         root = math.exp(rng.uniform(math.log(160), math.log(800)))
-        aspect = math.exp(rng.uniform(-1, 1) * math.log(_MAX_ASPECT))  # height / width
+        side = rng.uniform(-1, 1)
+        low, high = map(math.log, self._aspect)
+        log_aspect = math.copysign(low + abs(side) * (high - low), side)
+        aspect = math.exp(log_aspect)  # height / width
         # Both sides scale together to stay in range, which keeps the aspect.
         root = min(root, _MAX_SIDE / math.sqrt(max(aspect, 1 / aspect)))
         root = max(root, _MIN_SIDE * math.sqrt(max(aspect, 1 / aspect)))

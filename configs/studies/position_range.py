@@ -1,0 +1,87 @@
+"""Position embeddings beyond the training range: six kinds.
+
+  python -m navit.bench.study configs/studies/position_range.py --plot
+
+NaViT, section 3.4 (table 3, figure 16). Every run trains on at most 256 tokens
+and aspects up to 2, and is evaluated at 256 and 1024 and at aspects from 3 to 4. The
+label, the dots' colour, does not depend on positions: the study asks how much accuracy
+untrained ones cost. Every run sees the same images.
+"""
+
+import dataclasses
+
+from navit.config import (
+    Classification,
+    Config,
+    DataConfig,
+    EvalConfig,
+    EvalTask,
+    ModelConfig,
+    OptimConfig,
+    PositionConfig,
+    Study,
+    Synthetic,
+    TrainConfig,
+    VisionConfig,
+)
+
+# The tables of positions in patches are as long as the longest side of the evaluation.
+_LONGEST = 64
+
+
+def get_study() -> Study:
+    factorized = PositionConfig(kind="factorized")
+    kinds = {
+        "siglip2": PositionConfig(kind="siglip2"),
+        "learned 2D": PositionConfig(kind="learned_2d", size=_LONGEST),
+        "absolute": dataclasses.replace(
+            factorized, coordinates="absolute", size=_LONGEST
+        ),
+        "fractional": factorized,
+        "fractional, aspect": dataclasses.replace(
+            factorized, coordinates="fractional_aspect"
+        ),
+        "Fourier, absolute": dataclasses.replace(
+            factorized, coordinates="absolute", encoding="fourier"
+        ),
+    }
+    return Study(
+        title="Position embeddings beyond the training range",
+        configs={name: _config(position) for name, position in kinds.items()},
+        flops=(0.3e12,),
+    )
+
+
+def _config(position: PositionConfig) -> Config:
+    usual = Synthetic(size=150, seed=1, task="fine", aspect=(1, 2))
+    unusual = dataclasses.replace(usual, aspect=(3, 4))
+    return Config(
+        model=ModelConfig(
+            vision=VisionConfig(
+                width=64,
+                depth=2,
+                mlp_dim=128,
+                num_heads=2,
+                num_classes=5,
+                position=position,
+            ),
+            text=None,
+            attention="xla",  # faster here than "unpack": rows are short
+        ),
+        data=DataConfig(
+            train=Synthetic(size=40_000, task="fine", aspect=(1, 2)),
+            eval=usual,
+            budgets=(64, 144, 256),
+            row_tokens=256,
+            rows=12,
+        ),
+        optim=OptimConfig(lr=2e-3, warmup_steps=30),
+        train=TrainConfig(losses=(Classification(),), checkpoint_every=10_000),
+        eval=EvalConfig(
+            budgets=(256, 1024),
+            tasks=(
+                EvalTask("aspect_1_to_2", "classification", task="fine"),
+                EvalTask("aspect_3_to_4", "classification", unusual, task="fine"),
+            ),
+        ),
+    )
