@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from navit.batch import PackedTokens as PackedTokens
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
-    from navit.input.fill import pack as pack
-    from navit.input.fill import unpack as unpack
+    from navit.input.pack_images import pack as pack
+    from navit.input.pack_images import unpack as unpack
     from navit.input.pipeline import train_batches as train_batches
     from navit.model.vision import Vision as Vision
     from navit.plan import strategies as strategies
@@ -34,11 +34,11 @@ _HOMES = {
     "grid_for": "navit.plan.geometry",
     "load": "navit.weights",
     "open_source": "navit.sources.kinds",
-    "pack": "navit.input.fill",
+    "pack": "navit.input.pack_images",
     "save": "navit.weights",
     "strategies": "navit.plan.strategies",
     "train_batches": "navit.input.pipeline",
-    "unpack": "navit.input.fill",
+    "unpack": "navit.input.pack_images",
 }
 
 __all__ = sorted(_HOMES)

@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from navit import embed_views
 from navit.batch import PackedImages
 from navit.config import Config
 from navit.embed_batches import (
@@ -23,11 +24,13 @@ from navit.embed_batches import (
     shared_by_devices,
     slots_of,
 )
+from navit.embed_views import ViewFeatures
 from navit.input import fill, tokens
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan.geometry import check_count
+from navit.plan.strategies import Strategy
 from navit.sharding import split_rows
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
@@ -81,19 +84,36 @@ class Embedder:
     def embed_images(
         self,
         images: Sequence[ImageLike] | ArrayLike,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
+        *,
+        strategy: Strategy | None = None,
     ) -> np.ndarray:
         """Embeds images of any sizes: float32 `[len, e]`, unit norm, in order.
 
         Args:
           images: arrays `(h, w, 3)` uint8 (numpy, jax or torch), PIL images, paths,
             open files, or files' contents.
-          max_tokens: the token budget of each.
+          max_tokens: the token budget of each; None is 256.
+          strategy: embed each image's views by this rule (`navit.strategies`), in place
+            of a budget. An image's vector is then the mean of its views' pooled
+            vectors, each weighted by its view's tokens.
 
         Raises:
           TypeError: if `images` is not a list, or `max_tokens` not a whole number.
-          ValueError: names the first image that cannot be read.
+          ValueError: names the first image that cannot be read, or that the strategy
+            refuses.
         """
+        if strategy is not None:
+            _refuse_both(max_tokens)
+            if not len(images):
+                return np.zeros((0, self.embed_dim), np.float32)
+
+            def pooled(filled: fill.Filled, row_tokens: int) -> np.ndarray:
+                placed = split_rows(filled.images, self.vision.rules)
+                return np.asarray(embed_packed(self.vision, placed, row_tokens, False))
+
+            return embed_views.vectors(self.config, pooled, images, strategy)
+        max_tokens = 256 if max_tokens is None else max_tokens
         check_count("max_tokens", max_tokens)
         sizes = sizes_of(images)
         if not len(sizes):
@@ -154,9 +174,25 @@ class Embedder:
                 bar.update(len(part.index))
         return Embedded(out, errors)
 
+    @overload
     def features(
-        self, images: Sequence[ImageLike] | ArrayLike, max_tokens: int = 256
-    ) -> Iterator[np.ndarray]:
+        self,
+        images: Sequence[ImageLike] | ArrayLike,
+        max_tokens: int | None = ...,
+        *,
+        strategy: None = ...,
+    ) -> Iterator[np.ndarray]: ...
+    @overload
+    def features(
+        self, images: Sequence[ImageLike] | ArrayLike, *, strategy: Strategy
+    ) -> Iterator[list[ViewFeatures]]: ...
+    def features(
+        self,
+        images: Sequence[ImageLike] | ArrayLike,
+        max_tokens: int | None = None,
+        *,
+        strategy: Strategy | None = None,
+    ) -> Iterator[np.ndarray] | Iterator[list[ViewFeatures]]:
         """Yields each image's tokens, in order: float32 `[rows, columns, d]`.
 
         They are those after the final norm, packed as in `embed_images`. Only a few
@@ -164,7 +200,18 @@ class Embedder:
 
         Args:
           images, max_tokens: as in `embed_images`; raises the same errors.
+          strategy: yield for each image a list of its views, in this rule's order, each
+            with its tokens.
         """
+        if strategy is not None:
+            _refuse_both(max_tokens)
+
+            def tokens_of(filled: fill.Filled, row_tokens: int) -> np.ndarray:
+                placed = split_rows(filled.images, self.vision.rules)
+                return np.asarray(_tokens_of(self.vision, placed, row_tokens))
+
+            return embed_views.features(self.config, tokens_of, images, strategy)
+        max_tokens = 256 if max_tokens is None else max_tokens
         check_count("max_tokens", max_tokens)
         max_tokens = budget_of(self.config, max_tokens)
         sizes = sizes_of(images)
@@ -277,6 +324,14 @@ class Embedder:
         if spec is None:
             return x
         return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+
+
+def _refuse_both(max_tokens: int | None) -> None:
+    if max_tokens is not None:
+        raise ValueError(
+            f"max_tokens={max_tokens} has no effect with a strategy, which has its own "
+            "limits: leave one of them out"
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,11 +66,35 @@ def batches(
       ValueError: if a grid extends beyond the model's position table, or the budget
         needs more memory than is free.
     """
-    vision, slots = config.model.vision, slots_of(config)
-    grids = grids_of(config, sizes, max_tokens)
-    vision.position.check(grids)
+    slots, grids = slots_of(config), grids_of(config, sizes, max_tokens)
+    config.model.vision.position.check(grids)
     check_budget(config, max_tokens, len(grids))
     rows = plan.pack_rows(grids, max_tokens, slots)
+    yield from filled_batches(
+        config,
+        read,
+        rows,
+        max_tokens,
+        slots,
+        image_size=config.model.vision.image_size,
+    )
+
+
+def filled_batches(
+    config: Config,
+    read: Callable[[int], Record],
+    rows: plan.Rows,
+    max_tokens: int,
+    slots: int,
+    **how: Any,
+) -> Iterator[tuple[plan.Rows, Filled]]:
+    """Yields all planned rows of each batch, with this process's share of them filled.
+
+    Args:
+      read, max_tokens: as in `batches`.
+      slots: of a row.
+      how: `image_size` or `resample` of `fill_rows`.
+    """
     at_once = rows_at_once(config, max_tokens, len(rows))
     parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
     processes = processes_of_mesh()
@@ -79,11 +104,11 @@ def batches(
     filled = functools.partial(
         fill_rows,
         read=read,
-        patch_size=vision.patch_size,
+        patch_size=config.model.vision.patch_size,
         row_tokens=max_tokens,
         slots=slots,
-        image_size=vision.image_size,
         dct=config.data.dct,
+        **how,
     )
     yield from zip(parts, _made_ahead(filled, own), strict=True)
 

@@ -29,7 +29,7 @@ from navit.config import Config, ModelConfig
 from navit.convert.stored import Weights, shapes_of
 from navit.embed import embed_packed
 from navit.embed_batches import rows_at_once
-from navit.input import fill
+from navit.input import pack_images
 from navit.model import variants
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
@@ -83,7 +83,7 @@ Side = dict[str, Callable[[], np.ndarray]]
 
 
 def _navit(model: Any, images: list[bytes], budget: int) -> Side:
-    packed = fill.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
+    packed = pack_images.pack(images, max_tokens=budget, row_tokens=budget, slots=1)
     rows = rows_at_once(model.config, budget, len(packed.grids))
     parts = [
         jax.tree.map(lambda x, i=i: x[i : i + rows], packed)

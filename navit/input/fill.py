@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from navit.batch import PackedImages, PackedTokens
-from navit.input import memory, pixels
-from navit.plan import geometry
-from navit.plan.epoch import Rows, pack_rows
-from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of, standard
+from navit.batch import PackedImages
+from navit.input import pixels
+from navit.input.fill_views import fill_views
+from navit.plan.epoch import Rows
+from navit.sources.images import standard
 from navit.sources.source import Record
 
 # Each kind of draw has its own number in the random key; `navit.plan` has others.
@@ -44,6 +44,7 @@ def fill_rows(
     row_tokens: int,
     slots: int,
     image_size: int | None = None,
+    resample: Literal["bilinear", "bicubic"] = "bilinear",
     dct: str = "fast",
     seed: int = 0,
 ) -> Filled:
@@ -56,6 +57,7 @@ def fill_rows(
         and the record.
       image_size: resize to this many pixels a side, and cut to the grid from the top
         left; None resizes to the grid.
+      resample: the filter of the resize, for a plan with views.
     """
     captions: list[tuple[str, ...]] = [()] * len(rows.index)
     errors: Errors = []
@@ -65,6 +67,11 @@ def fill_rows(
         coords=np.zeros((len(rows), row_tokens, 2), np.int32),
         grids=np.zeros((len(rows), slots, 2), np.int32),
     )
+    if rows.views is not None:
+        captions, errors = fill_views(
+            rows, read, packed, patch_size=patch_size, resample=resample, dct=dct
+        )
+        return Filled(packed, captions, errors)
     lengths = rows.lengths
     for row in range(len(rows)):
         start = 0
@@ -97,212 +104,6 @@ def fill_rows(
             packed.coords[row, tokens] = coords
             packed.grids[row, slot] = grid
     return Filled(packed, captions, errors)
-
-
-@overload
-def pack(
-    images: Sequence[ImageLike] | ArrayLike,
-    *,
-    patch_size: int = ...,
-    max_tokens: int = ...,
-    row_tokens: int = ...,
-    slots: int | None = ...,
-    rows: None = ...,
-    max_upscale: float | None = ...,
-    dct: str = ...,
-    return_index: Literal[False] = ...,
-) -> PackedImages: ...
-@overload
-def pack(
-    images: Sequence[ImageLike] | ArrayLike,
-    *,
-    patch_size: int = ...,
-    max_tokens: int = ...,
-    row_tokens: int = ...,
-    slots: int | None = ...,
-    rows: None = ...,
-    max_upscale: float | None = ...,
-    dct: str = ...,
-    return_index: Literal[True],
-) -> tuple[PackedImages, np.ndarray]: ...
-@overload
-def pack(
-    images: Sequence[ImageLike] | ArrayLike,
-    *,
-    patch_size: int = ...,
-    max_tokens: int = ...,
-    row_tokens: int = ...,
-    slots: int,
-    rows: int,
-    max_upscale: float | None = ...,
-    dct: str = ...,
-    return_index: bool = ...,
-) -> tuple[PackedImages, np.ndarray, np.ndarray]: ...
-def pack(
-    images: Sequence[ImageLike] | ArrayLike,
-    *,
-    patch_size: int = 16,
-    max_tokens: int = 256,
-    row_tokens: int = 1024,
-    slots: int | None = None,
-    rows: int | None = None,
-    max_upscale: float | None = None,
-    dct: str = "fast",
-    return_index: bool = False,
-) -> (
-    PackedImages
-    | tuple[PackedImages, np.ndarray]
-    | tuple[PackedImages, np.ndarray, np.ndarray]
-):
-    """Packs images of any sizes into rows, each within its token budget.
-
-    Without `rows`, makes as many rows as all the images need. With `rows` and `slots`
-    the shapes are fixed: images are taken in order, and an image that fits in no row is
-    left out. Pass those again, before new ones, with the next call.
-
-    Args:
-      images: as in `Embedder.embed_images`.
-      patch_size: side of a patch in pixels.
-      max_tokens: the most tokens that one image may take.
-      row_tokens: length of a row.
-      slots: the most images in a row; None takes as many as the fullest row has.
-      rows: how many rows to make, empty ones included; needs `slots`.
-      max_upscale: enlarge an image by at most this factor; None: as the budget allows.
-      dct: as in `navit.input.pixels.load`.
-      return_index: also return the index.
-
-    Returns:
-      The packed images; with `return_index` or `rows` also the index, `[b, s]` int:
-      which image each slot holds, -1 if none; with `rows` also the images left out,
-      `[k]` int, in order.
-
-    Raises:
-      TypeError: if `images` is not a list, or a count not a whole number.
-      ValueError: names the image that cannot be decoded; or the budget and the row, if
-        one image may be longer than a row; or the memory, if there is too little.
-    """
-    geometry.check_count("patch_size", patch_size)
-    geometry.check_count("max_tokens", max_tokens)
-    geometry.check_count("row_tokens", row_tokens)
-    for name, value in (("slots", slots), ("rows", rows)):
-        if value is not None:
-            geometry.check_count(name, value)
-    if max_tokens > row_tokens:
-        raise ValueError(
-            f"max_tokens={max_tokens} is more than a row of row_tokens={row_tokens}"
-        )
-    sizes = sizes_of(images)
-    grids = geometry.grids_for(
-        sizes, max_tokens, patch_size=patch_size, max_upscale=max_upscale
-    )
-    if rows is None:
-        if not len(sizes):
-            raise ValueError("there are no images to pack")
-        fewest = -(-int(grids.prod(-1).sum()) // row_tokens)
-        _check_memory(fewest, row_tokens, patch_size)  # a plan of long rows takes some
-        planned = pack_rows(grids, row_tokens, slots)
-        _check_memory(len(planned), row_tokens, patch_size)
-        slots = slots or int(np.diff(planned.offsets).max())
-    elif slots is None:
-        raise ValueError(f"rows={rows} is for a fixed shape: give slots a number too")
-    else:
-        _check_memory(rows, row_tokens, patch_size)
-        planned = _rows_of(grids, rows, row_tokens, slots)
-    packed, _, errors = fill_rows(
-        planned,
-        lambda i: Record(images[i]),
-        patch_size=patch_size,
-        row_tokens=row_tokens,
-        slots=slots,
-        dct=dct,
-    )
-    for image, error in errors:
-        raise ValueError(
-            f"{image_name(images, image)} cannot be decoded: {error}"
-        ) from error
-    index = slot_array(planned, slots, planned.index, -1)
-    if rows is not None:
-        return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
-    return (packed, index) if return_index else packed
-
-
-def _check_memory(rows: int, row_tokens: int, patch_size: int) -> None:
-    memory.check(
-        rows * row_tokens * patch_size**2 * 3,
-        f"packing into {rows} x {row_tokens} tokens (rows x row_tokens)",
-        "lower row_tokens or rows, or pack fewer images at a time",
-    )
-
-
-def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
-    """Packs images with grids `[m, 2]` in order into `rows` rows, by best fit.
-
-    Leaves out the images that do not fit.
-    """
-    room = np.full(rows, row_tokens)
-    held: list[list[int]] = [[] for _ in range(rows)]
-    for image, tokens in enumerate(grids.prod(-1).tolist()):
-        after = room - tokens
-        best = int(np.where(after < 0, row_tokens, after).argmin())
-        if after[best] >= 0:
-            held[best].append(image)
-            # A row of full slots has no room for any image.
-            room[best] = after[best] if len(held[best]) < slots else 0
-    index = np.array([image for row in held for image in row], np.int64)
-    return Rows(np.cumsum([0, *map(len, held)]), index, grids[index])
-
-
-def unpack(
-    tokens: Any,
-    packed: PackedImages | PackedTokens | None = None,
-    index: np.ndarray | None = None,
-) -> list[np.ndarray]:
-    """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
-
-    `pack` reorders the images. With its `index`, the arrays come in the images' order;
-    without, they come row by row and slot by slot.
-
-    Args:
-      tokens: `PackedTokens`, such as `model.vision(packed).packed`; or `[b, n, d]` of
-        numpy or jax.
-      packed: where the tokens lie; None: as `PackedTokens` has it.
-      index: `[b, s]`, from `pack(..., return_index=True)`.
-
-    Raises:
-      TypeError: if `tokens` has no layout and `packed` is not given.
-      ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
-    """
-    if isinstance(tokens, PackedTokens):
-        packed, tokens = tokens if packed is None else packed, tokens.tokens
-    if packed is None:
-        raise TypeError(
-            f"tokens is a {type(tokens).__name__} without the layout of its images: "
-            "pass out.packed of out = model.vision(packed), or packed as well"
-        )
-    tokens = np.asarray(tokens)
-    segment_ids, coords, grids = (np.asarray(x) for x in packed[1:])
-    b, n = segment_ids.shape
-    if tokens.ndim != 3 or tokens.shape[:2] != (b, n):
-        raise ValueError(f"tokens must be [{b}, {n}, d], not {tokens.shape}")
-    filled = np.argwhere(grids.prod(-1))
-    if index is not None:
-        if index.shape != grids.shape[:2]:
-            raise ValueError(f"index must be {grids.shape[:2]}, not {index.shape}")
-        filled = filled[index[tuple(filled.T)].argsort()]
-    images = []
-    for row, slot in filled:
-        mine = segment_ids[row] == slot + 1
-        rows, columns = grids[row, slot]
-        place = coords[row, mine] @ (columns, 1)
-        if not np.array_equal(np.sort(place), np.arange(rows * columns)):
-            raise ValueError(
-                f"the image in row {row} slot {slot} has {len(place)} tokens, not each "
-                f"one of its {rows}x{columns} grid once: unpack only images without "
-                "dropped tokens"
-            )
-        image = tokens[row, mine][place.argsort()]
-        images.append(image.reshape(rows, columns, -1))
-    return images
 
 
 def slot_array(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -60,6 +61,59 @@ def load(
         raise ValueError(str(error)) from error
 
 
+def load_parts(
+    image: ImageLike,
+    parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    dct: str = "fast",
+    resample: Literal["bilinear", "bicubic"] = "bilinear",
+) -> list[np.ndarray]:
+    """Decodes an image once, and resizes parts of it to `[h, w, 3]` uint8, upright.
+
+    A JPEG file is decoded at a smaller scale if that leaves enough pixels for the
+    largest result, as in `load`, and if all parts are the whole image.
+
+    Args:
+      parts: (top, left, bottom, right) in upright pixels, and the (height, width) to
+        resize it to. No pixel beyond the box is used.
+      dct: as in `load`.
+      resample: Pillow's filter, with antialiasing.
+
+    Raises:
+      ValueError: if the image cannot be decoded, or its size has changed.
+    """
+    whole = (0, 0, max(box[2] for box, _ in parts), max(box[3] for box, _ in parts))
+    largest = (max(size[0] for _, size in parts), max(size[1] for _, size in parts))
+    if any(box != whole for box, _ in parts):
+        largest = whole[2:]
+    try:
+        image = standard(image)
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(np.ascontiguousarray(image))
+        if isinstance(image, bytes):
+            decoded, scale = _decoded(image, *largest, dct)
+        else:
+            decoded, scale = _to_rgb(_upright(image)), 1
+    except DAMAGED as error:
+        raise ValueError(str(error)) from error
+    if -(-whole[2] // scale) > decoded.height or -(-whole[3] // scale) > decoded.width:
+        raise ValueError(
+            f"an image of about {decoded.height * scale}x{decoded.width * scale} "
+            f"pixels has no part that ends at row {whole[2]}, column {whole[3]}: its "
+            "size has changed"
+        )
+    method = Image.Resampling[resample.upper()]
+    resized = []
+    for (top, left, bottom, right), (height, width) in parts:
+        if scale == 1:
+            part = decoded.crop((left, top, right, bottom))
+            resized.append(np.asarray(part.resize((width, height), method)))
+        else:
+            box = (0, 0, right / scale, bottom / scale)
+            resized.append(np.asarray(decoded.resize((width, height), method, box=box)))
+    return resized
+
+
 def to_patches(pixels: np.ndarray, patch_size: int, out: np.ndarray) -> None:
     """Cuts `[rows*p, columns*p, 3]` uint8 pixels into `out` `[rows*columns, p*p*3]`.
 
@@ -72,6 +126,49 @@ def to_patches(pixels: np.ndarray, patch_size: int, out: np.ndarray) -> None:
     line = np.dtype(f"V{p * 3}")
     lines = np.ascontiguousarray(pixels).reshape(rows, p, columns * p * 3).view(line)
     out.view(line).reshape(rows, columns, p)[...] = lines.transpose(0, 2, 1)
+
+
+def _decoded(data: bytes, height: int, width: int, dct: str) -> tuple[Image.Image, int]:
+    """An upright RGB image, and by how much it was scaled down while it was decoded.
+
+    Args:
+      height, width: the largest size that it is resized to.
+    """
+    opened = open_image(data)
+    if not simplejpeg.is_jpeg(data) or opened.mode not in ("RGB", "L"):
+        return _to_rgb(_upright(opened)), 1
+    turned = orientation(opened)
+    if turned in UPRIGHT:  # a scaled image would end elsewhere when it is turned
+        pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast")
+        return Image.fromarray(pixels).transpose(UPRIGHT[turned]), 1
+    scale = _scale(opened.height, opened.width, height, width)
+    pixels = _decode_jpeg(data, opened.height, opened.width, scale, dct)
+    return Image.fromarray(pixels), scale
+
+
+def _scale(full_height: int, full_width: int, height: int, width: int) -> int:
+    """By how much to scale an image down while it is decoded: 1, 2, 4 or 8."""
+    scale = 1
+    while (
+        scale < 8
+        and full_height >= _DCT_MARGIN * 2 * scale * height
+        and full_width >= _DCT_MARGIN * 2 * scale * width
+    ):
+        scale *= 2
+    return scale
+
+
+def _decode_jpeg(
+    data: bytes, full_height: int, full_width: int, scale: int, dct: str
+) -> np.ndarray:
+    scaled: dict[str, Any] = {}
+    if scale > 1:
+        scaled = dict(
+            min_height=-(-full_height // scale),
+            min_width=-(-full_width // scale),
+            min_factor=scale,
+        )
+    return simplejpeg.decode_jpeg(data, fastdct=dct == "fast", **scaled)
 
 
 def _load_jpeg(
@@ -93,21 +190,8 @@ def _load_jpeg(
     if turned >= 5:
         height, width = width, height
     top, left, box_height, box_width = box or (0, 0, full_height, full_width)
-    scale = 1
-    while (
-        scale < 8
-        and box_height >= _DCT_MARGIN * 2 * scale * height
-        and box_width >= _DCT_MARGIN * 2 * scale * width
-    ):
-        scale *= 2
-    scaled: dict[str, Any] = {}
-    if scale > 1:
-        scaled = dict(
-            min_height=-(-full_height // scale),
-            min_width=-(-full_width // scale),
-            min_factor=scale,
-        )
-    pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast", **scaled)
+    scale = _scale(box_height, box_width, height, width)
+    pixels = _decode_jpeg(data, full_height, full_width, scale, dct)
     # A side that is not a multiple of the scale ends within the last pixel.
     part = (top / scale, left / scale, box_height / scale, box_width / scale)
     resized = _resize(Image.fromarray(pixels), height, width, part)

@@ -39,6 +39,8 @@ class Rows:
       boxes: `[m, 4]` int32 (top, left, height, width) of each image's crop, in upright
         pixels; None takes the whole image.
       flips: `[m]` bool, whether to mirror left to right; None mirrors none.
+      views: `[m]` of `navit.plan.view_rows.VIEW`, what each segment shows of its image;
+        None shows the whole image, at its grid.
       epoch: the rows' epoch; draws outside the plan (which of several captions) depend
         on it.
     """
@@ -49,6 +51,7 @@ class Rows:
     kept: np.ndarray | None = None
     boxes: np.ndarray | None = None
     flips: np.ndarray | None = None
+    views: np.ndarray | None = None
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -77,6 +80,7 @@ class Rows:
             chosen(self.kept),
             chosen(self.boxes),
             chosen(self.flips),
+            chosen(self.views),
             self.epoch,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.square import pad_to_square
@@ -41,7 +42,7 @@ class AnyRes:
         default=(122, 116, 104), kw_only=True
     )
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     @staticmethod
     def grid(tile: int, rows: int, columns: int) -> Canvases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.anyres import Canvases, best_canvas
@@ -35,7 +35,7 @@ class DeepSeekVL2:
     max_tiles: int = 9
     patch: int = dataclasses.field(default=14, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_tiles", "patch")
@@ -116,7 +116,7 @@ class DeepSeekOCR:
     max_tiles: int = dataclasses.field(default=6, kw_only=True)
     patch: int = dataclasses.field(default=16, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "base", "tile", "min_tiles", "max_tiles", "patch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.views import Block, Layout, Separator, View
@@ -30,7 +31,7 @@ class InternVL:
     patch: int = dataclasses.field(default=14, kw_only=True)
     merge: int = dataclasses.field(default=2, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "min_tiles", "max_tiles", "patch", "merge")
@@ -74,7 +75,7 @@ class Template:
         default=((1, 1), (1, 2), (2, 1), (2, 2)), kw_only=True
     )
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "patch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.square import crop_to_square
@@ -26,7 +27,7 @@ class LLaVAMini:
     patch: int = dataclasses.field(default=14, kw_only=True)
     side: int = dataclasses.field(default=1, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "splits", "patch", "side")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar, Literal
 
 from navit.plan.geometry import grid_for
 from navit.plan.strategies import views
@@ -35,7 +36,7 @@ class QwenVL:
     max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
     utils: bool = dataclasses.field(default=False, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "patch", "merge", "min_pixels", "max_pixels")
@@ -102,7 +103,7 @@ class Kimi:
     max_tokens: int = 4096
     merge: int = dataclasses.field(default=2, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "patch", "max_tokens", "merge")
@@ -154,7 +155,7 @@ class NaFlex:
     max_tokens: int = 256
     max_upscale: float | None = dataclasses.field(default=None, kw_only=True)
 
-    resample = "bilinear"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bilinear"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "patch", "max_tokens")

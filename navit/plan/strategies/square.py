@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.views import Block, Layout, View
@@ -31,7 +31,7 @@ class Square:
     )
     fill: tuple[int, int, int] = dataclasses.field(default=CLIP_MEAN, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "size", "patch")

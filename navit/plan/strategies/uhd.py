@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
 from navit.plan.strategies.views import Block, Layout, Separator, View
@@ -29,7 +30,7 @@ class LLaVAUHD:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=144, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_slices", "patch", "queries")
@@ -69,7 +70,7 @@ class MiniCPMV:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=64, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_slices", "patch", "queries")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class UReader:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=64, kw_only=True)
 
-    resample = "bicubic"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_cells", "patch", "queries")

@@ -1,0 +1,148 @@
+"""Images -> vectors and features, by a resolution strategy (`navit.strategies`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from navit.config import Config
+from navit.embed_batches import check_budget, filled_batches
+from navit.input.fill import Filled
+from navit.plan.epoch import Rows
+from navit.plan.strategies import Strategy, View
+from navit.plan.view_rows import Views, views_of
+from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
+from navit.sources.source import Record
+
+# The most views in a row.
+_SLOTS = 8
+
+# The most images whose features are held at a time.
+_AT_ONCE = 16
+
+
+class ViewFeatures(NamedTuple):
+    """A view of an image, and its tokens: float32 `[rows, columns, d]`."""
+
+    view: View
+    tokens: np.ndarray
+
+
+def vectors(
+    config: Config,
+    pooled: Callable[[Filled, int], np.ndarray],
+    images: Sequence[ImageLike] | ArrayLike,
+    strategy: Strategy,
+) -> np.ndarray:
+    """One vector an image, `[len, e]`, of unit norm: the mean of its views' vectors.
+
+    A view's pooled vector counts as often as the view has tokens.
+
+    Args:
+      pooled: rows and their length -> `[b, s, e]`, before normalisation.
+    """
+    everything = range(len(images))
+    views, row_tokens = _planned(config, images, strategy, everything)
+    by_view, first = [np.zeros(0)] * len(views.image), views.first
+    for part, filled in _batches(
+        config, images, strategy, views, row_tokens, everything
+    ):
+        slots = pooled(filled, row_tokens)
+        taken = np.arange(slots.shape[1]) < np.diff(part.offsets)[:, None]
+        assert part.views is not None
+        numbers = first[part.index] + part.views["number"]
+        for number, vector in zip(numbers.tolist(), slots[taken], strict=True):
+            by_view[number] = vector
+    weighted = np.stack(by_view) * views.grids.prod(-1)[:, None]
+    sums = np.add.reduceat(weighted, first[:-1], axis=0)
+    norms = np.linalg.norm(sums, axis=-1, keepdims=True)
+    return (sums / np.maximum(norms, 1e-6)).astype(np.float32)
+
+
+def features(
+    config: Config,
+    tokens: Callable[[Filled, int], np.ndarray],
+    images: Sequence[ImageLike] | ArrayLike,
+    strategy: Strategy,
+) -> Iterator[list[ViewFeatures]]:
+    """Yields each image's views with their tokens, in order.
+
+    Args:
+      tokens: rows and their length -> `[b, n, d]` float32.
+    """
+    for start in range(0, len(images), _AT_ONCE):
+        some = range(start, min(start + _AT_ONCE, len(images)))
+        views, row_tokens = _planned(config, images, strategy, some)
+        first = views.first
+        of_view: dict[int, np.ndarray] = {}
+        for part, filled in _batches(config, images, strategy, views, row_tokens, some):
+            rows, lengths = tokens(filled, row_tokens), part.lengths
+            assert part.views is not None
+            for row in range(len(part)):
+                end = 0
+                for i in range(part.offsets[row], part.offsets[row + 1]):
+                    begin, end = end, end + int(lengths[i])
+                    number = int(first[part.index[i]] + part.views["number"][i])
+                    own = rows[row, begin:end].reshape(*part.grids[i], -1)
+                    # A copy, so that the batch does not live as long as a view.
+                    of_view[number] = own.copy()
+        for i, own_views in enumerate(views.of_image):
+            yield [
+                ViewFeatures(view, of_view.pop(int(first[i]) + k))
+                for k, view in enumerate(own_views)
+            ]
+
+
+def _planned(
+    config: Config,
+    images: Sequence[ImageLike] | ArrayLike,
+    strategy: Strategy,
+    some: range,
+) -> tuple[Views, int]:
+    """The views of some images, and the length of a row: that of the longest view."""
+    vision = config.model.vision
+    if vision.fixed_grid:
+        raise ValueError(
+            "this model takes every image at one grid: load it with "
+            "model.vision.fixed_grid=false to use a strategy"
+        )
+    views = views_of(
+        strategy,
+        sizes_of([images[i] for i in some]),
+        patch_size=vision.patch_size,
+        name=lambda i: image_name(images, some[i]),
+    )
+    vision.position.check(views.grids)
+    row_tokens = int(views.grids.prod(-1).max())
+    check_budget(config, row_tokens, len(views.grids))
+    return views, row_tokens
+
+
+def _batches(
+    config: Config,
+    images: Sequence[ImageLike] | ArrayLike,
+    strategy: Strategy,
+    views: Views,
+    row_tokens: int,
+    some: range,
+) -> Iterator[tuple[Rows, Filled]]:
+    """Planned rows of a batch, and the batch.
+
+    Raises:
+      ValueError: names the first image that cannot be read.
+    """
+    for part, filled in filled_batches(
+        config,
+        lambda i: Record(images[some[i]]),
+        views.rows(row_tokens, _SLOTS),
+        row_tokens,
+        _SLOTS,
+        resample=strategy.resample,
+    ):
+        for index, error in filled.errors:
+            raise ValueError(
+                f"{image_name(images, some[index])} cannot be read: {error}"
+            ) from error
+        yield part, filled

@@ -1,0 +1,90 @@
+"""Sizes -> views -> rows, by a resolution strategy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from navit.plan.epoch import Rows, pack_rows
+from navit.plan.strategies import Strategy, View
+
+# What `navit/input/fill_views.py` needs of a view, and its number in its image.
+VIEW = np.dtype(
+    [
+        ("number", np.int32),
+        ("box", np.int32, 4),
+        ("size", np.int32, 2),
+        ("window", np.int32, 4),
+        ("fill", np.uint8, 3),
+    ]
+)
+
+
+class Views(NamedTuple):
+    """The views of some images, one image after the other.
+
+    Attributes:
+      of_image: each image's views, in the strategy's order.
+      image: `[m]` int64, the image of each view.
+      grids: `[m, 2]` int32.
+      table: `[m]` VIEW.
+    """
+
+    of_image: list[tuple[View, ...]]
+    image: np.ndarray
+    grids: np.ndarray
+    table: np.ndarray
+
+    @property
+    def first(self) -> np.ndarray:
+        """`[images + 1]`: where each image's views begin."""
+        return np.cumsum([0, *map(len, self.of_image)])
+
+    def rows(self, row_tokens: int, slots: int | None) -> Rows:
+        """Packs the views; those of one image may come to lie in several rows."""
+        planned = pack_rows(self.grids, row_tokens, slots)
+        return dataclasses.replace(
+            planned, index=self.image[planned.index], views=self.table[planned.index]
+        )
+
+
+def views_of(
+    strategy: Strategy,
+    sizes: np.ndarray,
+    *,
+    patch_size: int,
+    name: Callable[[int], str],
+) -> Views:
+    """The views of every image.
+
+    Args:
+      sizes: `[images, 2]` (height, width) in pixels.
+      patch_size: the encoder's.
+      name: image number -> its name, for errors.
+
+    Raises:
+      ValueError: if the strategy has another patch size, or refuses an image.
+    """
+    kind = type(strategy).__name__
+    if strategy.patch != patch_size:
+        raise ValueError(
+            f"{kind} cuts patches of {strategy.patch} pixels, and the model takes "
+            f"{patch_size}: pass {kind}(patch={patch_size})"
+        )
+    of_image = []
+    for i, (height, width) in enumerate(sizes.tolist()):
+        try:
+            of_image.append(strategy.views(height, width))
+        except ValueError as error:
+            raise ValueError(f"{name(i)} has no views: {error}") from error
+    table = np.zeros(sum(map(len, of_image)), VIEW)
+    flat = [(k, view) for views in of_image for k, view in enumerate(views)]
+    for i, (number, view) in enumerate(flat):
+        fill = view.fill or (0, 0, 0)
+        table[i] = (number, view.box, view.size, view.window, fill)
+    grids = np.array([view.grid for _, view in flat], np.int32).reshape(-1, 2)
+    counts = [len(views) for views in of_image]
+    return Views(of_image, np.repeat(np.arange(len(counts)), counts), grids, table)

@@ -1,0 +1,167 @@
+"""Views of a resolution strategy: pixels, packing, vectors and features."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import tiny_config, vision_config
+from PIL import Image
+
+import navit
+from navit import strategies
+from navit.input import pixels
+from navit.model.two_tower import TwoTower
+
+PATCH = 4
+SMALL = [
+    strategies.Square(16, PATCH, fit="squash"),
+    strategies.Square(16, PATCH, fit="crop"),
+    strategies.Square(16, PATCH, fit="pad"),
+    strategies.AnyRes(16, PATCH, canvases=strategies.AnyRes.grid(16, 2, 3)),
+    strategies.Template(16, PATCH),
+    strategies.InternVL(16, max_tiles=6, patch=PATCH),
+    strategies.DeepSeekVL2(16, patch=PATCH),
+    strategies.DeepSeekOCR(base=32, tile=16, patch=PATCH),
+    strategies.LLaVAUHD(16, patch=PATCH),
+    strategies.MiniCPMV(16, patch=PATCH),
+    strategies.UReader(16, 6, patch=PATCH),
+    strategies.LLaVAMini(16, patch=PATCH),
+    strategies.QwenVL(PATCH, min_pixels=64, max_pixels=1000),
+    strategies.Kimi(PATCH, 50),
+    strategies.NaFlex(PATCH, 40),
+]
+IDS = [type(s).__name__ for s in SMALL]
+RNG = np.random.default_rng(0)
+IMAGES = [
+    RNG.integers(0, 256, (h, w, 3), np.uint8)
+    for h, w in ((40, 90), (700, 30), (17, 16), (64, 64))
+]
+
+
+def by_pillow(image, view, strategy):
+    """A view as its definition says: crop, resize, paste, cut."""
+    top, left, bottom, right = view.box
+    method = Image.Resampling[strategy.resample.upper()]
+    part = Image.fromarray(image).crop((left, top, right, bottom))
+    canvas = part.resize(view.size[::-1], method)
+    top, left, bottom, right = view.window
+    shown = Image.new("RGB", (right - left, bottom - top), view.fill or (0, 0, 0))
+    shown.paste(canvas, (-left, -top))
+    rows, columns = view.grid
+    return np.asarray(shown)[: rows * strategy.patch, : columns * strategy.patch]
+
+
+@pytest.mark.parametrize("strategy", SMALL, ids=IDS)
+def test_packed_views_have_pillows_pixels(strategy):
+    packed, index = navit.pack(
+        IMAGES, patch_size=PATCH, row_tokens=4096, strategy=strategy, return_index=True
+    )
+    packed.check()
+    views = navit.unpack(packed.patches, packed, index)
+    expected = [
+        by_pillow(image, view, strategy)
+        for image in IMAGES
+        for view in strategy.views(*image.shape[:2])
+    ]
+    assert len(views) == len(expected)
+    for view, image in zip(views, expected, strict=True):
+        rows, columns = view.shape[:2]
+        seen = view.reshape(rows, columns, PATCH, PATCH, 3).swapaxes(1, 2)
+        assert np.array_equal(seen.reshape(image.shape), image)
+
+
+def test_a_jpeg_is_decoded_once_and_never_below_its_largest_canvas(monkeypatch):
+    """A scaled decode is within the levels that `load` promises of the full one."""
+    gradient = np.linspace(0, 255, 1600).astype(np.uint8)
+    image = np.stack([np.broadcast_to(gradient, (1200, 1600))] * 3, -1)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    decoded = []
+    decode = pixels.simplejpeg.decode_jpeg
+
+    def spied(*args, **kwargs):
+        decoded.append(decode(*args, **kwargs))
+        return decoded[-1]
+
+    monkeypatch.setattr(pixels.simplejpeg, "decode_jpeg", spied)
+    strategy = strategies.InternVL(16, max_tiles=6, patch=PATCH)
+    packed = navit.pack([file.getvalue()], patch_size=PATCH, strategy=strategy)
+    (only,) = decoded
+    size = strategy.views(1200, 1600)[0].size
+    assert only.shape[0] < 1200  # it was scaled
+    assert min(only.shape[0] / size[0], only.shape[1] / size[1]) >= 2
+    whole = navit.pack([image], patch_size=PATCH, strategy=strategy)
+    difference = np.abs(whole.patches.astype(int) - packed.patches)
+    assert difference.max() <= 9
+
+
+def test_naflex_as_a_strategy_packs_what_a_budget_packs():
+    budget = navit.pack(IMAGES, patch_size=PATCH, max_tokens=40)
+    strategy = strategies.NaFlex(PATCH, 40)
+    views = navit.pack(IMAGES, patch_size=PATCH, strategy=strategy)
+    for one, other in zip(budget, views, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config()
+    towers = dataclasses.replace(config.model, vision=vision_config())
+    config = dataclasses.replace(config, model=towers)
+    return navit.Embedder(TwoTower(towers, rngs=nnx.Rngs(0)), config, step=0)
+
+
+@pytest.mark.parametrize("strategy", [SMALL[5], SMALL[13]], ids=["InternVL", "Kimi"])
+def test_an_image_is_the_mean_of_its_views_as_if_each_were_alone(model, strategy):
+    vectors = model.embed_images(IMAGES, strategy=strategy)
+    assert vectors.dtype == np.float32
+    features = list(model.features(IMAGES, strategy=strategy))
+    for image, vector, seen in zip(IMAGES, vectors, features, strict=True):
+        views = strategy.views(*image.shape[:2])
+        assert [view for view, _ in seen] == list(views)
+        total = 0
+        for view, tokens in seen:
+            pixels_ = by_pillow(image, view, strategy)
+            alone = navit.pack(
+                [pixels_],
+                patch_size=PATCH,
+                row_tokens=128,
+                strategy=strategies.Kimi(PATCH, 4096, merge=1),
+            )
+            out = jax.jit(lambda tower, packed: tower(packed))(model.vision, alone)
+            (expected,) = navit.unpack(out.packed)
+            np.testing.assert_allclose(tokens, expected, atol=1e-5)
+            total = total + np.prod(view.grid) * np.asarray(out.pooled)[0, 0]
+        np.testing.assert_allclose(vector, total / np.linalg.norm(total), atol=1e-5)
+
+
+def test_photographs_through_every_strategy(model):
+    sample = Path(__file__).parents[2] / "data/sample"
+    photographs = sorted(sample.glob("*.jpg"))
+    assert len(photographs) > 10
+    for strategy in SMALL:
+        vectors = model.embed_images(photographs, strategy=strategy)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_named(model, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photograph")
+    long = np.zeros((1, 60_000, 3), np.uint8)
+    qwen = strategies.QwenVL(PATCH)
+    with pytest.raises(ValueError, match=r"image 1 .*1x60000 pixels has an aspect"):
+        navit.pack([IMAGES[0], long], patch_size=PATCH, strategy=qwen)
+    with pytest.raises(ValueError, match=r"image 1 .*bad\.jpg"):
+        model.embed_images([IMAGES[0], tmp_path / "bad.jpg"], strategy=SMALL[0])
+    with pytest.raises(ValueError, match=r"a view of image 1 has .* more than a row"):
+        navit.pack(
+            IMAGES[:2], patch_size=PATCH, row_tokens=64, strategy=strategies.Kimi(PATCH)
+        )
+    with pytest.raises(ValueError, match="max_tokens=9 has no effect"):
+        model.embed_images(IMAGES, 9, strategy=qwen)
+    with pytest.raises(ValueError, match="cuts patches of 14 pixels"):
+        model.embed_images(IMAGES, strategy=strategies.QwenVL())
+    assert model.embed_images([], strategy=qwen).shape == (0, model.embed_dim)
