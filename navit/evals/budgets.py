@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def run(
     new = evaluate(embedder, config, opened, trained=trained, cache=cache)
     log.info("step %d\n%s", embedder.step, results.text(*new))
     if jax.process_index() == 0:
-        rows, cascades = results.write(out, *new, pages_of(config))
+        pages_at = functools.partial(notes.pages, config)
+        rows, cascades = results.write(out, *new, pages_at)
         latest = [new.rows[0][name] for name in ("step", "weights")]
 
         def drawn(some: list[Row]) -> list[Row]:
@@ -150,7 +152,7 @@ def evaluate(
                         for x in metrics
                         if x.chance is not None
                     },
-                    "notes": about,
+                    "notes": [*about, *row_parts.notes(each)],
                     "data": source.fingerprint(),
                     "settings": row_parts.settings(config, each),
                     "date": datetime.date.today().isoformat(),

@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,17 @@ _COLUMNS = ("set", "kind", "tokens", "used", "enlarged", "images", "GFLOPs", "im
 
 
 def write(
-    out: Path, rows: Sequence[Row], cascades: Sequence[Row], pages: Sequence[Page]
+    out: Path,
+    rows: Sequence[Row],
+    cascades: Sequence[Row],
+    pages_at: Callable[[int], Sequence[Page]],
 ) -> tuple[list[Row], list[Row]]:
     """Adds to budgets.json in a folder, and writes the same to .md and .csv.
 
     Several processes may add to one table. Returns all rows and all cascades.
+
+    Args:
+      pages_at: what typical pages become at a budget.
 
     Raises:
       ValueError: if budgets.json is not a table.
@@ -59,6 +65,8 @@ def write(
             _merged(before["rows"], rows),
             _merged(before["cascades"], cascades),
         )
+        budgets = sorted({row["budget"] for row in whole[0]})
+        pages = [page for budget in budgets for page in pages_at(budget)]
         data = json.dumps({"rows": whole[0], "cascades": whole[1]}, indent=2)
         write_atomic(out / "budgets.json", f"{data}\n".encode())
         write_atomic(out / "budgets.md", markdown(*whole, pages).encode())

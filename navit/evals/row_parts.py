@@ -43,6 +43,12 @@ def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
     }
 
 
+def notes(each: Opened) -> list[str]:
+    """What tells rows of one evaluation apart, where the other columns do not."""
+    count = len(each.prompts)
+    return [f"{count} prompts for each class"] if count > 1 else []
+
+
 def settings(config: Config, each: Opened) -> dict[str, Any]:
     """What else a result depends on."""
     depends_on: dict[str, Any] = vectors.settings(config)

@@ -32,7 +32,10 @@ def row(step=1, budget=16, *, speed=2.5, **others):
     }
 
 
-PAGES = [notes.Page("letter page", 16, (5, 4), (80, 64), 7)]
+def pages_at(budget):
+    return [notes.Page("letter page", budget, (5, 4), (80, 64), 7)]
+
+
 CASCADE = {
     **{name: row()[name] for name in ("step", "weights", "set", "kind", "images")},
     **{name: row()[name] for name in ("data", "settings", "date")},
@@ -43,9 +46,9 @@ CASCADE = {
 
 
 def test_rows_are_added_by_step_and_budget(tmp_path):
-    results.write(tmp_path, [row(), row(2)], [CASCADE], PAGES)
-    results.write(tmp_path, [row(2, 64)], [], PAGES)
-    rows, cascades = results.write(tmp_path, [row(1, 64)], [CASCADE], PAGES)
+    results.write(tmp_path, [row(), row(2)], [CASCADE], pages_at)
+    results.write(tmp_path, [row(2, 64)], [], pages_at)
+    rows, cascades = results.write(tmp_path, [row(1, 64)], [CASCADE], pages_at)
     assert [(x["step"], x["budget"]) for x in rows] == [
         (1, 16),
         (1, 64),
@@ -62,15 +65,17 @@ def test_rows_are_added_by_step_and_budget(tmp_path):
     assert {line["chance_accuracy"] for line in lines} == {"0.25"}
     text = (tmp_path / "budgets.md").read_text()
     tables = [block.splitlines() for block in text.split("\n\n") if block[0] == "|"]
-    assert [len(table) - 2 for table in tables] == [4, 1, 1]
+    assert [len(table) - 2 for table in tables] == [4, 1, 2]  # a page at each budget
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
 
 
 def test_only_the_same_evaluation_replaces_a_row(tmp_path):
-    results.write(tmp_path, [row()], [], PAGES)
+    results.write(tmp_path, [row()], [], pages_at)
     # Nothing was embedded this time: the speed of before stays.
-    rows, _ = results.write(tmp_path, [row(speed=None, date="2026-02-02")], [], PAGES)
+    rows, _ = results.write(
+        tmp_path, [row(speed=None, date="2026-02-02")], [], pages_at
+    )
     assert [x["date"] for x in rows] == ["2026-02-02"]
     assert rows[0]["images_per_second"] == 2.5
     others = [
@@ -79,7 +84,7 @@ def test_only_the_same_evaluation_replaces_a_row(tmp_path):
         row(settings={"dct": "accurate"}),
         row(images=2),
     ]
-    rows, _ = results.write(tmp_path, others, [], PAGES)
+    rows, _ = results.write(tmp_path, others, [], pages_at)
     assert len(rows) == 5
 
 
@@ -99,7 +104,7 @@ def test_a_table_of_an_earlier_version_is_kept(tmp_path):
     }
     (tmp_path / "budgets.json").write_text(json.dumps(old))
     for _ in range(2):
-        rows, _ = results.write(tmp_path, [row(4, 64)], [], PAGES)
+        rows, _ = results.write(tmp_path, [row(4, 64)], [], pages_at)
         assert [(x["set"], x["budget"]) for x in rows] == [
             ("coarse", 64),
             ("data.eval", 64),
@@ -114,14 +119,14 @@ def test_a_table_of_an_earlier_version_is_kept(tmp_path):
 def test_a_file_that_is_no_table_is_not_overwritten(tmp_path, content):
     (tmp_path / "budgets.json").write_text(content)
     with pytest.raises(ValueError, match=r"budgets.json is not a table"):
-        results.write(tmp_path, [row()], [], PAGES)
+        results.write(tmp_path, [row()], [], pages_at)
     assert (tmp_path / "budgets.json").read_text() == content
 
 
 def test_no_row_is_lost_between_writers(tmp_path):
     def write(first):
         for step in range(first, first + 10):
-            results.write(tmp_path, [row(step)], [], PAGES)
+            results.write(tmp_path, [row(step)], [], pages_at)
 
     threads = [threading.Thread(target=write, args=(10 * i,)) for i in range(4)]
     for thread in threads:

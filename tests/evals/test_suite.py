@@ -130,6 +130,7 @@ def test_class_names_and_prompts_come_from_files(embedder, tmp_path, caplog):
     task = dataclasses.replace(task, per_class=True)
     row = evaluate(embedder, "eval.budgets=16", tasks=[task]).rows[0]
     labels = source.tasks["coarse"].labels
+    assert row["notes"] == [*row["notes"][:-1], "2 prompts for each class"]
     assert {*row["per_class"]} == {f"very {names[i]}" for i in {*labels.tolist()}}
     counts = np.bincount(labels, minlength=len(names))
     mean = sum(
