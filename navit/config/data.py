@@ -97,6 +97,11 @@ class TokenDrop:
             )
 
     @property
+    def changes(self) -> bool:
+        """Whether the rate follows a schedule."""
+        return self.rate != self.last_rate
+
+    @property
     def last_rate(self) -> float:
         """The rate at the end of the schedule."""
         return self.rate if self.final_rate is None else self.final_rate

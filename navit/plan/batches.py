@@ -215,7 +215,7 @@ class BatchPlans(Sequence):
     def _rows_by_rate(self) -> tuple[np.ndarray, np.ndarray]:
         """Rates of dropped tokens, and the rows that a sample takes at each; `[r]`."""
         drop = self._data.drop
-        if drop is None or drop.rate == drop.last_rate:
+        if drop is None or not drop.changes:
             return np.zeros(1), np.ones(1)
         low, high = sorted((drop.rate, drop.last_rate))
         rates = np.linspace(low, high, _RATES)

@@ -17,7 +17,7 @@ from navit.config import DataConfig
 from navit.plan import geometry, groups, packing, sampling
 
 # Increased when the same config would give other rows; no run resumes across versions.
-VERSION = 4
+VERSION = 5
 
 # Each kind of draw has its own number in the random key; the pipeline has others. They
 # start at 1, as numpy ignores trailing zeros of a key.
@@ -25,6 +25,10 @@ ORDER, _DRAWS = 1, 2
 
 # A block has at least this many images and this many global batches.
 _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
+
+# If the rate of dropped tokens follows a schedule, rows are shuffled only within this
+# many global batches, so that they keep their place in it.
+_SHUFFLED_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +188,7 @@ def plan_block(
                 rng, pack(np.flatnonzero(budgets == budget)), data, fill=total <= size
             )
         ]
-        rows = [row for b in rng.permutation(len(batches)) for row in batches[b]]
+        rows = [row for b in _order(rng, batches, data) for row in batches[b]]
     drawn = dataclasses.replace(drawn, index=index, epoch=epoch)
     if captions is not None and data.caption_rows:
         rows = groups.cut(rows, data.caption_rows, captions)
@@ -335,11 +339,31 @@ def _batches(
     ]
 
 
+def _order(
+    rng: np.random.Generator, batches: list[list[list[int]]], data: DataConfig
+) -> list[int]:
+    """A random order of batches; that of their images if tokens drop by schedule."""
+    order = rng.permutation(len(batches)).tolist()
+    if data.drop is None or not data.drop.changes:
+        return order
+    places = [np.mean([image for row in batch for image in row]) for batch in batches]
+    return sorted(order, key=lambda batch: places[batch])
+
+
 def _shuffled(
     rng: np.random.Generator, rows: list[list[int]], data: DataConfig
 ) -> list[list[int]]:
     counts = np.array([len(row) for row in rows], np.int64)
-    return [rows[r] for r in groups.row_order(rng, counts, data.caption_rows)]
+    window = max(1, len(rows))
+    if data.drop is not None and data.drop.changes:
+        window = _SHUFFLED_BATCHES * data.rows
+    return [
+        rows[start + r]
+        for start in range(0, len(rows), window)
+        for r in groups.row_order(
+            rng, counts[start : start + window], data.caption_rows
+        )
+    ]
 
 
 def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

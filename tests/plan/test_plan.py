@@ -237,6 +237,20 @@ def test_native_resolution_lies_between_two_bounds():
     assert within.any() and (native < 9).any() and (native > 40).any()
 
 
+def test_square_grids_fit_the_budget_and_enlarge_no_image_beyond_its_own_area():
+    sizes = random_sizes(3, 400)
+    data = data_config(square=True)
+    grids = plan_block(sizes, data, patch_size=PATCH, epoch=0).grids
+    assert (grids[:, 0] == grids[:, 1]).all()
+    assert {*grids[:, 0].tolist()} == {2, 4}  # the budgets are 4 and 16
+    native = dataclasses.replace(data, max_upscale=1.0, budgets=(40,))
+    rows = plan_block(sizes, native, patch_size=PATCH, epoch=0)
+    side = np.ceil(np.sqrt(sizes[rows.index].prod(-1)) / PATCH - 1e-9)
+    np.testing.assert_array_equal(rows.grids[:, 0], np.minimum(side, 6))
+    with pytest.raises(ValueError, match=r"elastic=0\.1 gives"):
+        data_config(square=True, elastic=0.1)
+
+
 def test_crops_flips_and_drops_are_in_the_plan_and_save_tokens():
     sizes = random_sizes(1, 300) + 20
     plain = data_config(budgets=(40,))
@@ -456,6 +470,20 @@ def test_epochs_have_the_steps_that_their_rate_of_dropped_tokens_needs(
     assert len(used) >= 4
     assert min(used.values()) > 0.94 * 3000
     assert sum(used.values()) > 0.95 * 3000 * len(used)
+
+
+@pytest.mark.parametrize("budget_per", ["image", "batch"])
+def test_a_schedule_of_dropped_tokens_holds_within_an_epoch(budget_per):
+    """Each batch drops on average what its place in the epoch asks for."""
+    drop = TokenDrop("constant", 0.8, final_rate=0.2, midpoint=1e4, timescale=10.0)
+    data = data_config(budgets=(16, 25), budget_per=budget_per, drop=drop, slots=8)
+    sizes = np.full((20_000, 2), 100)
+    rows = plan_block(sizes, data, patch_size=PATCH, epoch=0, slots=8)
+    batches = [rows.slice(i, i + data.rows) for i in range(0, len(rows), data.rows)]
+    rates = [np.mean(1 - batch.kept / batch.grids.prod(-1)) for batch in batches]
+    seen = np.cumsum([len(batch.index) for batch in batches])
+    assert min(rate for rate, n in zip(rates, seen, strict=True) if n < 8_000) > 0.75
+    assert max(rate for rate, n in zip(rates, seen, strict=True) if n > 12_000) < 0.25
 
 
 def test_images_that_a_mixture_never_draws_are_counted_and_logged():
