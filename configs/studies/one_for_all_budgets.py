@@ -29,7 +29,7 @@ def get_study() -> Study:
     return Study(
         title="One checkpoint against one per budget",
         configs={"one for all": _config(_BUDGETS), **each},
-        flops=(0.6e12,),
+        flops=(0.4e12,),
     )
 
 

@@ -53,8 +53,8 @@ def get_study() -> Study:
 
 
 def _config(position: PositionConfig) -> Config:
-    usual = Synthetic(size=150, seed=1, task="fine", aspect=(1, 2))
-    unusual = dataclasses.replace(usual, aspect=(3, 4))
+    usual = Synthetic(size=120, seed=1, task="fine", aspect=(1.0, 2.0))
+    unusual = dataclasses.replace(usual, aspect=(3.0, 4.0))
     return Config(
         model=ModelConfig(
             vision=VisionConfig(
@@ -69,7 +69,7 @@ def _config(position: PositionConfig) -> Config:
             attention="xla",  # faster here than "unpack": rows are short
         ),
         data=DataConfig(
-            train=Synthetic(size=40_000, task="fine", aspect=(1, 2)),
+            train=Synthetic(size=40_000, task="fine", aspect=(1.0, 2.0)),
             eval=usual,
             budgets=(64, 144, 256),
             row_tokens=256,

@@ -23,8 +23,8 @@ from navit.config import (
     VisionConfig,
 )
 
-# A run with half of the tokens dropped sees about twice as many images as this.
-_HALF_WAY = 1900
+# Half of the images that a run with a schedule sees.
+_HALF_WAY = 2000.0
 
 
 def get_study() -> Study:

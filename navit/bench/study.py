@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,8 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return f"{self.name.replace(' ', '_')}-{self.target:.3g}-seed{self.seed}"
+        name = re.sub(r"[^\w.]+", "_", self.name)
+        return f"{name}-{self.target:.3g}-seed{self.seed}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -52,6 +52,12 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
         lines.append("the weights do not say at which budgets they were trained")
     elif text := _untrained(trained, budget):
         lines.append(text)
+    if config.data.square != trained.data.square and not vision.fixed_grid:
+        seen = [
+            "as a square" if c.data.square else "with its aspect"
+            for c in (trained, config)
+        ]
+        lines.append(f"trained with each image {seen[0]}, and evaluated {seen[1]}")
     tokenizers = [c.model.text and c.model.text.tokenizer for c in (trained, config)]
     if tokenizers[0] is None and tokenizers[1] is not None:
         lines.append(

@@ -88,9 +88,12 @@ def test_a_run_with_another_config_is_not_taken_for_finished(finished, tmp_path)
 def test_the_planned_compute_is_that_of_the_batches(classifies, drop):
     config = tiny_config()
     if classifies:
-        losses = override(config, ["model.vision.num_classes=7", "model.text=none"])
-        train = dataclasses.replace(config.train, losses=(Classification(),))
-        config = dataclasses.replace(losses, train=train)
+        config = override(config, ["model.vision.num_classes=7"])
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, text=None),
+            train=dataclasses.replace(config.train, losses=(Classification(),)),
+        )
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, drop=drop)
     )

@@ -408,6 +408,12 @@ def test_an_unknown_task_is_an_error_with_the_nearest_name(embedder):
         ),
         ((), ("model.vision.fixed_grid=true",), 7, ["trained at one fixed resolution"]),
         (
+            ("data.square=true",),
+            (),
+            7,
+            ["trained with each image with its aspect, and evaluated as a square"],
+        ),
+        (
             ("model.text.tokenizer=a.model",),
             ("model.text.tokenizer=b.model",),
             7,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers import read_image
 
+from navit.config import Synthetic
 from navit.sources.synthetic import COLORS, DOTS, SyntheticSource
 
 SIZE = 300
@@ -116,3 +117,23 @@ def test_an_index_outside_is_an_index_error(source, index):
 
 def test_names_tell_images_apart(source):
     assert len({source.name(index) for index in range(SIZE)}) == SIZE
+
+
+def test_a_task_may_come_first_and_changes_no_image(source):
+    fine = SyntheticSource(SIZE, seed=3, task="fine")
+    assert [*fine.tasks] == ["fine", "coarse", "finest"]
+    np.testing.assert_array_equal(read_image(fine, 5), read_image(source, 5))
+    for name, task in source.tasks.items():
+        np.testing.assert_array_equal(fine.tasks[name].labels, task.labels)
+    assert fine.fingerprint() != source.fingerprint()
+
+
+def test_aspects_stay_in_the_range_that_is_asked_for():
+    sizes = SyntheticSource(1000, aspect=(3.0, 4.0)).sizes
+    long, short = sizes.max(-1), sizes.min(-1)
+    assert ((long + 0.5) >= 3 * (short - 0.5)).all()
+    assert ((long - 0.5) <= 4 * (short + 0.5)).all()
+    lying = (sizes[:, 1] > sizes[:, 0]).mean()
+    assert 0.4 < lying < 0.6
+    with pytest.raises(ValueError, match=r"within 1 to 6.*\(0.5, 2.0\)"):
+        Synthetic(aspect=(0.5, 2.0))
