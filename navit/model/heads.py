@@ -82,16 +82,26 @@ class MapHead(nnx.Module):
         self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]
     ) -> Float[Array, "b s d"]:
         h, width = self.num_heads, x.shape[-1]
+        weights = self.weights(x, member).astype(x.dtype)
+        values = self.value(x).reshape(*x.shape[:2], h, width // h)
+        values = values * weights[..., None]
+        pooled = _segment_sum(values.reshape(x.shape), member).astype(x.dtype)
+        pooled = self.out(pooled)
+        return self.mlp(self.norm, pooled)
+
+    def weights(
+        self, x: Float[Array, "b n d"], member: Float[Array, "b n s"]
+    ) -> Float[Array, "b n h"]:
+        """How much each head takes from each token, in float32.
+
+        Those of an image sum to 1; padding has 0.
+        """
+        h, width = self.num_heads, x.shape[-1]
         q = self.query(self.probe[...]).reshape(h, width // h)
         q = self.rules.gather(q, q.dtype)  # replicated already; sums its gradient
         k = self.key(x).reshape(*x.shape[:2], h, width // h)
         logits = jnp.einsum("hk,bnhk->bnh", q, k, preferred_element_type=jnp.float32)
-        logits = logits * (width // h) ** -0.5
-        weights = _segment_softmax(logits, member).astype(x.dtype)
-        values = self.value(x).reshape(k.shape) * weights[..., None]
-        pooled = _segment_sum(values.reshape(x.shape), member).astype(x.dtype)
-        pooled = self.out(pooled)
-        return self.mlp(self.norm, pooled)
+        return _segment_softmax(logits * (width // h) ** -0.5, member)
 
 
 def _segment_sum(

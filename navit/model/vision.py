@@ -179,6 +179,25 @@ class Vision(nnx.Module):
             logits = self.classifier(pooled).astype(jnp.float32)
         return VisionOutput(tokens, pooled, logits)
 
+    def pooling_weights(self, packed: PackedTokens) -> Float[Array, "b n h"]:
+        """How much each head of the pooling takes from each token, in float32.
+
+        Those of an image sum to 1; padding has 0. `navit.unpack` makes a map of each
+        image, `[rows, columns, h]`.
+
+        Args:
+          packed: tokens that this tower returned, `out.packed`.
+
+        Raises:
+          ValueError: if the tower does not pool by attention.
+        """
+        if self.head is None:
+            raise ValueError(
+                f'pool="{self.config.pool}" has no pooling weights: only pool="map" has'
+            )
+        member = membership(packed.segment_ids, packed.grids.shape[1])
+        return self.head.weights(packed.tokens, member)
+
 
 def _normalize(
     patches: UInt8[Array, "b n c"] | Float[Array, "b n c"], real: Bool[Array, "b n 1"]

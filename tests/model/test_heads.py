@@ -63,6 +63,8 @@ def test_map_is_a_softmax_of_the_probe(rng):
     expected = head.mlp(head.norm, pooled[None])[0, 0]
     found = head(x, jnp.ones((1, 9, 1)))[0, 0]
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    found = head.weights(x, jnp.ones((1, 9, 1)))[0]
+    np.testing.assert_allclose(found, weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["map", "mean", "max"])

@@ -260,6 +260,24 @@ def test_projection_and_classes(rng):
     np.testing.assert_allclose(out.logits, expected, atol=1e-5)
 
 
+def test_pooling_weights_are_shares_of_an_image(rng):
+    """They sum to 1 over each image, are those of the image alone, and 0 at padding."""
+    vision, patches = make_vision(), random_patches(rng, GRIDS)
+    packed = pack_grids([{0: (0, GRIDS[0]), 2: (1, GRIDS[1])}], 40, 3, patches)
+    alone = pack_grids([{0: (1, GRIDS[1])}], 40, 1, patches)
+    weights, own = (
+        vision.pooling_weights(vision(images).packed) for images in (packed, alone)
+    )
+    first, second = navit.unpack(weights, packed)
+    assert first.shape == (*GRIDS[0], vision.config.num_heads)
+    for image in (first, second):
+        np.testing.assert_allclose(image.sum((0, 1)), 1, atol=1e-5)
+    np.testing.assert_allclose(second, navit.unpack(own, alone)[0], atol=1e-5)
+    assert (np.asarray(weights)[packed.segment_ids == 0] == 0).all()
+    with pytest.raises(ValueError, match='pool="mean" has no pooling weights'):
+        make_vision(pool="mean").pooling_weights(vision(packed).packed)
+
+
 def test_no_biases_means_none():
     paths = jax.tree_util.tree_flatten_with_path(
         make_vision(use_bias=False, qk_norm=True, embed_dim=8, num_classes=2)
