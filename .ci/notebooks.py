@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS, BYTES = 180, 700_000
+SECONDS, BYTES = 600, 700_000  # of one cell; of a file
 METADATA = {
     "kernelspec": {
         "display_name": "Python 3",
@@ -64,6 +64,7 @@ def execute(notebook: nbformat.NotebookNode) -> str:
         timeout=SECONDS,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(ROOT / "notebooks")}},
     )
@@ -116,6 +117,7 @@ def check(script: Path, *, write: bool) -> str:
     failure = execute(notebook)
     print(f"{script.stem}: {time.monotonic() - start:.0f} s", flush=True)
     if not failure and write:
+        notebook.metadata = nbformat.from_dict(METADATA)  # the kernel adds versions
         script.write_text(addressed(script.read_text()))
         nbformat.write(notebook, script.with_suffix(".ipynb"))
     failure = failure or disagreement(script, notebook)
