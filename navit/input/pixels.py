@@ -70,8 +70,8 @@ def load_parts(
 ) -> list[np.ndarray]:
     """Decodes an image once, and resizes parts of it to `[h, w, 3]` uint8, upright.
 
-    A JPEG file is decoded at a smaller scale if that leaves enough pixels for the
-    largest result, as in `load`, and if all parts are the whole image.
+    An upright JPEG file is decoded at a smaller scale if all parts are the whole image,
+    and if that leaves enough pixels for the largest result, as in `load`.
 
     Args:
       parts: (top, left, bottom, right) in upright pixels, and the (height, width) to
@@ -84,14 +84,13 @@ def load_parts(
     """
     whole = (0, 0, max(box[2] for box, _ in parts), max(box[3] for box, _ in parts))
     largest = (max(size[0] for _, size in parts), max(size[1] for _, size in parts))
-    if any(box != whole for box, _ in parts):
-        largest = whole[2:]
+    scaled = largest if all(box == whole for box, _ in parts) else None
     try:
         image = standard(image)
         if isinstance(image, np.ndarray):
             image = Image.fromarray(np.ascontiguousarray(image))
         if isinstance(image, bytes):
-            decoded, scale = _decoded(image, *largest, dct)
+            decoded, scale = _decoded(image, (whole[2], whole[3]), scaled, dct)
         else:
             decoded, scale = _to_rgb(_upright(image)), 1
     except DAMAGED as error:
@@ -128,11 +127,14 @@ def to_patches(pixels: np.ndarray, patch_size: int, out: np.ndarray) -> None:
     out.view(line).reshape(rows, columns, p)[...] = lines.transpose(0, 2, 1)
 
 
-def _decoded(data: bytes, height: int, width: int, dct: str) -> tuple[Image.Image, int]:
+def _decoded(
+    data: bytes, size: tuple[int, int], largest: tuple[int, int] | None, dct: str
+) -> tuple[Image.Image, int]:
     """An upright RGB image, and by how much it was scaled down while it was decoded.
 
     Args:
-      height, width: the largest size that it is resized to.
+      size: (height, width) of the part that is used; only a whole image is scaled.
+      largest: the largest (height, width) that it is resized to; None: no scaling.
     """
     opened = open_image(data)
     if not simplejpeg.is_jpeg(data) or opened.mode not in ("RGB", "L"):
@@ -141,7 +143,9 @@ def _decoded(data: bytes, height: int, width: int, dct: str) -> tuple[Image.Imag
     if turned in UPRIGHT:  # a scaled image would end elsewhere when it is turned
         pixels = simplejpeg.decode_jpeg(data, fastdct=dct == "fast")
         return Image.fromarray(pixels).transpose(UPRIGHT[turned]), 1
-    scale = _scale(opened.height, opened.width, height, width)
+    scale = 1
+    if largest is not None and size == (opened.height, opened.width):
+        scale = _scale(*size, *largest)
     pixels = _decode_jpeg(data, opened.height, opened.width, scale, dct)
     return Image.fromarray(pixels), scale
 

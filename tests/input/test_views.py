@@ -165,3 +165,16 @@ def test_what_cannot_be_packed_is_named(model, tmp_path):
     with pytest.raises(ValueError, match="cuts patches of 14 pixels"):
         model.embed_images(IMAGES, strategy=strategies.QwenVL())
     assert model.embed_images([], strategy=qwen).shape == (0, model.embed_dim)
+
+
+def test_one_tile_of_a_jpeg_has_the_same_pixels_as_beside_the_others():
+    """Rows of a batch may hold only the first tile of an image."""
+    buffer = io.BytesIO()
+    Image.effect_noise((800, 800), 60).convert("RGB").save(buffer, "JPEG")
+    views = strategies.LLaVAMini(16, splits=4, patch=PATCH).views(800, 800)
+    parts = [(view.box, view.size) for view in views]
+    together = pixels.load_parts(buffer.getvalue(), parts)
+    for part, array in zip(parts[:-1], together[:-1], strict=True):
+        np.testing.assert_array_equal(
+            pixels.load_parts(buffer.getvalue(), [part])[0], array
+        )
