@@ -162,3 +162,13 @@ def test_strategies_are_imported_as_a_name_of_navit():
     run = [sys.executable, "-c", code]
     assert subprocess.run(run, capture_output=True, text=True).stdout == "QwenVL\n"
     assert rules.count(()) == 0
+
+
+@pytest.mark.parametrize("name", strategies.BY_NAME)
+def test_a_side_without_a_whole_token_is_refused(name):
+    known = {field.name for field in dataclasses.fields(strategies.BY_NAME[name])}
+    if name in ("llava_uhd", "minicpm_v"):  # their sides are at least one patch
+        known = set()
+    for side in known & {"size", "tile", "base"}:
+        with pytest.raises(ValueError, match=f"{side}=13 is less than"):
+            strategies.by_name(name, **{side: 13})

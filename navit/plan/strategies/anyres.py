@@ -8,7 +8,7 @@ import math
 from typing import ClassVar, Literal
 
 from navit.plan.strategies import views
-from navit.plan.strategies.square import pad_to_square
+from navit.plan.strategies.square import CLIP_MEAN, pad_to_square
 from navit.plan.strategies.views import BLACK, Block, Layout, Separator, View
 
 Canvases = tuple[tuple[int, int], ...]
@@ -38,9 +38,7 @@ class AnyRes:
     patch: int = 14
     canvases: Canvases = dataclasses.field(default=_NEXT, kw_only=True)
     shrink_above: int | None = dataclasses.field(default=None, kw_only=True)
-    fill: tuple[int, int, int] = dataclasses.field(
-        default=(122, 116, 104), kw_only=True
-    )
+    fill: tuple[int, int, int] = dataclasses.field(default=CLIP_MEAN, kw_only=True)
 
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
@@ -55,6 +53,7 @@ class AnyRes:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "patch")
+        views.check_sides(self, "tile")
         if self.shrink_above is not None:
             views.check_fields(self, "shrink_above")
         if not self.canvases:

@@ -39,6 +39,7 @@ class DeepSeekVL2:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_tiles", "patch")
+        views.check_sides(self, "tile")
 
     def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
         rows, columns = self._grid(height, width, images)
@@ -120,6 +121,7 @@ class DeepSeekOCR:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "base", "tile", "min_tiles", "max_tiles", "patch")
+        views.check_sides(self, "base", "tile")
         if self.mode not in ("tiny", "small", "base", "large", "gundam"):
             raise ValueError(
                 'DeepSeekOCR.mode must be "tiny", "small", "base", "large" or '

@@ -35,6 +35,7 @@ class InternVL:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "min_tiles", "max_tiles", "patch", "merge")
+        views.check_sides(self, "tile")
         if self.min_tiles > self.max_tiles:
             raise ValueError(
                 f"InternVL.min_tiles={self.min_tiles} is more than "
@@ -79,6 +80,7 @@ class Template:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "patch")
+        views.check_sides(self, "tile")
         if not self.templates or any(min(grid) < 1 for grid in self.templates):
             raise ValueError(
                 f"Template.templates must be (rows, columns), not {self.templates}"

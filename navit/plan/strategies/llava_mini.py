@@ -31,6 +31,7 @@ class LLaVAMini:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "splits", "patch", "side")
+        views.check_sides(self, "tile")
 
     def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
         views.check(height, width, images)

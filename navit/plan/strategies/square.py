@@ -35,6 +35,7 @@ class Square:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "size", "patch")
+        views.check_sides(self, "size")
         if self.fit not in ("squash", "crop", "pad"):
             raise ValueError(
                 f'Square.fit must be "squash", "crop" or "pad", not {self.fit!r}'

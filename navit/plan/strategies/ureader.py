@@ -44,6 +44,7 @@ class UReader:
 
     def __post_init__(self) -> None:
         views.check_fields(self, "tile", "max_cells", "patch", "queries")
+        views.check_sides(self, "tile")
 
     def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
         views.check(height, width, images)

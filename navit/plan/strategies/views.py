@@ -5,7 +5,7 @@ All pairs are (height, width) or (rows, columns), in pixels of the upright image
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -96,6 +96,18 @@ def check_fields(strategy: object, *names: str) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             kind = type(strategy).__name__
             raise ValueError(f"{kind}.{name} must be a whole number above 0: {value!r}")
+
+
+def check_sides(strategy: Any, *names: str) -> None:
+    """Raises ValueError if a view with one of these sides would have no token."""
+    token = strategy.patch * getattr(strategy, "merge", 1)
+    for name in names:
+        side, kind = getattr(strategy, name), type(strategy).__name__
+        if side < token:
+            raise ValueError(
+                f"{kind}.{name}={side} is less than the {token} pixels of one token: "
+                f"raise {name}, or lower patch"
+            )
 
 
 def whole(
