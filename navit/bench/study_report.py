@@ -31,7 +31,11 @@ class Line(NamedTuple):
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> list[Line]:
-    """Takes what the runs of a study measured, as `study.run` returns it."""
+    """Takes what the runs of a study measured, as `study.run` returns it.
+
+    Raises:
+      ValueError: if none of them has an accuracy.
+    """
     groups: dict[tuple, list[tuple[dict, dict]]] = {}
     for result in results:
         for row in result["rows"]:
@@ -52,6 +56,11 @@ def summarize(results: Sequence[dict[str, Any]]) -> list[Line]:
                 seconds=statistics.mean(result["seconds"] for result, _ in members),
                 chance=members[0][1]["chance"]["accuracy"],
             )
+        )
+    if not lines:
+        raise ValueError(
+            "no evaluation of the study measures accuracy: give its configs eval.tasks "
+            "of another kind than retrieval"
         )
     return lines
 

@@ -151,3 +151,11 @@ def test_a_study_without_compute_is_refused():
         Study("T", {"a": tiny_config()}, (0.0,))
     with pytest.raises(ValueError, match="configs and seeds"):
         Study("T", {}, (1.0,))
+
+
+def test_a_study_without_an_accuracy_is_refused():
+    row = {"set": "captions", "budget": 9, "metrics": {"image_to_text_r1": 0.5}}
+    with pytest.raises(
+        ValueError, match="no evaluation of the study measures accuracy"
+    ):
+        study_report.summarize([{"name": "a", "target_flops": 1.0, "rows": [row]}])
