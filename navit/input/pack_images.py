@@ -113,7 +113,10 @@ def pack(
             ("rows", rows),
         ):
             if value is not None:
-                raise ValueError(f"{name}={value} has no effect with a strategy")
+                raise ValueError(
+                    f"{name}={value} has no effect with a strategy: leave one of them "
+                    "out"
+                )
         return _pack_views(
             images,
             strategy,

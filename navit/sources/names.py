@@ -22,7 +22,7 @@ def class_names(path: str | None) -> tuple[str, ...]:
     if "" in names:
         raise ValueError(
             f"{path}: name {names.index('') + 1} is empty, and labels count the names: "
-            "write it, or delete it if the labels do not count it"
+            "give it a name, or delete it if the labels skip it"
         )
     return tuple(names)
 
@@ -56,7 +56,7 @@ def lines(path: str) -> list[str]:
         found = text.rstrip().split("\n")
     found = [line.strip() for line in found]
     if not any(found):
-        raise ValueError(f"{file} is empty: write one a line, or in JSON a list")
+        raise ValueError(f"{file} is empty: write one entry a line, or a list in JSON")
     return found
 
 

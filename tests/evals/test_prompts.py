@@ -49,7 +49,7 @@ def test_the_prompts_of_this_project_load():
     [
         ("x.txt", None, "", r"there is no file .*x\.txt: it must be a \.txt"),
         ("x.json", None, "#birds", r"there is no file .*x\.json: "),
-        ("x.txt", " \n\n", "", r"x\.txt is empty: write one a line"),
+        ("x.txt", " \n\n", "", r"x\.txt is empty: write one entry a line"),
         ("x.json", [], "", r"x\.json is empty"),
         ("x.json", {"a": []}, "", r"x\.json is empty"),
         ("x.txt", "a {}\na photo\n", "", r"'a photo' has 0 places .* once in each"),

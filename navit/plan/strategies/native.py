@@ -92,9 +92,9 @@ class QwenVL:
 class Kimi:
     """Shrinks to about `max_tokens` patches, never enlarges, and pads below and right.
 
-    Sides are padded with black to a multiple of `patch * merge`. As they are, the limit
-    is exceeded by up to a fifth: 1792x896 pixels become 4232 patches. Kimi-K2.5 has
-    `max_tokens=16384`.
+    Sides are padded with black to a multiple of `patch * merge`, so an image may take
+    more than `max_tokens` patches: 4232 for 1792x896 pixels, 5184 for 6367x149.
+    Kimi-K2.5 has `max_tokens=16384`.
 
     From Kimi-VL's image_processing_kimi_vl.py (arXiv 2504.07491).
     """
@@ -147,8 +147,8 @@ class Kimi:
 class NaFlex:
     """The grid of least distortion within `max_tokens` patches: `navit.grid_for`.
 
-    From SigLIP 2 (arXiv 2502.14786, section 2.4.2). This is navit's own rule without a
-    strategy; `max_upscale` limits enlarging.
+    From SigLIP 2 (arXiv 2502.14786, section 2.4.2). navit applies this rule if
+    no strategy is given. `max_upscale` limits enlarging.
     """
 
     patch: int = 16
