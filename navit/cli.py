@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from navit import __version__, libtpu, stopping
+from navit.compare import arguments
 
 # Errors that users can cause and fix: one line, or a traceback with --debug.
 _USER_ERRORS = (
@@ -375,6 +376,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--out", type=_local, help="write a plot to this .png")
     plan.set_defaults(run="plan")
+
+    arguments.add(parsers, _local)
 
     bench = parsers.add_parser(
         "bench",

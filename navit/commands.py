@@ -252,6 +252,28 @@ def plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def views(args: argparse.Namespace) -> int:
+    from navit.compare import views_table
+    from navit.compare.candidates import parse
+    from navit.compare.shown import shown
+    from navit.model import variants
+    from navit.plan.strategies import BY_NAME
+
+    strategies = parse(args.strategy or ",".join(BY_NAME), patch=args.patch)
+    tower = variants.vision(f"{args.model}/14")  # each strategy has its own patch
+    images = shown(args.images)
+    cells = views_table.compare(
+        images, strategies, tower=tower, object_size=args.object
+    )
+    print(views_table.table(images, cells).rstrip())
+    if args.out:
+        from navit.compare import views_figure
+
+        views_figure.plot(images, cells, args.out)
+        print(f"wrote {args.out}")
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     from navit.bench import input as bench_input
 

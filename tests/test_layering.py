@@ -27,6 +27,7 @@ ALLOWED = {
     "navit.plan": HOST,
     "navit.sources": HOST,
     "navit.input": (*HOST, "navit.plan", "navit.sources"),
+    "navit.compare": (*HOST, "navit.plan", "navit.sources", "navit.input"),
 }
 # Parts that may import nearly everything, and what they may not import.
 FORBIDDEN = {
@@ -44,6 +45,7 @@ NO_JAX = (
     "navit.plan",
     "navit.sources",
     "navit.input",
+    "navit.compare",
 )
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 

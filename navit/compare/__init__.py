@@ -1,0 +1,1 @@
+"""`navit views` and `navit budget`: strategies side by side, and which one to take."""
