@@ -274,6 +274,23 @@ def views(args: argparse.Namespace) -> int:
     return 0
 
 
+def budget(args: argparse.Namespace) -> int:
+    from navit.compare import budget as choice
+    from navit.compare import workload
+    from navit.compare.candidates import candidates
+    from navit.model import variants
+
+    strategies = candidates(args.strategy, patch=args.patch)
+    tower = variants.vision(f"{args.model}/14")  # each strategy has its own patch
+    requests = workload.read(args.workload.expanduser())
+    result = choice.decide(requests, strategies, args.tokens, tower=tower)
+    print(choice.table(result), end="")
+    if args.out:
+        choice.plot(result, args.out)
+        print(f"wrote {args.out}")
+    return 0
+
+
 def bench(args: argparse.Namespace) -> int:
     from navit.bench import input as bench_input
 

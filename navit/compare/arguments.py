@@ -59,6 +59,46 @@ def add(parsers: Any, local: Local) -> None:
     _add_encoder(views)
     views.set_defaults(run="views")
 
+    budget = parsers.add_parser(
+        "budget",
+        help="choose a resolution strategy for each kind of request",
+        description="Chooses a strategy for each kind of request of a workload, within "
+        "a budget of the\nlanguage model's tokens. It begins with the cheapest "
+        "candidate of each kind that will\ndo, and takes the upgrade of most detail "
+        "per extra token until none fits. Detail is\nthe sum over requests of the "
+        "scale at which their images are seen, at most 1.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="WORKLOAD is a folder of images, each subfolder a kind, or a .csv or "
+        ".json table:\n"
+        "  kind    requests of a kind take the same strategy\n"
+        "  size    WIDTHxHEIGHT in pixels; or image, a file beside the table\n"
+        "  count   how many such requests there are (default: 1)\n"
+        "  scale   the least scale that the text of the image needs (default: 0)\n"
+        "  images  images of a request (default: 1)\n"
+        "  frames  frames of a video (default: 1); each costs what an image costs\n"
+        "  limit   the most tokens of a request (default: none)\n\n"
+        + _STRATEGIES
+        + "  A name without fields stands for a range of its settings.\n\nexamples:\n"
+        "  navit budget data/workloads/example.csv --tokens 4M\n"
+        "  navit budget ~/photos --tokens 500k --strategy qwen,naflex --out budget.png",
+    )
+    budget.add_argument("workload", type=local, metavar="WORKLOAD")
+    budget.add_argument(
+        "--tokens",
+        type=_count,
+        required=True,
+        metavar="N",
+        help="tokens for the whole workload, such as 2500000, 500k or 4M",
+    )
+    budget.add_argument(
+        "--strategy",
+        metavar="NAME[:FIELD=VALUE,...],...",
+        help="candidates (default: a range of settings of all but llava_mini)",
+    )
+    budget.add_argument("--out", type=local, help="write a plot to this .png")
+    _add_encoder(budget)
+    budget.set_defaults(run="budget")
+
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -81,6 +121,18 @@ def _size(text: str) -> tuple[int, int]:
             f"expected WIDTHxHEIGHT in pixels, such as 64x64, not {text!r}"
         )
     return int(match[2]), int(match[1])
+
+
+def _count(text: str) -> int:
+    """A number such as 2500000, 500k, 1.5M or 2G."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+    units = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+    value = int(float(match[1]) * units[match[2]]) if match else 0
+    if not value:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens, such as 2500000, 500k or 4M, not {text!r}"
+        )
+    return value
 
 
 def _positive(text: str) -> int:
