@@ -172,7 +172,7 @@ for name, source in sources.items():
 # %% [markdown]
 # Here is that batch: each row of the picture is a row of tokens, and each colour an
 # image. Its images have different budgets (64, 144 or 256 tokens), drawn anew in each
-# epoch.
+# epoch. The photographs are too few to reach the last row.
 
 # %%
 segments = batch_of(sources["tar shards"]).images.segment_ids
@@ -180,7 +180,7 @@ figure, axis = plt.subplots(figsize=(9, 1.8), layout="constrained")
 colours = plt.get_cmap("tab10").with_extremes(bad="white")
 drawn = np.ma.masked_equal(segments, 0)
 axis.imshow(drawn, cmap=colours, vmin=1, vmax=10, aspect="auto", interpolation="none")
-axis.set(xlabel="token of the row", ylabel="row", yticks=range(len(segments)))
+_ = axis.set(xlabel="token of the row", ylabel="row", yticks=range(len(segments)))
 
 # %% [markdown]
 # ## Held-out images
@@ -243,11 +243,10 @@ Image(SET / "plan.png", width=800)
 
 # %% [markdown]
 # **Row length.** Padding falls with the number of images that a row can hold: in rows
-# as long as the largest image, a second long image never fits. But attention masks pay
-# for long rows on a GPU or TPU, where rows of about 1024 tokens are fastest (see
-# [docs/packing.md](../docs/packing.md)). 1152 = 576 + 576 = 1024 + 128 is a good
-# compromise for these budgets. On a CPU, attention computes image by image, and long
-# rows cost nothing.
+# as long as the largest image, a second long image never fits. But on a TPU a token in
+# a long row costs more attention, so rows of about 1024 tokens are a good start (see
+# [docs/packing.md](../docs/packing.md)). 1152 = 576 + 576 = 1024 + 128 suits these
+# budgets. On a CPU, attention is computed image by image, and long rows cost nothing.
 #
 # **Slots.** `slots` is the most images in a row. With `data.slots=none`, it is twice
 # the mean number, as a power of two. Too few slots close rows early, and too many give

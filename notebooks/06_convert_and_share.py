@@ -29,6 +29,7 @@ else:
 # %%
 import json
 import shutil
+from importlib.metadata import metadata
 from string import Template
 
 import jax
@@ -83,16 +84,15 @@ print((HUGGINGFACE / "config.json").read_text())
 # %% [markdown]
 # ## In
 #
-# `navit.load` recognises the format by the content. Neither format has a place for a
-# tokenizer without a file, such as this model's bytes, so we name it. A SentencePiece
-# or `tokenizer.json` file is copied beside the weights, and found there.
+# `navit.load` recognises the format by the content. The tokenizer lies beside the
+# weights in the Hugging Face directory. An .npz has no place for this model's
+# tokenizer, which is bytes and not a file, so we name it.
 
 # %%
-options = {"overrides": ["model.text.tokenizer=bytes"]}
 models = {
     "navit": navit.load(RUN),
-    "huggingface": navit.load(HUGGINGFACE, **options),
-    "big_vision": navit.load(BIG_VISION, **options),
+    "huggingface": navit.load(HUGGINGFACE),
+    "big_vision": navit.load(BIG_VISION, overrides=["model.text.tokenizer=bytes"]),
 }
 photographs = sorted(Path("data/sample").glob("*.jpg"))
 texts = ["red", "green", "blue", "white dots"]
@@ -160,15 +160,13 @@ vision, text, data, optim = run.model.vision, run.model.text, run.data, run.opti
 facts = {
     "name": "drawn-figures-tiny",
     "license": "apache-2.0",
-    "summary": "A demonstration: it names the colour of a large figure in a drawn "
-    "image.",
+    "summary": "A demonstration that names the colour of a large figure in a drawing.",
     "limits": "It knows drawn figures of seven colours. Do not use it on photographs.",
     "path": "drawn-figures-tiny",
-    "load_options": ', overrides=["model.text.tokenizer=bytes"]',
-    "data": "20,000 drawn images (`Synthetic(size=20_000, seed=0)`), free of any "
-    "licence; evaluated on 128 others (`seed=1`).",
+    "data": "20,000 drawn images (`Synthetic(size=20_000, seed=0)`), evaluated on 128 "
+    "others (`seed=1`). The images are free of any licence.",
     # The rest comes from the run.
-    "url": "https://github.com/OWNER/navit",
+    "url": metadata("navit")["Home-page"],
     "version": navit.__version__,
     "patch_size": vision.patch_size,
     "vision_size": size_of(vision),
