@@ -71,12 +71,12 @@ def markdown(study: Study, lines: Sequence[Line]) -> str:
     rows: dict[tuple[str, float], list[Line]] = {}
     for line in lines:
         rows.setdefault((line.name, line.flops), []).append(line)
-    header = ["config", "FLOPs", "images seen", *(f"{s} at {b}" for s, b in columns)]
+    header = ["config", "TFLOPs", "images seen", *(f"{s} at {b}" for s, b in columns)]
     table = [header, ["---"] * len(header)]
     for (name, flops), own in rows.items():
         cells = {(line.set, line.budget): _cell(line) for line in own}
         table.append(
-            [name, f"{flops:.2g}", f"{own[0].images:,.0f}"]
+            [name, f"{flops / 1e12:.3g}", f"{own[0].images:,.0f}"]
             + [cells.get(column, "-") for column in columns]
         )
     chance = ", ".join(
@@ -117,9 +117,9 @@ def plot(study: Study, lines: Sequence[Line]) -> bytes:
                 axes.errorbar(x, y, error, fmt="o-", capsize=3, ms=4, label=config)
         axes.set_xscale("log", base=2)
         ticks = sorted({x.flops if by_flops else x.budget for x in own})
-        axes.set_xticks(ticks, [f"{x:.2g}" if by_flops else f"{x}" for x in ticks])
+        axes.set_xticks(ticks, [f"{x / 1e12:g}" if by_flops else f"{x}" for x in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("training FLOPs" if by_flops else "tokens an image may take")
+        axes.set_xlabel("training TFLOPs" if by_flops else "tokens an image may take")
         axes.set_title(f"{name} at {budget} tokens" if by_flops else name, fontsize=10)
         axes.grid(alpha=0.3)
     grid[0, 0].set_ylabel("accuracy, %")
