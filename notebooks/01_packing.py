@@ -234,47 +234,45 @@ plt.show()
 # pixels, 576 tokens:
 #
 # * **square**: resize to 336 × 336;
-# * **tiles**: cut into squares of 336 pixels, at most four of them, and add an overview
-#   (LLaVA-NeXT's rule: the layout that shows most pixels, and of those the smallest);
+# * **tiles**: lay out at most four squares of 336 pixels, so that most pixels of the
+#   image remain, and add an overview of the whole (LLaVA-NeXT);
 # * **native**: keep the image as it is, and round its sides up to whole patches.
+#
+# `navit.strategies` has the first two, and eleven more, as functions of an image's
+# size. Each returns views; a view is encoded by itself, so the mask has one block per
+# view.
 
 # %%
+from navit import strategies
+
+PATCH_14 = 14
 documents = {"receipt": (1500, 600), "chart": (896, 1792), "page": (2200, 1700)}
-SIDE, P = 336, 14
-LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]
 
 
-def square(height, width):
-    """Tokens, pixels shown, and how far the aspect ratio is bent."""
-    bent = max(height / width, width / height)
-    return (SIDE // P) ** 2, min(SIDE**2, height * width), bent
-
-
-def tiles(height, width):
-    def shown(layout):
-        scale = min(layout[0] * SIDE / height, layout[1] * SIDE / width, 1)
-        return height * width * scale**2
-
-    best = max(LAYOUTS, key=lambda layout: (round(shown(layout)), -math.prod(layout)))
-    return (math.prod(best) + 1) * (SIDE // P) ** 2, shown(best), 1.0
-
-
-def native(height, width):
-    return math.ceil(height / P) * math.ceil(width / P), height * width, 1.0
+def views_of(way, height, width):
+    """The tokens of each view, and the size at which the image is shown."""
+    if way == "native":
+        tokens = math.ceil(height / PATCH_14) * math.ceil(width / PATCH_14)
+        return [tokens], (height, width)
+    strategy = strategies.Square(336) if way == "square" else strategies.AnyRes(336)
+    views = strategy.views(height, width)
+    return [math.prod(view.grid) for view in views], views[-1].size
 
 
 print(
-    f"{'':10}{'width × height':>16}{'way':>9}{'tokens':>8}{'pixels shown':>14}"
-    f"{'bent':>7}{'ones of the mask':>19}"
+    f"{'':8}{'width × height':>15}{'way':>8}{'views':>6}{'tokens':>8}"
+    f"{'pixels shown':>13}{'bent':>6}{'ones of the mask':>18}"
 )
 counts = {}
 for name, (height, width) in documents.items():
-    for way in (square, tiles, native):
-        count, shown, bent = way(height, width)
-        counts[name, way.__name__] = count
+    for way in ("square", "tiles", "native"):
+        views, (rows, columns) = views_of(way, height, width)
+        counts[name, way] = sum(views)
+        bent = (columns / width) / (rows / height)
         print(
-            f"{name:10}{f'{width} × {height}':>16}{way.__name__:>9}{count:8,}"
-            f"{shown / height / width:14.1%}{bent:6.1f}×{count**2:19,}"
+            f"{name:8}{f'{width} × {height}':>15}{way:>8}{len(views):6}{sum(views):8,}"
+            f"{rows * columns / (height * width):13.1%}{max(bent, 1 / bent):5.1f}×"
+            f"{sum(v**2 for v in views):18,}"
         )
 assert counts["receipt", "native"] == 43 * 108 == 4644
 assert [counts["chart", w] for w in ("square", "tiles", "native")] == [576, 1728, 8192]
@@ -282,8 +280,9 @@ assert counts["page", "tiles"] == 2880
 
 # %% [markdown]
 # The square is cheap and shows the receipt two and a half times too wide. Tiles keep
-# the aspect ratio but come in steps, and an overview repeats what the tiles show.
-# Native shows all pixels, at a price that grows with the square of the tokens.
+# the aspect ratio and a small mask, but little of a large page remains, a border may
+# cut a word, and no tile sees another. Native shows all pixels, at a price that grows
+# with the square of the tokens.
 #
 # A token budget lies between them: the aspect ratio of native, and the cost that you
 # choose. With 16-pixel patches, as in SigLIP 2's NaFlex models and in navit:

@@ -86,17 +86,16 @@ print(
 
 # %%
 from navit.config import Folder, Synthetic
-from navit.sources.kinds import open_source
 
 if DRAWN:
-    source = open_source(Synthetic(size=96, seed=1))
+    source = navit.open_source(Synthetic(size=96, seed=1))
     coarse, fine = source.tasks["coarse"], source.tasks["fine"]
     questions = {
         "coarse": (coarse.class_names, coarse.labels),
         "fine": (fine.class_names, fine.labels),
     }
 else:
-    source = open_source(Folder("data/sample"))
+    source = navit.open_source(Folder("data/sample"))
     captions = [source.record(i).captions[0] for i in range(len(source))]
     questions = {"caption": (captions, np.arange(len(source)))}
 images = [source.record(i).image for i in range(len(source))]
