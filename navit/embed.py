@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from navit import embed_views
-from navit.batch import PackedImages
 from navit.config import Config
 from navit.embed_batches import (
     batches,
@@ -24,6 +21,7 @@ from navit.embed_batches import (
     shared_by_devices,
     slots_of,
 )
+from navit.embed_rows import tokens_of, vectors_of
 from navit.embed_views import ViewFeatures
 from navit.input import fill, tokens
 from navit.model.text import Text
@@ -31,7 +29,6 @@ from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan.geometry import check_count
 from navit.plan.strategies import Strategy
-from navit.sharding import split_rows
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
 
@@ -107,12 +104,7 @@ class Embedder:
             _refuse_both(max_tokens)
             if not len(images):
                 return np.zeros((0, self.embed_dim), np.float32)
-
-            def pooled(filled: fill.Filled, row_tokens: int) -> np.ndarray:
-                placed = split_rows(filled.images, self.vision.rules)
-                return np.asarray(embed_packed(self.vision, placed, row_tokens, False))
-
-            return embed_views.vectors(self.config, pooled, images, strategy)
+            return embed_views.vectors(self.vision, self.config, images, strategy)
         max_tokens = 256 if max_tokens is None else max_tokens
         check_count("max_tokens", max_tokens)
         sizes = sizes_of(images)
@@ -164,13 +156,9 @@ class Embedder:
                 errors += filled.errors
                 if errors and stop:
                     break
-                placed = split_rows(filled.images, self.vision.rules)
-                vectors = np.asarray(
-                    embed_packed(self.vision, placed, max_tokens, normalized)
+                out[part.index] = vectors_of(
+                    self.vision, part, filled, max_tokens, normalized=normalized
                 )
-                counts = np.diff(part.offsets)
-                taken = np.arange(vectors.shape[1]) < counts[:, None]
-                out[part.index] = vectors[taken]
                 bar.update(len(part.index))
         return Embedded(out, errors)
 
@@ -205,12 +193,7 @@ class Embedder:
         """
         if strategy is not None:
             _refuse_both(max_tokens)
-
-            def tokens_of(filled: fill.Filled, row_tokens: int) -> np.ndarray:
-                placed = split_rows(filled.images, self.vision.rules)
-                return np.asarray(_tokens_of(self.vision, placed, row_tokens))
-
-            return embed_views.features(self.config, tokens_of, images, strategy)
+            return embed_views.features(self.vision, self.config, images, strategy)
         max_tokens = 256 if max_tokens is None else max_tokens
         check_count("max_tokens", max_tokens)
         max_tokens = budget_of(self.config, max_tokens)
@@ -231,16 +214,8 @@ class Embedder:
                     raise ValueError(
                         f"{image_name(images, start + index)} cannot be read: {error}"
                     ) from error
-                placed = split_rows(filled.images, self.vision.rules)
-                tokens = np.asarray(_tokens_of(self.vision, placed, max_tokens))
-                for row in range(len(part)):
-                    first = 0
-                    for i in range(part.offsets[row], part.offsets[row + 1]):
-                        own = slice(first, first + part.lengths[i])
-                        image = tokens[row, own].reshape(*part.grids[i], -1)
-                        # A copy, so that the batch does not live as long as an image.
-                        features_of[int(part.index[i])] = image.copy()
-                        first = own.stop
+                tokens = tokens_of(self.vision, part, filled, max_tokens)
+                features_of |= zip(part.index.tolist(), tokens, strict=True)
             for i in range(len(features_of)):
                 yield features_of.pop(i)
 
@@ -332,25 +307,6 @@ def _refuse_both(max_tokens: int | None) -> None:
             f"max_tokens={max_tokens} has no effect with a strategy, which has its own "
             "limits: leave one of them out"
         )
-
-
-@functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
-def embed_packed(
-    vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
-) -> Float[Array, "b s e"]:
-    """A vector for each slot, replicated to every device."""
-    pooled = vision(packed, max_image_tokens=max_tokens).pooled
-    assert pooled is not None
-    return vision.rules.replicate(normalize(pooled) if normalized else pooled)
-
-
-@functools.partial(jax.jit, static_argnames="max_tokens")
-def _tokens_of(
-    vision: Vision, packed: PackedImages, max_tokens: int
-) -> Float[Array, "b n d"]:
-    """The tokens in float32, replicated to every device."""
-    tokens = vision(packed, max_image_tokens=max_tokens).tokens
-    return vision.rules.replicate(tokens.astype(jnp.float32))
 
 
 @jax.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Literal
 
 import jax
 import numpy as np
@@ -70,14 +70,8 @@ def batches(
     config.model.vision.position.check(grids)
     check_budget(config, max_tokens, len(grids))
     rows = plan.pack_rows(grids, max_tokens, slots)
-    yield from filled_batches(
-        config,
-        read,
-        rows,
-        max_tokens,
-        slots,
-        image_size=config.model.vision.image_size,
-    )
+    size = config.model.vision.image_size
+    yield from filled_batches(config, read, rows, max_tokens, slots, image_size=size)
 
 
 def filled_batches(
@@ -86,14 +80,16 @@ def filled_batches(
     rows: plan.Rows,
     max_tokens: int,
     slots: int,
-    **how: Any,
+    *,
+    image_size: int | None = None,
+    resample: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Iterator[tuple[plan.Rows, Filled]]:
     """Yields all planned rows of each batch, with this process's share of them filled.
 
     Args:
       read, max_tokens: as in `batches`.
       slots: of a row.
-      how: `image_size` or `resample` of `fill_rows`.
+      image_size, resample: as in `fill_rows`.
     """
     at_once = rows_at_once(config, max_tokens, len(rows))
     parts = [rows.slice(i, i + at_once) for i in range(0, len(rows), at_once)]
@@ -107,8 +103,9 @@ def filled_batches(
         patch_size=config.model.vision.patch_size,
         row_tokens=max_tokens,
         slots=slots,
+        image_size=image_size,
+        resample=resample,
         dct=config.data.dct,
-        **how,
     )
     yield from zip(parts, _made_ahead(filled, own), strict=True)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from navit.config import Config
 from navit.embed_batches import check_budget, filled_batches
+from navit.embed_rows import tokens_of, vectors_of
 from navit.input.fill import Filled
+from navit.model.vision import Vision
 from navit.plan.epoch import Rows
 from navit.plan.strategies import Strategy, View
 from navit.plan.view_rows import Views, views_of
@@ -31,66 +33,47 @@ class ViewFeatures(NamedTuple):
 
 
 def vectors(
+    vision: Vision,
     config: Config,
-    pooled: Callable[[Filled, int], np.ndarray],
     images: Sequence[ImageLike] | ArrayLike,
     strategy: Strategy,
 ) -> np.ndarray:
     """One vector an image, `[len, e]`, of unit norm: the mean of its views' vectors.
 
     A view's pooled vector counts as often as the view has tokens.
-
-    Args:
-      pooled: rows and their length -> `[b, s, e]`, before normalisation.
     """
     everything = range(len(images))
     views, row_tokens = _planned(config, images, strategy, everything)
-    by_view, first = [np.zeros(0)] * len(views.image), views.first
+    by_view = [np.zeros(0)] * len(views.image)
     for part, filled in _batches(
         config, images, strategy, views, row_tokens, everything
     ):
-        slots = pooled(filled, row_tokens)
-        taken = np.arange(slots.shape[1]) < np.diff(part.offsets)[:, None]
-        assert part.views is not None
-        numbers = first[part.index] + part.views["number"]
-        for number, vector in zip(numbers.tolist(), slots[taken], strict=True):
+        pooled = vectors_of(vision, part, filled, row_tokens, normalized=False)
+        for number, vector in zip(views.numbers(part), pooled, strict=True):
             by_view[number] = vector
     weighted = np.stack(by_view) * views.grids.prod(-1)[:, None]
-    sums = np.add.reduceat(weighted, first[:-1], axis=0)
+    sums = np.add.reduceat(weighted, views.first[:-1], axis=0)
     norms = np.linalg.norm(sums, axis=-1, keepdims=True)
     return (sums / np.maximum(norms, 1e-6)).astype(np.float32)
 
 
 def features(
+    vision: Vision,
     config: Config,
-    tokens: Callable[[Filled, int], np.ndarray],
     images: Sequence[ImageLike] | ArrayLike,
     strategy: Strategy,
 ) -> Iterator[list[ViewFeatures]]:
-    """Yields each image's views with their tokens, in order.
-
-    Args:
-      tokens: rows and their length -> `[b, n, d]` float32.
-    """
+    """Yields each image's views with their tokens, in order."""
     for start in range(0, len(images), _AT_ONCE):
         some = range(start, min(start + _AT_ONCE, len(images)))
         views, row_tokens = _planned(config, images, strategy, some)
-        first = views.first
         of_view: dict[int, np.ndarray] = {}
         for part, filled in _batches(config, images, strategy, views, row_tokens, some):
-            rows, lengths = tokens(filled, row_tokens), part.lengths
-            assert part.views is not None
-            for row in range(len(part)):
-                end = 0
-                for i in range(part.offsets[row], part.offsets[row + 1]):
-                    begin, end = end, end + int(lengths[i])
-                    number = int(first[part.index[i]] + part.views["number"][i])
-                    own = rows[row, begin:end].reshape(*part.grids[i], -1)
-                    # A copy, so that the batch does not live as long as a view.
-                    of_view[number] = own.copy()
-        for i, own_views in enumerate(views.of_image):
+            tokens = tokens_of(vision, part, filled, row_tokens)
+            of_view |= zip(views.numbers(part), tokens, strict=True)
+        for first, own_views in zip(views.first.tolist(), views.of_image, strict=False):
             yield [
-                ViewFeatures(view, of_view.pop(int(first[i]) + k))
+                ViewFeatures(view, of_view.pop(first + k))
                 for k, view in enumerate(own_views)
             ]
 

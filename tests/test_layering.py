@@ -35,6 +35,8 @@ FORBIDDEN = {
     "navit.embed": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_batches": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_files": ("navit.train", "navit.evals", "navit.losses"),
+    "navit.embed_rows": ("navit.train", "navit.evals", "navit.losses"),
+    "navit.embed_views": ("navit.train", "navit.evals", "navit.losses"),
     "navit.convert": ("navit.train", "navit.evals", "navit.losses", "navit.embed"),
     "navit.train": ("navit.convert", "navit.weights"),
 }

@@ -27,8 +27,8 @@ from PIL import Image
 from navit import weights
 from navit.config import Config, ModelConfig
 from navit.convert.stored import Weights, shapes_of
-from navit.embed import embed_packed
 from navit.embed_batches import rows_at_once
+from navit.embed_rows import embed_packed
 from navit.input import pack_images
 from navit.model import variants
 

@@ -38,8 +38,10 @@ def fill_views(
     captions: list[tuple[str, ...]] = [()] * len(rows.index)
     errors: list[tuple[int, ValueError | OSError]] = []
     places = _places(rows)
-    for index in np.unique(rows.index).tolist():
-        views = np.flatnonzero(rows.index == index)
+    views_of: dict[int, list[int]] = {}
+    for i, index in enumerate(rows.index.tolist()):
+        views_of.setdefault(index, []).append(i)
+    for index, views in sorted(views_of.items()):
         try:
             record = read(index)
             # Reads the file here: `pixels` turns an OSError into a ValueError.
@@ -49,7 +51,7 @@ def fill_views(
             errors.append((index, error))
             continue
         by_part = dict(zip(parts, arrays, strict=True))
-        for i in views.tolist():
+        for i in views:
             captions[i] = record.captions
             row, slot, start = places[i]
             tokens = slice(start, start + int(rows.grids[i].prod()))

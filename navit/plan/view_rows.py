@@ -43,6 +43,11 @@ class Views(NamedTuple):
         """`[images + 1]`: where each image's views begin."""
         return np.cumsum([0, *map(len, self.of_image)])
 
+    def numbers(self, rows: Rows) -> list[int]:
+        """The places of planned views among all views of these images."""
+        assert rows.views is not None
+        return (self.first[rows.index] + rows.views["number"]).tolist()
+
     def rows(self, row_tokens: int, slots: int | None) -> Rows:
         """Packs the views; those of one image may come to lie in several rows."""
         planned = pack_rows(self.grids, row_tokens, slots)

@@ -22,7 +22,7 @@ from PIL import Image
 
 import navit
 from navit import cli
-from navit.embed import embed_packed
+from navit.embed_rows import embed_packed
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"

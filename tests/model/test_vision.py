@@ -20,7 +20,7 @@ from helpers import (
 import navit
 from navit.batch import PackedImages
 from navit.config import ModelConfig, PositionConfig
-from navit.embed import embed_packed
+from navit.embed_rows import embed_packed
 from navit.model.vision import Vision
 
 GRIDS = [(3, 4), (1, 9), (5, 2), (1, 1), (4, 4)]

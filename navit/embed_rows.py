@@ -1,0 +1,70 @@
+"""A filled batch -> the vector or the tokens of each segment, in the plan's order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from navit.batch import PackedImages
+from navit.input.fill import Filled
+from navit.model.two_tower import normalize
+from navit.model.vision import Vision
+from navit.plan.epoch import Rows
+from navit.sharding import split_rows
+
+
+def vectors_of(
+    vision: Vision, part: Rows, filled: Filled, max_tokens: int, *, normalized: bool
+) -> np.ndarray:
+    """The pooled vector of each planned segment, `[m, e]`.
+
+    Args:
+      part: the planned rows of the whole batch.
+      filled: this process's share of them.
+      max_tokens: the most tokens of a segment.
+    """
+    placed = split_rows(filled.images, vision.rules)
+    slots = np.asarray(embed_packed(vision, placed, max_tokens, normalized))
+    return slots[np.arange(slots.shape[1]) < np.diff(part.offsets)[:, None]]
+
+
+def tokens_of(
+    vision: Vision, part: Rows, filled: Filled, max_tokens: int
+) -> Iterator[np.ndarray]:
+    """Yields the tokens of each planned segment, float32 `[rows, columns, d]`.
+
+    Args:
+      part, filled, max_tokens: as in `vectors_of`.
+    """
+    placed = split_rows(filled.images, vision.rules)
+    tokens = np.asarray(_packed_tokens(vision, placed, max_tokens))
+    for row in range(len(part)):
+        stop = 0
+        for i in range(part.offsets[row], part.offsets[row + 1]):
+            start, stop = stop, stop + int(part.lengths[i])
+            # A copy, so that the batch does not live as long as a segment.
+            yield tokens[row, start:stop].reshape(*part.grids[i], -1).copy()
+
+
+@functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
+def embed_packed(
+    vision: Vision, packed: PackedImages, max_tokens: int, normalized: bool
+) -> Float[Array, "b s e"]:
+    """A vector for each slot, replicated to every device."""
+    pooled = vision(packed, max_image_tokens=max_tokens).pooled
+    assert pooled is not None
+    return vision.rules.replicate(normalize(pooled) if normalized else pooled)
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _packed_tokens(
+    vision: Vision, packed: PackedImages, max_tokens: int
+) -> Float[Array, "b n d"]:
+    """The tokens in float32, replicated to every device."""
+    tokens = vision(packed, max_image_tokens=max_tokens).tokens
+    return vision.rules.replicate(tokens.astype(jnp.float32))
