@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
     from navit.input.pack_images import pack as pack
-    from navit.input.pack_images import unpack as unpack
     from navit.input.pipeline import train_batches as train_batches
+    from navit.input.unpack_images import unpack as unpack
     from navit.model.vision import Vision as Vision
     from navit.plan import strategies as strategies
     from navit.plan.geometry import grid_for as grid_for
@@ -38,7 +38,7 @@ _HOMES = {
     "save": "navit.weights",
     "strategies": "navit.plan.strategies",
     "train_batches": "navit.input.pipeline",
-    "unpack": "navit.input.pack_images",
+    "unpack": "navit.input.unpack_images",
 }
 
 __all__ = sorted(_HOMES)
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'navit' has no attribute {name!r}")
     home = importlib.import_module(_HOMES[name])
-    return home if home.__name__.endswith(f".{name}") else getattr(home, name)
+    return home if name == "strategies" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -1,19 +1,19 @@
-"""Images of any sizes -> `PackedImages`, and each image's tokens back."""
+"""Images of any sizes -> `PackedImages`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import numpy as np
 
-from navit.batch import PackedImages, PackedTokens
+from navit.batch import PackedImages
 from navit.input import memory
 from navit.input.fill import fill_rows, slot_array
 from navit.plan import geometry
 from navit.plan.epoch import Rows, pack_rows
 from navit.plan.strategies import Strategy
-from navit.plan.view_rows import Views, views_of
+from navit.plan.view_rows import views_of
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
 
@@ -144,28 +144,23 @@ def pack(
     if rows is None:
         if not len(sizes):
             raise ValueError("there are no images to pack")
-        fewest = -(-int(grids.prod(-1).sum()) // row_tokens)
-        _check_memory(fewest, row_tokens, patch_size)  # a plan of long rows takes some
-        planned = pack_rows(grids, row_tokens, slots)
-        _check_memory(len(planned), row_tokens, patch_size)
+        planned = _planned(
+            grids, row_tokens, patch_size, lambda: pack_rows(grids, row_tokens, slots)
+        )
         slots = slots or int(np.diff(planned.offsets).max())
     elif slots is None:
         raise ValueError(f"rows={rows} is for a fixed shape: give slots a number too")
     else:
         _check_memory(rows, row_tokens, patch_size)
         planned = _rows_of(grids, rows, row_tokens, slots)
-    packed, _, errors = fill_rows(
+    packed = _filled(
         planned,
-        lambda i: Record(images[i]),
+        images,
         patch_size=patch_size,
         row_tokens=row_tokens,
         slots=slots,
         dct=dct,
     )
-    for image, error in errors:
-        raise ValueError(
-            f"{image_name(images, image)} cannot be decoded: {error}"
-        ) from error
     index = slot_array(planned, slots, planned.index, -1)
     if rows is not None:
         return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
@@ -193,42 +188,69 @@ def _pack_views(
         return image_name(images, i)
 
     views = views_of(strategy, sizes, patch_size=patch_size, name=name)
-    check_view_lengths(views, row_tokens, name)
-    _check_memory(
-        -(-int(views.grids.prod(-1).sum()) // row_tokens), row_tokens, patch_size
+    lengths = views.grids.prod(-1)
+    longest = int(lengths.argmax())
+    if lengths[longest] > row_tokens:
+        high, wide = views.grids[longest].tolist()
+        raise ValueError(
+            f"a view of {name(int(views.image[longest]))} has {high}x{wide} = "
+            f"{lengths[longest]} tokens, more than a row of row_tokens={row_tokens}: "
+            "raise row_tokens, or leave the image out"
+        )
+    planned = _planned(
+        views.grids, row_tokens, patch_size, lambda: views.rows(row_tokens, slots)
     )
-    planned = views.rows(row_tokens, slots)
-    _check_memory(len(planned), row_tokens, patch_size)
     assert planned.views is not None
     slots = slots or int(np.diff(planned.offsets).max())
-    packed, _, errors = fill_rows(
+    packed = _filled(
         planned,
-        lambda i: Record(images[i]),
+        images,
         patch_size=patch_size,
         row_tokens=row_tokens,
         slots=slots,
         resample=strategy.resample,
         dct=dct,
     )
-    for image, error in errors:
-        raise ValueError(f"{name(image)} cannot be decoded: {error}") from error
     index = np.stack([planned.index, planned.views["number"]], -1)
     return (packed, slot_array(planned, slots, index, -1)) if return_index else packed
 
 
-def check_view_lengths(
-    views: Views, row_tokens: int, name: Callable[[int], str]
-) -> None:
-    """Raises ValueError if a view of an image is longer than a row."""
-    lengths = views.grids.prod(-1)
-    longest = int(lengths.argmax())
-    if lengths[longest] > row_tokens:
-        rows, columns = views.grids[longest].tolist()
+def _planned(
+    grids: np.ndarray, row_tokens: int, patch_size: int, plan: Callable[[], Rows]
+) -> Rows:
+    """Plans rows of segments with these grids, if they fit in memory."""
+    fewest = -(-int(grids.prod(-1).sum()) // row_tokens)
+    _check_memory(fewest, row_tokens, patch_size)  # a plan of long rows takes some
+    planned = plan()
+    _check_memory(len(planned), row_tokens, patch_size)
+    return planned
+
+
+def _filled(
+    planned: Rows,
+    images: Sequence[ImageLike] | ArrayLike,
+    *,
+    patch_size: int,
+    row_tokens: int,
+    slots: int,
+    resample: Literal["bilinear", "bicubic"] = "bilinear",
+    dct: str,
+) -> PackedImages:
+    """Decodes planned rows, and names the first image that cannot be decoded."""
+    packed, _, errors = fill_rows(
+        planned,
+        lambda i: Record(images[i]),
+        patch_size=patch_size,
+        row_tokens=row_tokens,
+        slots=slots,
+        resample=resample,
+        dct=dct,
+    )
+    for image, error in errors:
         raise ValueError(
-            f"a view of {name(int(views.image[longest]))} has {rows}x{columns} = "
-            f"{lengths[longest]} tokens, more than a row of row_tokens={row_tokens}: "
-            "raise row_tokens, or leave the image out"
-        )
+            f"{image_name(images, image)} cannot be decoded: {error}"
+        ) from error
+    return packed
 
 
 def _check_memory(rows: int, row_tokens: int, patch_size: int) -> None:
@@ -255,57 +277,3 @@ def _rows_of(grids: np.ndarray, rows: int, row_tokens: int, slots: int) -> Rows:
             room[best] = after[best] if len(held[best]) < slots else 0
     index = np.array([image for row in held for image in row], np.int64)
     return Rows(np.cumsum([0, *map(len, held)]), index, grids[index])
-
-
-def unpack(
-    tokens: Any,
-    packed: PackedImages | PackedTokens | None = None,
-    index: np.ndarray | None = None,
-) -> list[np.ndarray]:
-    """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
-
-    `pack` reorders the images. With its `index`, the arrays come in the images' order;
-    without, they come row by row and slot by slot.
-
-    Args:
-      tokens: `PackedTokens`, such as `model.vision(packed).packed`; or `[b, n, d]` of
-        numpy or jax.
-      packed: where the tokens lie; None: as `PackedTokens` has it.
-      index: `[b, s]` or `[b, s, 2]`, from `pack(..., return_index=True)`.
-
-    Raises:
-      TypeError: if `tokens` has no layout and `packed` is not given.
-      ValueError: if the shapes do not agree, or an image lacks tokens of its grid.
-    """
-    if isinstance(tokens, PackedTokens):
-        packed, tokens = tokens if packed is None else packed, tokens.tokens
-    if packed is None:
-        raise TypeError(
-            f"tokens is a {type(tokens).__name__} without the layout of its images: "
-            "pass out.packed of out = model.vision(packed), or packed as well"
-        )
-    tokens = np.asarray(tokens)
-    segment_ids, coords, grids = (np.asarray(x) for x in packed[1:])
-    b, n = segment_ids.shape
-    if tokens.ndim != 3 or tokens.shape[:2] != (b, n):
-        raise ValueError(f"tokens must be [{b}, {n}, d], not {tokens.shape}")
-    filled = np.argwhere(grids.prod(-1))
-    if index is not None:
-        if index.shape not in (grids.shape[:2], grids.shape):
-            raise ValueError(f"index must be {grids.shape[:2]}, not {index.shape}")
-        order = index.reshape(*grids.shape[:2], -1)[tuple(filled.T)]
-        filled = filled[np.lexsort(order.T[::-1])]
-    images = []
-    for row, slot in filled:
-        mine = segment_ids[row] == slot + 1
-        rows, columns = grids[row, slot]
-        place = coords[row, mine] @ (columns, 1)
-        if not np.array_equal(np.sort(place), np.arange(rows * columns)):
-            raise ValueError(
-                f"the image in row {row} slot {slot} has {len(place)} tokens, not each "
-                f"one of its {rows}x{columns} grid once: unpack only images without "
-                "dropped tokens"
-            )
-        image = tokens[row, mine][place.argsort()]
-        images.append(image.reshape(rows, columns, -1))
-    return images
