@@ -166,7 +166,7 @@ assert kept == 1292 and abs(left - 0.25) < 0.003
 # %%
 sides = np.unique(np.geomspace(14, 2800, 120).astype(int))
 bounded = strategies.QwenVL(min_pixels=28 * 28 * 64)
-free = strategies.QwenVL(min_pixels=1, max_pixels=10**9, utils=True)
+free = strategies.QwenVL(min_pixels=1, max_pixels=10**9, qwen_vl_utils=True)
 figure, (left_ax, right_ax) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
 for name, strategy in (("free", free), ("64 to 1280 tokens", bounded)):
     found = [measure(strategy, int(x), int(x), tower=TOWER) for x in sides]

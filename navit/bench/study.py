@@ -35,6 +35,7 @@ from navit.plan.batches import BatchPlans
 from navit.sources.source import Source
 from navit.train import loop
 from navit.train.checkpoint import quiet_orbax
+from navit.train.metrics import clock
 
 # More steps than any run of a study takes.
 _MOST_STEPS = 10**6
@@ -120,7 +121,7 @@ def run(
         if results[i] is not None:
             report(f"{title} is finished")
             continue
-        eta = f", ETA {_clock(seconds / done * (left - done))}" if done else ""
+        eta = f", ETA {clock(seconds / done * (left - done))}" if done else ""
         report(f"{title}, {each.spent.steps} steps{eta}")
         start = time.perf_counter()
         if not loop.train(each.config, out / "runs" / each.folder):
@@ -206,11 +207,6 @@ def _finish(each: Run, out: Path, seconds: float) -> dict[str, Any]:
     }
     write_atomic(workdir / "finished.json", f"{json.dumps(result)}\n".encode())
     return result
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 if __name__ == "__main__":

@@ -113,14 +113,27 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _size(text: str) -> tuple[int, int]:
-    """(height, width) of WIDTHxHEIGHT."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+def size_in(text: str) -> tuple[int, int] | None:
+    """(height, width) of WIDTHxHEIGHT, such as 600x1500; None for another text."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match:
+        return None
+    width, height = int(match[1]), int(match[2])
+    if not width or not height:
+        raise ValueError(f"{text} (width x height) has no pixels")
+    return height, width
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        size = size_in(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size is None:
         raise argparse.ArgumentTypeError(
             f"expected WIDTHxHEIGHT in pixels, such as 64x64, not {text!r}"
         )
-    return int(match[2]), int(match[1])
+    return size
 
 
 def _count(text: str) -> int:

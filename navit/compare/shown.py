@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from navit.compare.arguments import size_in
 from navit.input.image_list import Named, images_of
 from navit.sources.images import size_of
 
@@ -18,17 +18,6 @@ class Shown(NamedTuple):
     height: int
     width: int
     file: Named | None = None
-
-
-def size_in(text: str) -> tuple[int, int] | None:
-    """(height, width) of WIDTHxHEIGHT, such as 600x1500; None for another text."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        return None
-    width, height = int(match[1]), int(match[2])
-    if not width or not height:
-        raise ValueError(f"{text} (width x height) has no pixels")
-    return height, width
 
 
 def shown(arguments: Sequence[str]) -> list[Shown]:

@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from navit.compare.shown import shown, size_in
+from navit.compare.arguments import size_in
+from navit.compare.shown import shown
 from navit.plan.strategies.choose import Request
 
 _COLUMNS = ("kind", "size", "image", "count", "scale", "images", "frames", "limit")

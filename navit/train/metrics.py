@@ -134,6 +134,12 @@ class Meter:
         self.start_clock()
 
 
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def line(metrics: Values, total_steps: int) -> str:
     """Formats a logged step for the terminal."""
     text = f"step {metrics['step']:>6}/{total_steps}  loss {metrics['loss']:8.4f}  "
@@ -146,8 +152,7 @@ def line(metrics: Values, total_steps: int) -> str:
     if "mfu" in metrics:
         text += f"  MFU {metrics['mfu']:5.1%}"
     if "eta_seconds" in metrics:
-        minutes, seconds = divmod(int(metrics["eta_seconds"]), 60)
-        text += f"  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        text += f"  ETA {clock(metrics['eta_seconds'])}"
     if metrics.get("input_wait", 0) >= 0.05:  # below, the device is busy
         text += f"  waiting for input {metrics['input_wait']:.0%}"
     if metrics["unreadable"]:

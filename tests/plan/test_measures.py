@@ -7,7 +7,7 @@ from navit import strategies
 from navit.config import ModelConfig
 from navit.model import variants
 from navit.model.flops import Counts, forward
-from navit.plan.strategies.measures import content, cuts_of, measure
+from navit.plan.strategies.measures import cuts_of, measure
 
 TOWER = variants.vision("L/14")
 SIZES = [(1500, 600), (896, 1792), (768, 1024), (720, 1280), (333, 77), (5, 5)]
@@ -113,5 +113,5 @@ def test_one_view_cuts_nothing_and_padding_is_no_cut():
 def test_a_tile_of_filler_has_no_content():
     views = strategies.DeepSeekVL2().views(2000, 10)
     for view in views:
-        top, left, bottom, right = content(view)
+        top, left, bottom, right = view.content
         assert bottom >= top and right >= left

@@ -151,6 +151,10 @@ def test_fields_are_checked():
 def test_what_the_originals_refuse_is_an_error_that_names_the_size():
     with pytest.raises(ValueError, match="201x1 pixels has an aspect of 201:1"):
         strategies.QwenVL().views(201, 1)
+    utils = strategies.QwenVL(qwen_vl_utils=True, max_pixels=28 * 28 * 100)
+    with pytest.raises(ValueError, match="20x4000 pixels is resized to 0x"):
+        utils.views(20, 4000)
+    assert utils.views(10, 1999)[0].size == (28, 1988)
     with pytest.raises(ValueError, match="8000x14 pixels"):
         strategies.Kimi().tokens(8000, 14)
     with pytest.raises(ValueError, match="0x5 pixels has no views"):

@@ -109,9 +109,9 @@ def choose(hulls: Mapping[str, Sequence[Offer]], tokens: int) -> dict[str, Offer
 
     Begins with the cheapest of each kind, and takes the upgrade of most detail per
     extra token (of equals, the one with fewer extra FLOPs) until none fits; one that
-    does not fit is passed over. No choice among all offers is better if the first
-    upgrade that does not fit finds the budget spent. Otherwise another choice may have
-    more detail, by less than that upgrade would add.
+    does not fit is passed over. If the first upgrade that does not fit finds the budget
+    spent, no other choice has more detail. Otherwise another may have more, but by less
+    than that upgrade would add.
 
     Raises:
       ValueError: if even the cheapest offers exceed the budget.

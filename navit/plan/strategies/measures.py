@@ -107,28 +107,13 @@ def main_views(views: Sequence[View]) -> tuple[View, ...]:
     return tuple(v for v in views if v.role != "thumbnail") or tuple(views)
 
 
-def content(view: View) -> tuple[int, int, int, int]:
-    """The part of a view's window that shows the image, in the window's coordinates.
-
-    It may be empty, for a tile that is all filler.
-    """
-    top, left, bottom, right = view.window
-    top, left = max(0, top), max(0, left)
-    return (
-        top,
-        left,
-        max(top, min(bottom, view.size[0])),
-        max(left, min(right, view.size[1])),
-    )
-
-
 def cuts_of(
     views: Sequence[View], height: int, width: int
 ) -> tuple[list[float], list[float]]:
     """Where main views begin or end inside the image: (from the top, from the left)."""
     found: tuple[set[float], set[float]] = (set(), set())
     for view in main_views(views):
-        seen, scales = content(view), scales_of(view)
+        seen, scales = view.content, scales_of(view)
         for axis, side in ((0, height), (1, width)):
             for edge in (seen[axis], seen[axis + 2]):
                 place = view.box[axis] + edge / scales[axis]
@@ -150,7 +135,7 @@ def _area(box: Sequence[int]) -> int:
 
 def _shown(view: View) -> int:
     """Pixels of a view that show the image."""
-    return _area(content(view))
+    return _area(view.content)
 
 
 def _chance(cuts: Sequence[float], side: int, length: int) -> float:

@@ -23,8 +23,8 @@ class QwenVL:
 
     The bounds are not strict: rounding may exceed either. Qwen3-VL has `patch=16`.
 
-    `utils`: round as qwen-vl-utils does, whose first rounding is at least one multiple;
-    transformers' is at least one only where it shrinks.
+    `qwen_vl_utils`: round as that package does. It gives a side at least one multiple
+    in the first rounding, and transformers does so only where it shrinks.
 
     From `smart_resize` in transformers' image_processing_qwen2_vl.py and in
     qwen-vl-utils (arXiv 2409.12191).
@@ -34,7 +34,7 @@ class QwenVL:
     merge: int = 2
     min_pixels: int = dataclasses.field(default=56 * 56, kw_only=True)
     max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
-    utils: bool = dataclasses.field(default=False, kw_only=True)
+    qwen_vl_utils: bool = dataclasses.field(default=False, kw_only=True)
 
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
@@ -69,7 +69,7 @@ class QwenVL:
                 "out"
             )
         unit = self.patch * self.merge
-        least, shrunk_least = (unit, 0) if self.utils else (0, unit)
+        least, shrunk_least = (unit, 0) if self.qwen_vl_utils else (0, unit)
         high = max(least, round(height / unit) * unit)
         wide = max(least, round(width / unit) * unit)
         if high * wide > self.max_pixels:
@@ -83,7 +83,8 @@ class QwenVL:
         if not high or not wide:
             raise ValueError(
                 f"an image of {height}x{width} pixels is resized to {high}x{wide} by "
-                "QwenVL: crop it, leave it out, raise max_pixels, or set utils=False"
+                "QwenVL: crop it, leave it out, raise max_pixels, or set "
+                "qwen_vl_utils=False"
             )
         return high, wide
 

@@ -14,12 +14,10 @@ from navit.plan.strategies.views import Block, Layout, Separator, View
 # The longest side of an anchor, in cells.
 _LONGEST = 11
 
-# DocOwl's anchors of up to 9 cells, as (rows, columns), in its order.
-_DOCOWL = (
-    *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (1, 5), (5, 1)),
-    *((1, 6), (6, 1), (2, 3), (3, 2), (1, 7), (7, 1), (4, 2), (2, 4), (1, 8), (8, 1)),
-    *((3, 3), (1, 9), (9, 1)),
-)
+# DocOwl's anchors of up to 9 cells, as (rows, columns), in its order, which decides
+# between equal scores.
+_ORDER = "11 12 21 13 31 22 14 41 15 51 16 61 23 32 17 71 42 24 18 81 33 19 91"
+_DOCOWL = tuple((int(grid[0]), int(grid[1])) for grid in _ORDER.split())
 
 
 @dataclasses.dataclass(frozen=True)

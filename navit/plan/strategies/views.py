@@ -42,11 +42,21 @@ class View(NamedTuple):
 
         The others are filler, which the original models attend to like any token.
         """
-        inside = []
+        inside, content = [], self.content
         for axis in (0, 1):
             starts = self.window[axis] + patch * np.arange(self.grid[axis])
-            inside.append((starts + patch > 0) & (starts < self.size[axis]))
+            inside.append(
+                (starts + patch > content[axis]) & (starts < content[axis + 2])
+            )
         return inside[0][:, None] & inside[1]
+
+    @property
+    def content(self) -> Box:
+        """The part of the window that shows the image, in the window's coordinates.
+
+        It is empty for a tile that is all filler.
+        """
+        return _content(self.window, self.size)
 
 
 class Block(NamedTuple):
@@ -153,14 +163,15 @@ def tiles(
         for column in range(counts[1]):
             left = column * tile[1] - offset[1]
             window = (top, left, top + tile[0], left + tile[1])
-            seen = None if _within(window, size) else fill
+            seen = None if _content(window, size) == window else fill
             cut.append(View(box, size, window, grid, "tile", (row, column), seen))
     return tuple(cut)
 
 
-def _within(window: Box, size: tuple[int, int]) -> bool:
-    top, left, bottom, right = window
-    return min(top, left) >= 0 and bottom <= size[0] and right <= size[1]
+def _content(window: Box, size: tuple[int, int]) -> Box:
+    top, left = max(0, window[0]), max(0, window[1])
+    bottom, right = min(window[2], size[0]), min(window[3], size[1])
+    return top, left, max(top, bottom), max(left, right)
 
 
 def padded(
