@@ -3,7 +3,7 @@
   python -m navit.bench.study configs/studies/one_for_all_budgets.py --plot
 
 NaViT, section 3.2, and SigLIP 2, section 2.4.2. Each run takes the same model FLOPs on
-real tokens, so the three specialists together take three times the compute of the one.
+real tokens, so the three towers of one budget take three times the compute together.
 """
 
 from navit.config import (
