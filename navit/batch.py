@@ -93,8 +93,8 @@ class Batch(NamedTuple):
     """A training batch: packed images, their captions, and data for every slot.
 
     Captions come in one list per group of rows, so that the text tower does not run on
-    empty slots, which most slots are. The vectors of slots with the same owner are
-    summed.
+    empty slots, which most slots are. Slots with the same owner are views of one image;
+    their vectors are averaged, each weighted by its tokens.
 
     Attributes:
       images: the packed images.

@@ -12,7 +12,8 @@ import numpy as np
 from navit.config import Config
 from navit.input import memory
 from navit.input.fill import Filled, fill_rows
-from navit.plan import epoch as plan
+from navit.plan import epoch
+from navit.plan.rows import Rows, pack_rows
 from navit.sharding import platform
 from navit.sources.source import Record
 
@@ -25,7 +26,7 @@ def grids_of(config: Config, sizes: np.ndarray, max_tokens: int) -> np.ndarray:
     vision = config.model.vision
     if vision.fixed_grid:
         return np.full((len(sizes), 2), vision.position.size)
-    return plan.grids_of(sizes, max_tokens, config.data, vision.patch_size)
+    return epoch.grids_of(sizes, max_tokens, config.data, vision.patch_size)
 
 
 def budget_of(config: Config, max_tokens: int) -> int:
@@ -52,7 +53,7 @@ def batches(
     read: Callable[[int], Record],
     sizes: np.ndarray,
     max_tokens: int,
-) -> Iterator[tuple[plan.Rows, Filled]]:
+) -> Iterator[tuple[Rows, Filled]]:
     """Packs images and yields all planned rows of each batch, with them filled.
 
     Each process of the mesh fills its own share of the rows.
@@ -69,7 +70,7 @@ def batches(
     slots, grids = slots_of(config), grids_of(config, sizes, max_tokens)
     config.model.vision.position.check(grids)
     check_budget(config, max_tokens, len(grids))
-    rows = plan.pack_rows(grids, max_tokens, slots)
+    rows = pack_rows(grids, max_tokens, slots)
     size = config.model.vision.image_size
     yield from filled_batches(config, read, rows, max_tokens, slots, image_size=size)
 
@@ -77,13 +78,13 @@ def batches(
 def filled_batches(
     config: Config,
     read: Callable[[int], Record],
-    rows: plan.Rows,
+    rows: Rows,
     max_tokens: int,
     slots: int,
     *,
     image_size: int | None = None,
     resample: Literal["bilinear", "bicubic"] = "bilinear",
-) -> Iterator[tuple[plan.Rows, Filled]]:
+) -> Iterator[tuple[Rows, Filled]]:
     """Yields all planned rows of each batch, with this process's share of them filled.
 
     Args:
@@ -169,7 +170,7 @@ def slots_of(config: Config) -> int:
 
 
 def _made_ahead(
-    filled: Callable[[plan.Rows], Filled], parts: Sequence[plan.Rows]
+    filled: Callable[[Rows], Filled], parts: Sequence[Rows]
 ) -> Iterator[Filled]:
     """Yields the batch of each part in order, and makes the next ones meanwhile."""
     if len(parts) == 1:

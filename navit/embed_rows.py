@@ -14,7 +14,7 @@ from navit.batch import PackedImages
 from navit.input.fill import Filled
 from navit.model.two_tower import normalize
 from navit.model.vision import Vision
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.sharding import split_rows
 
 

@@ -12,7 +12,7 @@ from navit.embed_batches import check_budget, filled_batches
 from navit.embed_rows import tokens_of, vectors_of
 from navit.input.fill import Filled
 from navit.model.vision import Vision
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.plan.strategies import Strategy, View
 from navit.plan.view_rows import Views, views_of
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of

@@ -34,7 +34,7 @@ from navit.compile.program import visited_blocks
 from navit.config import MeshConfig
 from navit.kernels import splash
 from navit.model.attention import attention, attention_qkvpacked
-from navit.plan.epoch import pack_rows
+from navit.plan.rows import pack_rows
 from navit.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "unpack")

@@ -19,7 +19,7 @@ from navit.kernels.splash_blocks import LANES, WHOLE_ROW, visited
 from navit.model import flops
 from navit.model.two_tower import TwoTower
 from navit.plan.batches import BatchPlans
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.sharding import Rules, make_mesh
 from navit.sources.synthetic import photographs
 from navit.train.checks import check_devices, check_parameters
@@ -172,9 +172,7 @@ def _planned(config: Config) -> tuple[Rows, int, int]:
     plans = BatchPlans(sample, data, patch_size=patch_size, steps=1)
     rows = plans[0]
     if plans.steps_per_epoch == 1:  # the batch may be larger than the sample
-        mean = max(
-            1.0, len(rows.index) / max(1, int((np.diff(rows.offsets) > 0).sum()))
-        )
+        mean = max(1.0, rows.images / max(1, int((np.diff(rows.offsets) > 0).sum())))
         sample = photographs(math.ceil(data.rows * mean * 1.5) + 1000)
         plans = BatchPlans(sample, data, patch_size=patch_size, steps=1)
         rows = plans[0]
@@ -209,8 +207,8 @@ def _counts(config: Config, rows: Rows) -> flops.Counts:
         tokens=int(lengths.sum()),
         squares=int((lengths**2).sum()),
         images=count,
-        captions=count if text else 0,
-        pairs=count**2 if text else 0,
+        captions=rows.images if text else 0,
+        pairs=rows.images**2 if text else 0,
     )
 
 

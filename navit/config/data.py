@@ -9,6 +9,7 @@ from typing import Literal
 
 from navit.config.overrides import positive
 from navit.config.sources import AnySource, Stream, Synthetic, TrainSource
+from navit.plan.strategies import Strategy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,11 @@ class DataConfig:
     Every device takes whole groups, so `rows` must be a multiple of devices times
     `caption_rows`; 4 to 8 is enough. `caption_rows=None`: every slot has a place.
 
+    `strategy` makes one view or several of each image, as a vision-language model does
+    (`navit.strategies`), in place of budgets and all other settings of resolution. Each
+    view is a segment. All views of an image lie in one group of `caption_rows` rows,
+    and their vectors are averaged; an image that does not fit a group is left out.
+
     `crop`, `flip` and `drop` change how an image is seen, in training only.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
@@ -152,6 +158,7 @@ class DataConfig:
     captions: int | None = None
     open_rows: int = 16
     elastic: float = 0.0
+    strategy: Strategy | None = None
     crop: Crop | None = None
     flip: bool = False
     drop: TokenDrop | None = None
@@ -195,7 +202,9 @@ class DataConfig:
             )
         if self.sides is not None and self.budget_per == "batch":
             raise ValueError('data.sides are drawn per image: budget_per="image"')
-        if max(self.budgets) > self.row_tokens and self.sides is None:
+        if self.strategy is not None:
+            _check_strategy(self)
+        elif max(self.budgets) > self.row_tokens and self.sides is None:
             raise ValueError(
                 f"data.budgets go up to {max(self.budgets)} tokens, more than a row of "
                 f"data.row_tokens={self.row_tokens}: lower one or raise the other"
@@ -209,14 +218,50 @@ class DataConfig:
             )
 
     def most_tokens(self, patch_size: int) -> int:
-        """The most tokens that an image may take."""
+        """The most tokens that an image, or a view of one, may take."""
+        if self.strategy is not None:
+            return self.row_tokens
         if self.sides is None:
             return max(self.budgets)
         return max(1, int((self.sides.high / patch_size) ** 2))
 
 
+def _check_strategy(data: DataConfig) -> None:
+    """Raises ValueError for settings that a strategy would have to ignore."""
+    for field in dataclasses.fields(data):
+        value = getattr(data, field.name)
+        if field.name in _WITHOUT_STRATEGY and value != field.default:
+            kind = type(data.strategy).__name__
+            raise ValueError(
+                f"data.{field.name}={value} has no effect with data.strategy={kind}, "
+                "which decides what each image becomes: leave one of them out"
+            )
+
+
+# Settings of an image's resolution, and of how it is seen; a strategy replaces them.
+_WITHOUT_STRATEGY = (
+    "budgets",
+    "budget_weights",
+    "budget_per",
+    "sides",
+    "min_tokens",
+    "square",
+    "max_upscale",
+    "elastic",
+    "crop",
+    "flip",
+    "drop",
+)
+
+
 def _check_stream(data: DataConfig) -> None:
     """Raises ValueError for settings that need all sizes in advance."""
+    if data.strategy is not None:
+        raise ValueError(
+            f"data.strategy={type(data.strategy).__name__} needs a source with random "
+            "access, and a Stream has none: leave it out, or index the shards "
+            "(TarShards)"
+        )
     for name, needed in (("elastic", 0.0), ("budget_per", "image")):
         if getattr(data, name) != needed:
             raise ValueError(

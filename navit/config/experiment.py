@@ -178,6 +178,7 @@ class Config:
         if self.init == "":
             raise ValueError("init is empty: set init=PATH, or init=none")
         _check_losses(self)
+        _check_strategy(self)
         most = self.data.most_tokens(self.model.vision.patch_size)
         if most > self.data.row_tokens:
             raise ValueError(
@@ -185,6 +186,24 @@ class Config:
                 f"images of {most} tokens, more than a row of data.row_tokens="
                 f"{self.data.row_tokens}: lower one or raise the other"
             )
+
+
+def _check_strategy(config: Config) -> None:
+    """Raises ValueError if the model cannot take the strategy's views."""
+    strategy, vision = config.data.strategy, config.model.vision
+    if strategy is None:
+        return
+    if strategy.patch != vision.patch_size:
+        raise ValueError(
+            f"data.strategy cuts patches of {strategy.patch} pixels, and the model "
+            f"takes {vision.patch_size}: set data.strategy.patch={vision.patch_size} "
+            f"or model.vision.patch_size={strategy.patch}"
+        )
+    if vision.fixed_grid:
+        raise ValueError(
+            "model.vision.fixed_grid takes every image at one grid, so it has no use "
+            "for data.strategy: set fixed_grid to false, or leave the strategy out"
+        )
 
 
 def _check_losses(config: Config) -> None:

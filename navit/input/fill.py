@@ -10,7 +10,7 @@ import numpy as np
 from navit.batch import PackedImages
 from navit.input import pixels
 from navit.input.fill_views import fill_views
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.sources.images import standard
 from navit.sources.source import Record
 
@@ -107,14 +107,13 @@ def fill_rows(
 
 
 def slot_array(
-    rows: Rows, slots: int, values: np.ndarray, empty: int, *, group: int = 1
+    counts: np.ndarray, slots: int, values: np.ndarray, empty: int
 ) -> np.ndarray:
-    """Values per planned image `[m, ...]` -> per slot `[b, s, ...]`.
+    """Values `[m, ...]`, in order, -> those of each row `[b, slots, ...]`.
 
     Args:
-      group: the number of rows that share their slots.
+      counts: `[b]` how many of the values belong to each row.
     """
-    counts = np.diff(rows.offsets[::group])
     out = np.full((len(counts), slots, *values.shape[1:]), empty, values.dtype)
     out[np.arange(slots) < counts[:, None]] = values
     return out

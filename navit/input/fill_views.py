@@ -9,7 +9,7 @@ import numpy as np
 
 from navit.batch import PackedImages
 from navit.input import pixels
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.sources.images import standard
 from navit.sources.source import Record
 

@@ -11,7 +11,7 @@ from navit.batch import PackedImages
 from navit.input import memory
 from navit.input.fill import fill_rows, slot_array
 from navit.plan import geometry
-from navit.plan.epoch import Rows, pack_rows
+from navit.plan.rows import Rows, pack_rows
 from navit.plan.strategies import Strategy
 from navit.plan.view_rows import views_of
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
@@ -161,7 +161,7 @@ def pack(
         slots=slots,
         dct=dct,
     )
-    index = slot_array(planned, slots, planned.index, -1)
+    index = slot_array(np.diff(planned.offsets), slots, planned.index, -1)
     if rows is not None:
         return packed, index, np.setdiff1d(np.arange(len(sizes)), planned.index)
     return (packed, index) if return_index else packed
@@ -212,7 +212,8 @@ def _pack_views(
         dct=dct,
     )
     index = np.stack([planned.index, planned.views["number"]], -1)
-    return (packed, slot_array(planned, slots, index, -1)) if return_index else packed
+    counts = np.diff(planned.offsets)
+    return (packed, slot_array(counts, slots, index, -1)) if return_index else packed
 
 
 def _planned(

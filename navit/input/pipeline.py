@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import multiprocessing
 import os
@@ -23,8 +24,11 @@ from navit.input import memory, tokens
 from navit.input.fill import Errors, fill_rows, slot_array
 from navit.input.stream_plan import Planned, StreamPlans
 from navit.plan.batches import BatchPlans
-from navit.plan.epoch import VERSION, Part, Rows, grids_of
+from navit.plan.epoch import VERSION, Part, grids_of
 from navit.plan.groups import host_rows
+from navit.plan.rows import Rows
+from navit.plan.view_groups import shapes_of, unfit
+from navit.plan.view_rows import grids_of as grids_of_views
 from navit.sources.kinds import Opener
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
@@ -83,6 +87,27 @@ def parts_of(source: Source) -> tuple[Part, ...]:
     return tuple(map(Part, offsets, source.counts, source.shares))
 
 
+def owners(rows: Rows, group: int) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Which caption each segment has, in a list of captions for every `group` rows.
+
+    Returns:
+      owner: `[m]` int32 place of each segment's image among those of its group, in the
+        order in which they first appear.
+      first: each image's first segment, in the order of all lists.
+      counts: `[g]` images in each group.
+    """
+    owner, first, counts = [], [], []
+    for start, stop in itertools.pairwise(rows.offsets[::group].tolist()):
+        place: dict[int, int] = {}
+        for i, index in enumerate(rows.index[start:stop].tolist(), start):
+            if index not in place:
+                place[index] = len(place)
+                first.append(i)
+            owner.append(place[index])
+        counts.append(len(place))
+    return np.array(owner, np.int32), first, np.array(counts)
+
+
 def fingerprint(source: Source | StreamSource) -> str:
     """Changes with the data, or with the way it is planned."""
     return f"{source.fingerprint()}, plan {VERSION}"
@@ -119,32 +144,32 @@ class MakeBatch(grain.transforms.Map):
             patch_size=self._patch_size,
             row_tokens=self._data.row_tokens,
             slots=slots,
+            resample=self._data.strategy.resample
+            if self._data.strategy
+            else "bilinear",
             dct=self._data.dct,
             seed=self._data.seed,
         )
-        self._report(errors, len(rows.index))
-        token_ids = np.zeros((len(rows.index), 1), np.int32)
+        self._report(errors, rows.images)
+        owner, first, images_in = owners(rows, group)
+        token_ids = np.zeros((len(first), 1), np.int32)
         if self._text:
             texts = [
-                self._drawn(own, int(index), rows.epoch)
-                for index, own in zip(rows.index, captions, strict=True)
+                self._drawn(captions[i], int(rows.index[i]), rows.epoch) for i in first
             ]
             token_ids = tokens.encode(texts, self._text.length, self._text.tokenizer)
         labels = np.full(len(rows.index), -1, np.int32)
         if source.tasks:
             task = next(iter(source.tasks.values()))
             labels = task.labels[rows.index].astype(np.int32)
-        # A group of `group` rows has one list of captions, in the order of its images.
-        counts = np.diff(rows.offsets[::group])
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        owner = np.arange(len(rows.index), dtype=np.int32) - first.astype(np.int32)
+        counts = np.diff(rows.offsets)
         return Batch(
             images=images,
-            text=slot_array(rows, self._captions, token_ids, tokens.PAD, group=group),
-            owner=slot_array(rows, slots, owner, -1),
-            label=slot_array(rows, slots, labels, -1),
-            id=slot_array(rows, slots, rows.index, -1),
-            size=slot_array(rows, slots, source.sizes[rows.index], 0),
+            text=slot_array(images_in, self._captions, token_ids, tokens.PAD),
+            owner=slot_array(counts, slots, owner, -1),
+            label=slot_array(counts, slots, labels, -1),
+            id=slot_array(counts, slots, rows.index, -1),
+            size=slot_array(counts, slots, source.sizes[rows.index], 0),
         )
 
     def _drawn(self, captions: tuple[str, ...], index: int, epoch: int) -> str:
@@ -269,7 +294,9 @@ def train_batches(
         vision.position.check(np.array([[1, most], [most, 1]]))  # any may come
         make_batch = MakeStreamBatch(make)
     else:
-        if vision.position.has_limit:
+        if data.strategy is not None:
+            _check_views(vision, source, data, plans.slots)
+        elif vision.position.has_limit:
             _check_positions(vision, source.sizes, data)
         make_batch = make(source)
     if process_index == 0:
@@ -346,6 +373,32 @@ def _check_positions(
         stretch = np.concatenate([aspect**-0.5, aspect**0.5], -1)
         grids = grids_of(np.maximum(1, sizes * stretch), most, data, vision.patch_size)
         vision.position.check(grids)
+
+
+def _check_views(
+    vision: config.VisionConfig, source: Source, data: config.DataConfig, slots: int
+) -> None:
+    """Says which images the plan leaves out, since their views do not fit.
+
+    Raises:
+      ValueError: if none is left, or a view may outgrow the position table.
+    """
+    shapes, which = shapes_of(source.sizes, data, slots=slots)
+    vision.position.check(grids_of_views([v for shape in shapes for v in shape.views]))
+    left_out = unfit(shapes, which)
+    if not len(left_out):
+        return
+    first = int(left_out[0])
+    name, reason = source.name(first), shapes[which[first]].reason
+    if len(left_out) == len(which):
+        raise ValueError(f"no image of data.train fits; {name}: {reason}")
+    log.warning(
+        "%d of %d images are left out, first %s: %s",
+        len(left_out),
+        len(which),
+        name,
+        reason,
+    )
 
 
 def _start_worker(worker: int, count: int) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 from navit import config
 from navit.plan import groups, sampling
-from navit.plan.epoch import Rows, draw
+from navit.plan.epoch import draw
+from navit.plan.rows import Rows
 from navit.sources.stream import Streamed, StreamSource
 
 # Each kind of draw has its own number in the random key.

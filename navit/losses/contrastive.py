@@ -41,7 +41,7 @@ def sigmoid_loss(
 
     Args:
       images, texts: unit vectors; text i belongs to image i (aligned by
-        `with_captions` in navit/train/step.py).
+        `by_owner` in navit/train/step.py).
       real: False where i is an empty slot, without an image or a text.
       scale, bias: t' and b; a logit is exp(t') * similarity + b.
       implementation: "gather" brings all texts to every device, and "ring" passes them

@@ -15,13 +15,15 @@ from navit.plan import groups, sampling
 from navit.plan.epoch import (
     ORDER,
     Part,
-    Rows,
     images_per_block,
     mean_tokens,
     part_shares,
     plan_block,
     records_at,
+    some_of,
 )
+from navit.plan.rows import Rows
+from navit.plan.view_groups import tokens_of
 
 # The captions that a group of rows needs are counted on this many images and, if token
 # dropping follows a schedule, also in an epoch after its end.
@@ -64,7 +66,7 @@ class BatchPlans(Sequence):
     Attributes:
       steps_per_epoch: the global batches of epoch 0.
       never_drawn: images of a mixture that the weights leave out of an epoch.
-      slots: the most images in a row.
+      slots: the most segments in a row.
       caption_rows, captions: rows in a group, and the most images in it; without
         `data.caption_rows` every row is a group, with a place for each slot.
 
@@ -121,17 +123,17 @@ class BatchPlans(Sequence):
         Other blocks are similar.
         """
         used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._data.rows)
-        return used, 1 - len(used.index) / max(1, int(self._counts[0]))
+        return used, 1 - used.images / max(1, int(self._counts[0]))
 
     def statistics(self) -> Statistics:
         used, left_out = self.first_block()
-        images, row_tokens = len(used.index), self._data.row_tokens
+        images, row_tokens = used.images, self._data.row_tokens
         return Statistics(
             row_tokens=row_tokens,
             padding=1 - float(used.lengths.sum()) / (len(used) * row_tokens),
             images_per_row=images / len(used),
             slots=self.slots,
-            slots_filled=images / (len(used) * self.slots),
+            slots_filled=len(used.index) / (len(used) * self.slots),
             captions_filled=self.captions_filled(used),
             steps_per_epoch=self.steps_per_epoch,
             left_out=left_out,
@@ -157,7 +159,7 @@ class BatchPlans(Sequence):
 
     def captions_filled(self, rows: Rows) -> float:
         """The share of the text tower's work on these rows that is real captions."""
-        return len(rows.index) * self.caption_rows / (len(rows) * self.captions)
+        return rows.images * self.caption_rows / (len(rows) * self.captions)
 
     def __getstate__(self) -> dict:
         unpicklable = ("_planned", "_planner")
@@ -271,6 +273,11 @@ class BatchPlans(Sequence):
         data, group = self._data, self.caption_rows
         if data.captions or not data.caption_rows:
             return min(data.captions or self.slots, group * self.slots)
+        if data.strategy is not None:
+            (rows,) = self._sampled(data)
+            starts = range(0, len(rows), group)
+            held = [rows.slice(start, start + group).images for start in starts]
+            return groups.captions_for(np.array([*held, 1]), 1)
         # If each batch has one budget, the budget that needs most decides.
         needed = [
             groups.captions_for(np.diff(rows.offsets), group)
@@ -280,8 +287,9 @@ class BatchPlans(Sequence):
         return min(max(needed), group * self.slots)
 
     def _slots(self) -> int:
-        """Twice the mean number of images in a row, to the nearest power of two."""
-        images = self._data.row_tokens / mean_tokens(
-            self._sizes, self._data, self._patch_size
-        )
-        return 2 ** max(0, round(np.log2(2 * images)))
+        """Twice the mean number of segments in a row, to the nearest power of two."""
+        if self._data.strategy is not None:
+            _, mean = tokens_of(some_of(self._sizes, _SAMPLE), self._data)
+        else:
+            mean = mean_tokens(self._sizes, self._data, self._patch_size)
+        return 2 ** max(0, round(np.log2(2 * self._data.row_tokens / mean)))

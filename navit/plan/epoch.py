@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from navit.config import DataConfig
 from navit.plan import geometry, groups, packing, sampling
+from navit.plan.rows import Rows
+from navit.plan.view_groups import plan_views, tokens_of
 
 # Increased when the same config would give other rows; no run resumes across versions.
 VERSION = 5
@@ -32,76 +33,12 @@ _SHUFFLED_BATCHES = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Planned rows: row r holds images `index[offsets[r]:offsets[r+1]]`, slot by slot.
-
-    Attributes:
-      offsets: `[b + 1]` int64.
-      index: `[m]` int64 record in the source.
-      grids: `[m, 2]` int32 (rows, columns) of patches.
-      kept: `[m]` int64 tokens kept of each image; None keeps all.
-      boxes: `[m, 4]` int32 (top, left, height, width) of each image's crop, in upright
-        pixels; None takes the whole image.
-      flips: `[m]` bool, whether to mirror left to right; None mirrors none.
-      views: `[m]` of `navit.plan.view_rows.VIEW`, what each segment shows of its image;
-        None shows the whole image, at its grid.
-      epoch: the rows' epoch; draws outside the plan (which of several captions) depend
-        on it.
-    """
-
-    offsets: np.ndarray
-    index: np.ndarray
-    grids: np.ndarray
-    kept: np.ndarray | None = None
-    boxes: np.ndarray | None = None
-    flips: np.ndarray | None = None
-    views: np.ndarray | None = None
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """`[m]` tokens that each image takes."""
-        return self.grids.prod(-1) if self.kept is None else self.kept
-
-    def slice(self, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop`; rows past the end are empty."""
-        offsets = self.offsets[np.minimum(np.arange(start, stop + 1), len(self))]
-        return self._with(offsets - offsets[0], slice(offsets[0], offsets[-1]))
-
-    def _with(self, offsets: np.ndarray, images: Any) -> Rows:
-        """Rows of some of these images (a slice or indices), with new offsets."""
-
-        def chosen(values: np.ndarray | None) -> np.ndarray | None:
-            return None if values is None else values[images]
-
-        return Rows(
-            offsets,
-            self.index[images],
-            self.grids[images],
-            chosen(self.kept),
-            chosen(self.boxes),
-            chosen(self.flips),
-            chosen(self.views),
-            self.epoch,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Part:
     """Records `offset` to `offset + count` of a mixture, and their share of it."""
 
     offset: int
     count: int
     weight: float
-
-
-def pack_rows(grids: np.ndarray, row_tokens: int, slots: int | None) -> Rows:
-    """Packs images, given in order by their grids `[m, 2]`, into rows."""
-    rows, _ = packing.pack(grids.prod(-1).tolist(), row_tokens, max_images=slots)
-    return Rows(np.arange(1), np.arange(len(grids)), grids)._with(*_flat(rows))
 
 
 def plan_block(
@@ -117,6 +54,8 @@ def plan_block(
     block_images: int | None = None,
 ) -> Rows:
     """Plans one block of an epoch: a pure function of its arguments.
+
+    With `data.strategy`, see `navit.plan.view_groups.plan_views`. Without:
 
     Takes the block's part of a random order of all images. For each image, draws a
     token budget (and a crop, a flip, the tokens to keep) and computes the grid. Then
@@ -136,6 +75,16 @@ def plan_block(
     positions = np.arange(first, min(first + size, total))
     index = records_at(positions, parts, shares, [data.seed, epoch, ORDER])
     rng = np.random.default_rng([data.seed, epoch, _DRAWS, block])
+    if data.strategy is not None:
+        return plan_views(
+            index,
+            sizes[index],
+            data,
+            slots=slots,
+            captions=captions,
+            epoch=epoch,
+            rng=rng,
+        )
 
     budgets = sampling.token_budgets(rng, len(index), data, patch_size)
     drawn = draw(
@@ -192,7 +141,7 @@ def plan_block(
     drawn = dataclasses.replace(drawn, index=index, epoch=epoch)
     if captions is not None and data.caption_rows:
         rows = groups.cut(rows, data.caption_rows, captions)
-    return drawn._with(*_flat(rows))
+    return drawn.in_rows(rows)
 
 
 def draw(
@@ -253,6 +202,11 @@ def grids_of(
     return grids
 
 
+def some_of(sizes: np.ndarray, count: int) -> np.ndarray:
+    """About `count` evenly spaced of `sizes` `[m, 2]`."""
+    return sizes[:: max(1, len(sizes) // count)]
+
+
 def typical_tokens(
     sizes: np.ndarray,
     data: DataConfig,
@@ -267,7 +221,7 @@ def typical_tokens(
       sizes: `[m, 2]` (height, width) of every image.
       seen: the share of each side that a crop leaves.
     """
-    sample = np.maximum(1, sizes[:: max(1, len(sizes) // count)] * seen)
+    sample = np.maximum(1, some_of(sizes, count) * seen)
     rng = np.random.default_rng(0)
     budgets = sampling.token_budgets(rng, len(sample), data, patch_size)
     return float(grids_of(sample, budgets, data, patch_size).prod(-1).mean())
@@ -275,6 +229,8 @@ def typical_tokens(
 
 def mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
     """Mean tokens per image of `sizes` `[m, 2]`, at the end of the drop schedule."""
+    if data.strategy is not None:
+        return tokens_of(some_of(sizes, 10_000), data)[0]
     seen = float(np.mean(data.crop.area)) ** 0.5 if data.crop else 1.0
     mean = typical_tokens(sizes, data, patch_size, count=10_000, seen=seen)
     return max(1.0, mean * (1 - data.drop.last_rate if data.drop else 1))
@@ -364,9 +320,3 @@ def _shuffled(
             rng, counts[start : start + window], data.caption_rows
         )
     ]
-
-
-def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of images -> (offsets, images)."""
-    offsets = np.cumsum([0, *map(len, rows)])
-    return offsets, np.array([image for row in rows for image in row], np.int64)

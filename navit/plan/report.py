@@ -23,12 +23,13 @@ _LITTLE = 0.02
 class Report(NamedTuple):
     """Attributes:
     lines: one for each row length.
-    alone: padding with one image per row, and rows as long as the largest budget.
-    lengths: `[m]` tokens of each image of an epoch's first block.
+    alone: padding with one image per row, and rows as long as the largest budget; None
+      with a strategy, which has no budget.
+    lengths: `[m]` tokens of each image, or view, of an epoch's first block.
     """
 
     lines: list[Statistics]
-    alone: float
+    alone: float | None
     lengths: np.ndarray
 
 
@@ -74,7 +75,9 @@ def report(
         lines.append(plans.statistics())
         if own:
             lengths = plans.first_block()[0].lengths
-    alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
+    alone = None
+    if data.strategy is None:
+        alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
     return Report(lines, alone, lengths)
 
 
@@ -102,6 +105,8 @@ def table(result: Report, row_tokens: int) -> str:
             f"{line.left_out:8.1%}",
         )
         text += "  ".join(cells) + "\n"
+    if result.alone is None:
+        return text
     text += (
         f"one image per row, padded to the largest budget: {result.alone:.2%} padding\n"
     )
@@ -119,13 +124,17 @@ def plot(result: Report, path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = ["1 image\nper row", *(str(line.row_tokens) for line in result.lines)]
-    shares = [result.alone, *(line.padding for line in result.lines)]
+    names = [str(line.row_tokens) for line in result.lines]
+    shares = [line.padding for line in result.lines]
+    segment = "view"
+    if result.alone is not None:
+        names, shares = ["1 image\nper row", *names], [result.alone, *shares]
+        segment = "image"
     bars = left.bar(names, [100 * x for x in shares], color="#4477aa")
     left.bar_label(bars, fmt="%.2g", fontsize=8)
     left.set(xlabel="row length (tokens)", ylabel="padding (%)")
     right.hist(result.lengths, bins=60, color="#4477aa")
-    right.set(xlabel="tokens per image", ylabel="images")
+    right.set(xlabel=f"tokens per {segment}", ylabel=f"{segment}s")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from navit.plan.epoch import Rows, pack_rows
+from navit.plan.rows import Rows, pack_rows
 from navit.plan.strategies import Strategy, View
 
 # What `navit/input/fill_views.py` needs of a view, and its number in its image.
@@ -85,11 +85,21 @@ def views_of(
             of_image.append(strategy.views(height, width))
         except ValueError as error:
             raise ValueError(f"{name(i)} has no views: {error}") from error
+    image = np.repeat(np.arange(len(of_image)), [len(views) for views in of_image])
+    flat = [view for views in of_image for view in views]
+    return Views(of_image, image, grids_of(flat), table_of(of_image))
+
+
+def grids_of(views: Sequence[View]) -> np.ndarray:
+    """The grids of views, int32 `[m, 2]`."""
+    return np.array([view.grid for view in views], np.int32).reshape(-1, 2)
+
+
+def table_of(of_image: Sequence[Sequence[View]]) -> np.ndarray:
+    """The views of images, one image after the other: `[m]` VIEW."""
     table = np.zeros(sum(map(len, of_image)), VIEW)
     flat = [(k, view) for views in of_image for k, view in enumerate(views)]
     for i, (number, view) in enumerate(flat):
         fill = view.fill or (0, 0, 0)
         table[i] = (number, view.box, view.size, view.window, fill)
-    grids = np.array([view.grid for _, view in flat], np.int32).reshape(-1, 2)
-    counts = [len(views) for views in of_image]
-    return Views(of_image, np.repeat(np.arange(len(counts)), counts), grids, table)
+    return table

@@ -42,7 +42,16 @@ class MetricsWriter:
 
 
 # What is counted in each batch.
-_NAMES = ("images", "rows", "slots", "tokens", "places", "squares", "unreadable")
+_NAMES = (
+    "images",
+    "segments",
+    "rows",
+    "slots",
+    "tokens",
+    "places",
+    "squares",
+    "unreadable",
+)
 
 
 class Meter:
@@ -63,9 +72,10 @@ class Meter:
         planned = np.asarray(batch.id) >= 0
         filled = np.asarray(batch.images.grids)[..., 0] > 0
         lengths = _lengths(np.asarray(batch.images.segment_ids), filled.shape[1])
-        unreadable = np.asarray(batch.id)[planned & ~filled]
+        unreadable = np.unique(np.asarray(batch.id)[planned & ~filled])
         self._steps += 1
         self._counts += [
+            _images(batch, filled),
             int(filled.sum()),
             len(filled),
             filled.size,
@@ -92,7 +102,7 @@ class Meter:
         metrics: Values = {
             "images_per_step": round(n["images"] / max(self._steps, 1), 2),
             "images_per_row": round(n["images"] / max(n["rows"], 1), 2),
-            "slots_filled": round(n["images"] / max(n["slots"], 1), 4),
+            "slots_filled": round(n["segments"] / max(n["slots"], 1), 4),
             "fill": round(n["tokens"] / max(n["places"], 1), 4),
             "unreadable": n["unreadable"],
         }
@@ -119,7 +129,7 @@ class Meter:
     def _utilization(self, n: dict[str, int], steps: int, seconds: float) -> Values:
         """Model FLOP/s, and their share of the devices' peak."""
         pairs = round(n["images"] ** 2 / steps)  # batches differ little
-        counts = flops.Counts(n["tokens"], n["squares"], n["images"])
+        counts = flops.Counts(n["tokens"], n["squares"], n["segments"])
         if self._config.train.needs("text_tower"):
             counts = counts._replace(captions=n["images"], pairs=pairs)
         rate = flops.train_step(self._config, counts).total / seconds
@@ -158,6 +168,18 @@ def line(metrics: Values, total_steps: int) -> str:
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
     return text
+
+
+def _images(batch: Batch, filled: np.ndarray) -> int:
+    """The images in a batch, each of which has one view or more.
+
+    Args:
+      filled: `[b, s]` whether a slot has a view.
+    """
+    groups, places = np.shape(batch.text)[:2]
+    group = np.arange(len(filled)) * groups // len(filled)
+    image = group[:, None] * places + np.asarray(batch.owner)
+    return len(np.unique(image[filled]))
 
 
 def _lengths(segment_ids: np.ndarray, slots: int) -> np.ndarray:

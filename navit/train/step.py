@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from navit.batch import Batch, PackedImages
 from navit.config import Config, Sigmoid
@@ -52,12 +52,15 @@ def batch_loss(
     pooled, logits = in_parts(encode, batch.images)
     classes = pairs = None
     if classifies:
-        filled = (batch.images.grids[..., 0] > 0).reshape(-1)
+        label, filled = batch.label, batch.images.grids[..., 0] > 0
+        if config.data.strategy is not None:  # an image may have several slots
+            logits, filled = by_owner(logits, batch, rules)
+            label = owners_label(batch, rules)
         logits = logits.reshape(filled.size, -1)
-        classes = Classes(logits, batch.label.reshape(-1), filled)
+        classes = Classes(logits, label.reshape(-1), filled.reshape(-1))
     if compares:
         assert model.scale is not None and model.bias is not None
-        pooled, real = with_captions(pooled, batch, rules)
+        pooled, real = by_owner(pooled, batch, rules)
         # Every part of the text gathers the vocabulary table, so there are as few as
         # possible, each with at most as many tokens as a part of the images.
         needed = -(-count * batch.text.size // batch.images.segment_ids.size)
@@ -112,30 +115,56 @@ def by_microbatch(
     return jax.tree.map(join, out)
 
 
-def with_captions(
-    pooled: Float[Array, "b s e"], batch: Batch, rules: Rules = Rules()
+def by_owner(
+    values: Float[Array, "b s e"], batch: Batch, rules: Rules = Rules()
 ) -> tuple[Float[Array, "m e"], Bool[Array, " m"]]:
     """Aligns images with captions: text i of the loss belongs to image i.
 
+    Args:
+      values: of each slot, such as its pooled vector.
+
     Returns:
-      For each of the `m = g * c` captions in `batch.text`, its image's vector, and
+      For each of the `m = g * c` captions in `batch.text`, its image's value, and
       whether it has an image; `batch.owner` tells which slots have which caption. The
-      vectors of several slots with one caption are summed. No row leaves its device.
+      value of an image with several views is their mean, each weighted by its tokens.
+      No row leaves its device.
     """
-    groups, places, _ = batch.text.shape
-
-    def grouped(x: Array) -> Array:
-        x = x.reshape(-1, *x.shape[2:])
-        return x.reshape(groups, -1, *x.shape[1:], out_sharding=rules("batch"))
-
-    # A product with a one-hot matrix: its gradient is a product too, not a scatter.
-    chosen = grouped(batch.owner)[:, None, :] == jnp.arange(places)[None, :, None]
-    real = grouped(batch.images.grids[..., 0] > 0)
-    present = (chosen & real[:, None, :]).any(-1)
+    chosen, tokens = _chosen(batch, rules)
+    own = jnp.where(chosen, tokens[:, None, :], 0.0)
+    total = own.sum(-1, keepdims=True)
+    # The only slot of a caption has exactly the weight 1.
+    weights = own / jnp.maximum(total, 1.0)
+    # A product with a matrix: its gradient is a product too, not a scatter.
     highest = jax.lax.Precision.HIGHEST
-    ones = chosen.astype(pooled.dtype)
-    pooled = jnp.einsum("gcs,gse->gce", ones, grouped(pooled), precision=highest)
-    return pooled.reshape(-1, pooled.shape[-1]), present.reshape(-1)
+    values = _grouped(values, batch, rules)
+    values = jnp.einsum(
+        "gcs,gse->gce", weights.astype(values.dtype), values, precision=highest
+    )
+    return values.reshape(-1, values.shape[-1]), total.reshape(-1) > 0
+
+
+def owners_label(batch: Batch, rules: Rules = Rules()) -> Int[Array, " m"]:
+    """The label of each caption's image; -1 = none."""
+    chosen, _ = _chosen(batch, rules)
+    label = _grouped(batch.label, batch, rules)[:, None, :]
+    return jnp.where(chosen, label, -1).max(-1).reshape(-1)
+
+
+def _chosen(
+    batch: Batch, rules: Rules
+) -> tuple[Bool[Array, "g c s"], Float[Array, "g s"]]:
+    """Which slots of a group have which caption, and each slot's tokens."""
+    places = jnp.arange(batch.text.shape[1])
+    owner = _grouped(batch.owner, batch, rules)
+    tokens = _grouped(batch.images.grids.prod(-1), batch, rules)
+    return owner[:, None, :] == places[None, :, None], tokens.astype(jnp.float32)
+
+
+def _grouped(x: Array, batch: Batch, rules: Rules) -> Array:
+    """`[b, s, ...]` -> `[g, slots of the group, ...]`."""
+    groups = batch.text.shape[0]
+    x = x.reshape(-1, *x.shape[2:])
+    return x.reshape(groups, -1, *x.shape[1:], out_sharding=rules("batch"))
 
 
 def make_train_step(

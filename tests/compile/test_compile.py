@@ -23,7 +23,7 @@ from navit.compile.printout import (
 )
 from navit.compile.program import Program, visited_blocks
 from navit.model import flops
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 
 # ruff: noqa: E501
 PROGRAM = """HloModule jit_step

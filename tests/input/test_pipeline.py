@@ -50,7 +50,7 @@ from navit.input.pipeline import (
 from navit.input.stream_plan import Planned
 from navit.input.tokens import encode
 from navit.plan.batches import BatchPlans
-from navit.plan.epoch import Rows
+from navit.plan.rows import Rows
 from navit.sources.images import size_of
 from navit.sources.source import Record
 from navit.sources.stream import Streamed

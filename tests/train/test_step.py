@@ -15,7 +15,7 @@ from navit.input import pipeline
 from navit.input.tokens import encode
 from navit.model.two_tower import TwoTower
 from navit.sharding import make_mesh, split_rows, use_mesh
-from navit.train.step import batch_loss, with_captions
+from navit.train.step import batch_loss, by_owner
 
 GROUP = 2
 
@@ -140,7 +140,7 @@ def test_microbatches_have_the_loss_and_gradients_of_the_whole(batch, of_both):
 
 def test_images_and_captions_stay_together(batch):
     pooled = jnp.asarray(batch.id, jnp.float32)[..., None] + jnp.arange(3.0)
-    images, real = with_captions(pooled, jax.tree.map(jnp.asarray, batch))
+    images, real = by_owner(pooled, jax.tree.map(jnp.asarray, batch))
     assert images.shape == (real.size, 3)
     texts = batch.text.reshape(real.size, -1)
     source = pipeline.open_source(make_config().data.train)
@@ -157,28 +157,30 @@ def test_images_and_captions_stay_together(batch):
     assert lost not in ids
 
 
-def test_slots_with_the_same_owner_are_summed(batch, rng):
-    """As the segments of one image; a slot's owner may be any caption of its group."""
+def test_slots_with_the_same_owner_are_averaged_by_their_tokens(batch, rng):
+    """As the views of one image; a slot's owner may be any caption of its group."""
     pooled = rng.standard_normal((*batch.id.shape, 3)).astype(np.float32)
     owner = rng.integers(-1, 4, batch.id.shape).astype(np.int32)
     places = batch.text.shape[1]
     shared = jax.tree.map(jnp.asarray, batch._replace(owner=owner, id=None))
-    found, real = map(np.asarray, with_captions(jnp.asarray(pooled), shared))
+    found, real = map(np.asarray, by_owner(jnp.asarray(pooled), shared))
     expected = np.zeros((len(batch.text), places, 3), np.float32)
-    filled = np.zeros((len(batch.text), places), bool)
+    total = np.zeros((len(batch.text), places))
     for row, slot in np.argwhere(owner >= 0):
         place = row // GROUP, owner[row, slot]
-        expected[place] += pooled[row, slot]
-        filled[place] |= batch.images.grids[row, slot, 0] > 0
+        tokens = batch.images.grids[row, slot].prod()
+        expected[place] += tokens * pooled[row, slot]
+        total[place] += tokens
+    expected /= np.maximum(total, 1)[..., None]
     np.testing.assert_allclose(found, expected.reshape(-1, 3), atol=1e-6)
-    np.testing.assert_array_equal(real, filled.reshape(-1))
+    np.testing.assert_array_equal(real, total.reshape(-1) > 0)
 
 
 def test_no_row_leaves_its_device(batch):
     mesh, rules = make_mesh(MeshConfig(data=4, fsdp=2))
 
     def f(pooled, batch):
-        return with_captions(pooled, batch, rules)
+        return by_owner(pooled, batch, rules)
 
     with use_mesh(mesh):
         sharding = jax.NamedSharding(mesh, rules("batch"))

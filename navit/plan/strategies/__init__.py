@@ -8,6 +8,7 @@
 
 Each is a frozen dataclass with the published defaults. All have:
 
+  short                 its name in `by_name` and on the command line
   patch                 side of the encoder's patch in pixels
   resample              the filter of the resize, "bilinear" or "bicubic"
   views(height, width)  `View`s, in the encoder's order
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import typing
 from typing import Any
 
 from navit.plan.strategies.anyres import AnyRes as AnyRes
@@ -58,19 +60,7 @@ Strategy = (
 )
 
 BY_NAME: dict[str, type[Strategy]] = {
-    "square": Square,
-    "anyres": AnyRes,
-    "template": Template,
-    "internvl": InternVL,
-    "deepseek_vl2": DeepSeekVL2,
-    "deepseek_ocr": DeepSeekOCR,
-    "llava_uhd": LLaVAUHD,
-    "minicpm_v": MiniCPMV,
-    "ureader": UReader,
-    "llava_mini": LLaVAMini,
-    "qwen": QwenVL,
-    "kimi": Kimi,
-    "naflex": NaFlex,
+    kind.short: kind for kind in typing.get_args(Strategy)
 }
 
 

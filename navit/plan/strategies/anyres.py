@@ -40,6 +40,7 @@ class AnyRes:
     shrink_above: int | None = dataclasses.field(default=None, kw_only=True)
     fill: tuple[int, int, int] = dataclasses.field(default=CLIP_MEAN, kw_only=True)
 
+    short: ClassVar[str] = "anyres"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     @staticmethod

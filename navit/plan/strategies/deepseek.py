@@ -35,6 +35,7 @@ class DeepSeekVL2:
     max_tiles: int = 9
     patch: int = dataclasses.field(default=14, kw_only=True)
 
+    short: ClassVar[str] = "deepseek_vl2"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -117,6 +118,7 @@ class DeepSeekOCR:
     max_tiles: int = dataclasses.field(default=6, kw_only=True)
     patch: int = dataclasses.field(default=16, kw_only=True)
 
+    short: ClassVar[str] = "deepseek_ocr"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class InternVL:
     patch: int = dataclasses.field(default=14, kw_only=True)
     merge: int = dataclasses.field(default=2, kw_only=True)
 
+    short: ClassVar[str] = "internvl"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class Template:
         default=((1, 1), (1, 2), (2, 1), (2, 2)), kw_only=True
     )
 
+    short: ClassVar[str] = "template"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ class LLaVAMini:
     patch: int = dataclasses.field(default=14, kw_only=True)
     side: int = dataclasses.field(default=1, kw_only=True)
 
+    short: ClassVar[str] = "llava_mini"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ class QwenVL:
     max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
     qwen_vl_utils: bool = dataclasses.field(default=False, kw_only=True)
 
+    short: ClassVar[str] = "qwen"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -104,6 +105,7 @@ class Kimi:
     max_tokens: int = 4096
     merge: int = dataclasses.field(default=2, kw_only=True)
 
+    short: ClassVar[str] = "kimi"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -156,6 +158,7 @@ class NaFlex:
     max_tokens: int = 256
     max_upscale: float | None = dataclasses.field(default=None, kw_only=True)
 
+    short: ClassVar[str] = "naflex"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bilinear"
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class Square:
     )
     fill: tuple[int, int, int] = dataclasses.field(default=CLIP_MEAN, kw_only=True)
 
+    short: ClassVar[str] = "square"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ class LLaVAUHD:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=144, kw_only=True)
 
+    short: ClassVar[str] = "llava_uhd"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class MiniCPMV:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=64, kw_only=True)
 
+    short: ClassVar[str] = "minicpm_v"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class UReader:
     patch: int = dataclasses.field(default=14, kw_only=True)
     queries: int = dataclasses.field(default=64, kw_only=True)
 
+    short: ClassVar[str] = "ureader"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
