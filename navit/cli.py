@@ -225,8 +225,14 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument(
         "--max-tokens",
         type=int,
-        default=256,
-        help="token budget of an image (default: 256)",
+        help="token budget of an image (default: 256, or the model's own strategy)",
+    )
+    embed.add_argument(
+        "--strategy",
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="embed the views that this strategy makes of an image, in place of a "
+        "budget, such as internvl:max_tiles=6 (docs/strategies.md); a vector is the "
+        "mean of an image's views",
     )
     embed.add_argument(
         "--out",

@@ -137,11 +137,13 @@ def _evaluate(args: argparse.Namespace) -> None:
             trained=trained,
             cache=None if args.no_cache else cache,
         )
-        if hosts.first():
-            print(f"\n{results.page_text(budgets.pages_of(config))}")
+        pages = budgets.pages_of(config)
+        if hosts.first() and pages:
+            print(f"\n{results.page_text(pages)}")
 
 
 def embed(args: argparse.Namespace) -> int:
+    from navit.compare.candidates import parse_one
     from navit.embed_files import embed_files
     from navit.input.image_list import images_of
     from navit.sharding import make_mesh, use_mesh
@@ -158,11 +160,14 @@ def embed(args: argparse.Namespace) -> int:
         out = out.with_name(f"{out.name}.npz")
     mesh, rules = make_mesh(config_lib.MeshConfig())
     with use_mesh(mesh):
+        model = load(args.weights, overrides=args.set, rules=rules)
+        patch = model.config.model.vision.patch_size
         count = embed_files(
-            load(args.weights, overrides=args.set, rules=rules),
+            model,
             images,
             out,
             max_tokens=args.max_tokens,
+            strategy=parse_one(args.strategy, patch=patch) if args.strategy else None,
             skip_unreadable=args.skip_unreadable,
         )
     print(f"wrote {count} embedding{'s' if count > 1 else ''} to {out}")

@@ -90,32 +90,27 @@ class Embedder:
         Args:
           images: arrays `(h, w, 3)` uint8 (numpy, jax or torch), PIL images, paths,
             open files, or files' contents.
-          max_tokens: the token budget of each; None is 256.
+          max_tokens: the token budget of each.
           strategy: embed each image's views by this rule (`navit.strategies`), in place
             of a budget. An image's vector is then the mean of its views' pooled
             vectors, each weighted by its view's tokens.
+
+        With neither, the model's own strategy (`config.data.strategy`), or else a
+        budget of 256 tokens.
 
         Raises:
           TypeError: if `images` is not a list, or `max_tokens` not a whole number.
           ValueError: names the first image that cannot be read, or that the strategy
             refuses.
         """
-        if strategy is not None:
-            _refuse_both(max_tokens)
-            if not len(images):
-                return np.zeros((0, self.embed_dim), np.float32)
-            return embed_views.vectors(self.vision, self.config, images, strategy)
-        max_tokens = 256 if max_tokens is None else max_tokens
-        check_count("max_tokens", max_tokens)
-        sizes = sizes_of(images)
-        if not len(sizes):
+        if not len(sizes := sizes_of(images)):
             return np.zeros((0, self.embed_dim), np.float32)
         vectors, errors = self.embed_source(
-            lambda i: Record(images[i]), sizes, max_tokens, stop=True
+            lambda i: Record(images[i]), sizes, max_tokens, strategy=strategy, stop=True
         )
         for index, error in errors:
             raise ValueError(
-                f"{image_name(images, index)} cannot be read: {error}"
+                f"{image_name(images, index)} cannot be embedded: {error}"
             ) from error
         return vectors
 
@@ -123,8 +118,9 @@ class Embedder:
         self,
         read: Callable[[int], Record],
         sizes: np.ndarray,
-        max_tokens: int,
+        max_tokens: int | None = None,
         *,
+        strategy: Strategy | None = None,
         stop: bool = False,
         normalized: bool = True,
         progress: str | None = None,
@@ -134,6 +130,7 @@ class Embedder:
         Args:
           read: index -> record, from several threads.
           sizes: `[m, 2]` (height, width) of each.
+          max_tokens, strategy: as in `embed_images`.
           stop: return at an image that cannot be read, without the images after it.
           normalized: return vectors of unit norm; if False, as they are pooled.
           progress: show a progress bar of this name on the terminal.
@@ -142,9 +139,19 @@ class Embedder:
           ValueError: if a grid extends beyond the model's position table, or the budget
             needs more memory than is free.
         """
-        max_tokens = budget_of(self.config, max_tokens)
-        out = np.zeros((len(sizes), self.embed_dim), np.float32)
+        max_tokens, strategy = self._rule(max_tokens, strategy)
         errors: fill.Errors = []
+        views = None
+        if strategy is not None:
+            views, row_tokens, planned = embed_views.batches(
+                self.config, read, sizes, strategy
+            )
+            errors += views.refused
+        else:
+            row_tokens = budget_of(self.config, max_tokens)
+            planned = batches(self.config, read, sizes, row_tokens)
+        out = np.zeros((len(sizes), self.embed_dim), np.float32)
+        on_device = normalized and views is None
         with tqdm(
             total=len(sizes),
             desc=progress,
@@ -152,15 +159,36 @@ class Embedder:
             disable=None if progress else True,
             leave=False,
         ) as bar:
-            for part, filled in batches(self.config, read, sizes, max_tokens):
+            for part, filled in planned:
                 errors += filled.errors
                 if errors and stop:
                     break
-                out[part.index] = vectors_of(
-                    self.vision, part, filled, max_tokens, normalized=normalized
+                vectors = vectors_of(
+                    self.vision, part, filled, row_tokens, normalized=on_device
                 )
-                bar.update(len(part.index))
+                if views is None:
+                    out[part.index] = vectors
+                else:
+                    embed_views.add_views(out, part, views, vectors)
+                bar.update(part.images)
+        if normalized and views is not None:
+            out /= np.maximum(np.linalg.norm(out, axis=-1, keepdims=True), 1e-6)
         return Embedded(out, errors)
+
+    def _rule(
+        self, max_tokens: int | None, strategy: Strategy | None
+    ) -> tuple[int, Strategy | None]:
+        """The budget or the strategy to embed by."""
+        if strategy is not None and max_tokens is not None:
+            raise ValueError(
+                f"max_tokens={max_tokens} has no effect with a strategy, which has its "
+                "own limits: leave one of them out"
+            )
+        if max_tokens is None and strategy is None:
+            strategy = self.config.data.strategy
+        max_tokens = 256 if max_tokens is None else max_tokens
+        check_count("max_tokens", max_tokens)
+        return max_tokens, strategy
 
     @overload
     def features(
@@ -189,13 +217,12 @@ class Embedder:
         Args:
           images, max_tokens: as in `embed_images`; raises the same errors.
           strategy: yield for each image a list of its views, in this rule's order, each
-            with its tokens.
+            with its tokens. So does a model with a strategy of its own, if neither is
+            given.
         """
+        max_tokens, strategy = self._rule(max_tokens, strategy)
         if strategy is not None:
-            _refuse_both(max_tokens)
             return embed_views.features(self.vision, self.config, images, strategy)
-        max_tokens = 256 if max_tokens is None else max_tokens
-        check_count("max_tokens", max_tokens)
         max_tokens = budget_of(self.config, max_tokens)
         sizes = sizes_of(images)
         window = slots_of(self.config) * rows_at_once(
@@ -299,14 +326,6 @@ class Embedder:
         if spec is None:
             return x
         return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
-
-
-def _refuse_both(max_tokens: int | None) -> None:
-    if max_tokens is not None:
-        raise ValueError(
-            f"max_tokens={max_tokens} has no effect with a strategy, which has its own "
-            "limits: leave one of them out"
-        )
 
 
 @jax.jit

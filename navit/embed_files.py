@@ -13,6 +13,7 @@ from tqdm import tqdm
 from navit.embed import Embedder
 from navit.files import write_atomic
 from navit.input.image_list import Named
+from navit.plan.strategies import Strategy
 from navit.sources.images import size_of
 from navit.sources.source import Record
 
@@ -24,12 +25,16 @@ def embed_files(
     images: Sequence[Named],
     out: Path,
     *,
-    max_tokens: int = 256,
+    max_tokens: int | None = None,
+    strategy: Strategy | None = None,
     skip_unreadable: bool = False,
 ) -> int:
     """Embeds images into an .npz with `names` and `embeddings`, in order.
 
     The images are read on demand, so there may be any number of them.
+
+    Args:
+      max_tokens, strategy: as in `Embedder.embed_images`.
 
     Returns:
       The number of embedded images.
@@ -66,8 +71,9 @@ def embed_files(
         read,
         np.array(sizes),
         max_tokens,
+        strategy=strategy,
         stop=not skip_unreadable,
-        progress=f"{max_tokens} tokens",
+        progress="embedding",
     )
     for index, reason in errors:
         fail(readable[index].name, reason)

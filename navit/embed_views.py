@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from navit.config import Config
 from navit.embed_batches import check_budget, filled_batches
-from navit.embed_rows import tokens_of, vectors_of
+from navit.embed_rows import tokens_of
 from navit.input.fill import Filled
 from navit.model.vision import Vision
 from navit.plan.rows import Rows
@@ -32,29 +33,63 @@ class ViewFeatures(NamedTuple):
     tokens: np.ndarray
 
 
-def vectors(
-    vision: Vision,
+def batches(
     config: Config,
-    images: Sequence[ImageLike] | ArrayLike,
+    read: Callable[[int], Record],
+    sizes: np.ndarray,
     strategy: Strategy,
-) -> np.ndarray:
-    """One vector an image, `[len, e]`, of unit norm: the mean of its views' vectors.
+) -> tuple[Views, int, Iterator[tuple[Rows, Filled]]]:
+    """Packs the views of images, as `navit.embed_batches.batches` packs images.
 
-    A view's pooled vector counts as often as the view has tokens.
+    Args:
+      read: index -> record, from several threads.
+      sizes: `[m, 2]` (height, width) of each image.
+
+    Returns:
+      The views, the length of a row, and the planned rows of each batch, with them
+      filled.
+
+    Raises:
+      ValueError: if the model does not take the strategy's views, one extends beyond
+        its position table, or a row needs more memory than is free.
     """
-    everything = range(len(images))
-    views, row_tokens = _planned(config, images, strategy, everything)
-    by_view = [np.zeros(0)] * len(views.image)
-    for part, filled in _batches(
-        config, images, strategy, views, row_tokens, everything
-    ):
-        pooled = vectors_of(vision, part, filled, row_tokens, normalized=False)
-        for number, vector in zip(views.numbers(part), pooled, strict=True):
-            by_view[number] = vector
-    weighted = np.stack(by_view) * views.grids.prod(-1)[:, None]
-    sums = np.add.reduceat(weighted, views.first[:-1], axis=0)
-    norms = np.linalg.norm(sums, axis=-1, keepdims=True)
-    return (sums / np.maximum(norms, 1e-6)).astype(np.float32)
+    vision = config.model.vision
+    if vision.fixed_grid:
+        raise ValueError(
+            "this model takes every image at one grid: load it with "
+            "model.vision.fixed_grid=false to use a strategy"
+        )
+    views = views_of(strategy, sizes, patch_size=vision.patch_size)
+    if not len(views.image):
+        return views, 1, iter(())
+    vision.position.check(views.grids)
+    row_tokens = int(views.grids.prod(-1).max())  # that of the longest view
+    check_budget(config, row_tokens, len(views.grids))
+    filled = filled_batches(
+        config,
+        read,
+        views.rows(row_tokens, _SLOTS),
+        row_tokens,
+        _SLOTS,
+        resample=strategy.resample,
+    )
+    return views, row_tokens, filled
+
+
+def add_views(out: np.ndarray, part: Rows, views: Views, vectors: np.ndarray) -> None:
+    """Adds the vectors of planned views to the means of their images.
+
+    A view's vector counts as often as the view has tokens.
+
+    Args:
+      out: `[images, e]`, changed in place.
+      vectors: `[m, e]` of the planned views.
+    """
+    tokens = np.bincount(
+        views.image, views.grids.prod(-1), minlength=len(views.of_image)
+    )
+    weights = part.lengths / tokens[part.index]
+    np.add.at(out, part.index, (weights[:, None] * vectors).astype(np.float32))
 
 
 def features(
@@ -66,9 +101,19 @@ def features(
     """Yields each image's views with their tokens, in order."""
     for start in range(0, len(images), _AT_ONCE):
         some = range(start, min(start + _AT_ONCE, len(images)))
-        views, row_tokens = _planned(config, images, strategy, some)
+        views, row_tokens, planned = batches(
+            config,
+            functools.partial(_record, images, start),
+            sizes_of([images[i] for i in some]),
+            strategy,
+        )
+        views.check(functools.partial(_name, images, start))
         of_view: dict[int, np.ndarray] = {}
-        for part, filled in _batches(config, images, strategy, views, row_tokens, some):
+        for part, filled in planned:
+            for index, error in filled.errors:
+                raise ValueError(
+                    f"{_name(images, start, index)} cannot be read: {error}"
+                ) from error
             tokens = tokens_of(vision, part, filled, row_tokens)
             of_view |= zip(views.numbers(part), tokens, strict=True)
         for first, own_views in zip(views.first.tolist(), views.of_image, strict=False):
@@ -78,54 +123,9 @@ def features(
             ]
 
 
-def _planned(
-    config: Config,
-    images: Sequence[ImageLike] | ArrayLike,
-    strategy: Strategy,
-    some: range,
-) -> tuple[Views, int]:
-    """The views of some images, and the length of a row: that of the longest view."""
-    vision = config.model.vision
-    if vision.fixed_grid:
-        raise ValueError(
-            "this model takes every image at one grid: load it with "
-            "model.vision.fixed_grid=false to use a strategy"
-        )
-    views = views_of(
-        strategy,
-        sizes_of([images[i] for i in some]),
-        patch_size=vision.patch_size,
-        name=lambda i: image_name(images, some[i]),
-    )
-    vision.position.check(views.grids)
-    row_tokens = int(views.grids.prod(-1).max())
-    check_budget(config, row_tokens, len(views.grids))
-    return views, row_tokens
+def _record(images: Sequence[ImageLike] | ArrayLike, start: int, index: int) -> Record:
+    return Record(images[start + index])
 
 
-def _batches(
-    config: Config,
-    images: Sequence[ImageLike] | ArrayLike,
-    strategy: Strategy,
-    views: Views,
-    row_tokens: int,
-    some: range,
-) -> Iterator[tuple[Rows, Filled]]:
-    """Planned rows of a batch, and the batch.
-
-    Raises:
-      ValueError: names the first image that cannot be read.
-    """
-    for part, filled in filled_batches(
-        config,
-        lambda i: Record(images[some[i]]),
-        views.rows(row_tokens, _SLOTS),
-        row_tokens,
-        _SLOTS,
-        resample=strategy.resample,
-    ):
-        for index, error in filled.errors:
-            raise ValueError(
-                f"{image_name(images, some[index])} cannot be read: {error}"
-            ) from error
-        yield part, filled
+def _name(images: Sequence[ImageLike] | ArrayLike, start: int, index: int) -> str:
+    return image_name(images, start + index)

@@ -23,6 +23,16 @@ def parse(text: str, *, patch: int | None = None) -> list[Strategy]:
     return [_built(name, fields, patch) for name, fields in _named(text)]
 
 
+def parse_one(text: str, *, patch: int | None = None) -> Strategy:
+    """As `parse`, of exactly one strategy."""
+    found = parse(text, patch=patch)
+    if len(found) > 1:
+        raise ValueError(
+            f"{text} names {len(found)} strategies: name one, such as {label(found[0])}"
+        )
+    return found[0]
+
+
 def candidates(text: str | None, *, patch: int | None = None) -> list[Strategy]:
     """As `parse`, but a name without fields stands for a range of its settings.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,8 @@ def evaluate(
 ) -> Results:
     """Measures each evaluation at each budget.
 
-    A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens.
+    A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens; with
+    `data.strategy`, once by that, and the budget is that of its longest image.
 
     Args:
       opened: what to measure, from `navit.evals.tasks.open_tasks`.
@@ -96,12 +97,13 @@ def evaluate(
         for source, count in (each.images, *([each.train[0]] if each.train else [])):
             counts[source] = max(count, counts.get(source, 0))
     weights = vectors.fingerprint(embedder)
-    budgets = budgets_of(config)
+    budgets = budgets_of(config, counts)
     if budgets != config.eval.budgets:
         log.info(
-            "this model takes every image at %d tokens: it is evaluated once, not at "
-            "each of eval.budgets=%s",
-            budgets[0],
+            "this model takes %s: it is evaluated once, not at each of eval.budgets=%s",
+            f"views by {config.data.strategy}"
+            if config.data.strategy
+            else f"every image at {budgets[0]} tokens",
             ",".join(map(str, config.eval.budgets)),
         )
     folders: dict[tuple[Source, int], Path] = {}
@@ -168,9 +170,21 @@ def evaluate(
     return Results([row for own in rows for row in own], cascades)
 
 
-def budgets_of(config: Config) -> tuple[int, ...]:
-    """The budgets to evaluate at; a model of one resolution has only one."""
+def budgets_of(
+    config: Config, counts: Mapping[Source, int] | None = None
+) -> tuple[int, ...]:
+    """The budgets to evaluate at; a model of one resolution has only one.
+
+    With `data.strategy`, the tokens of the longest of the first `counts[source]` images
+    of each source; without counts, none.
+    """
     vision = config.model.vision
+    if config.data.strategy is not None:
+        longest = [
+            row_parts.by_views(config.data.strategy, source.sizes[:count]).longest
+            for source, count in (counts or {}).items()
+        ]
+        return (max(longest),) if longest else ()
     return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
 
 

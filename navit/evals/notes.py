@@ -48,6 +48,13 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
             f"trained at one fixed resolution, {side}x{side} patches, and evaluated "
             "with each image's aspect"
         )
+    elif config.data.strategy is not None:
+        lines.append(f"views by data.strategy={config.data.strategy}")
+        if trained.data.strategy != config.data.strategy:
+            was_by = trained.data.strategy or "budgets, without a strategy"
+            lines.append(f"trained by {was_by}")
+    elif trained.data.strategy is not None:
+        lines.append(f"trained by {trained.data.strategy}, and evaluated without it")
     elif step == 0:
         lines.append("the weights do not say at which budgets they were trained")
     elif text := _untrained(trained, budget):
@@ -70,8 +77,10 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
 
 
 def pages(config: Config, budget: int) -> list[Page]:
-    """What a few typical pages become at a budget."""
+    """What a few typical pages become at a budget; none by a strategy."""
     vision = config.model.vision
+    if config.data.strategy is not None:
+        return []
     sizes = np.array([size for _, size, _ in _PAGES])
     grids = grids_of(config, sizes, budget)
     return [

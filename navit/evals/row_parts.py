@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,50 @@ from navit.evals.results import Row
 from navit.evals.tasks import Opened
 from navit.model import flops
 from navit.plan import geometry
+from navit.plan.strategies import Strategy, View
+
+
+class ByViews(NamedTuple):
+    """What a strategy makes of images: totals over all of them.
+
+    Attributes:
+      longest: the most tokens of an image.
+      enlarged: images of which a view is enlarged.
+      refused: images that have no views.
+    """
+
+    views: int
+    tokens: int
+    squares: int
+    longest: int
+    enlarged: int
+    refused: int
+
+
+def by_views(strategy: Strategy, sizes: np.ndarray) -> ByViews:
+    """Counts the views of images with these sizes, `[m, 2]`, and their tokens."""
+    distinct, counts = np.unique(sizes, axis=0, return_counts=True)
+    each = np.zeros((len(distinct), 6), np.int64)
+    for i, (height, width) in enumerate(distinct.tolist()):
+        try:
+            views = strategy.views(height, width)
+        except ValueError:
+            each[i, 5] = 1
+            continue
+        tokens = np.array([view.grid for view in views], np.int64).prod(-1)
+        total = tokens.sum()
+        each[i] = (len(views), total, (tokens**2).sum(), total, _enlarges(views), 0)
+    views, tokens, squares, _, enlarged, refused = (counts @ each).tolist()
+    longest = int(each[:, 3].max(initial=1))
+    return ByViews(views, tokens, squares, longest, enlarged, refused)
+
+
+def _enlarges(views: Sequence[View]) -> bool:
+    return any(
+        view.size[0] * view.size[1]
+        > (view.box[2] - view.box[0]) * (view.box[3] - view.box[1])
+        for view in views
+    )
 
 
 def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
@@ -26,6 +70,16 @@ def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
 
     An image is enlarged if it has more tokens than its own pixels fill.
     """
+    vision_only = dataclasses.replace(config.model, text=None)
+    if config.data.strategy is not None:
+        made = by_views(config.data.strategy, sizes)
+        images = max(1, len(sizes) - made.refused)
+        counts = flops.Counts(made.tokens, made.squares, made.views)
+        return {
+            "tokens_per_image": round(made.tokens / images, 1),
+            "enlarged": round(made.enlarged / images, 4),
+            "flops_per_image": flops.forward(vision_only, counts).total // images,
+        }
     grids = grids_of(config, sizes, budget)
     tokens = grids.prod(-1).astype(np.int64)
     native = geometry.grids_for(
@@ -35,7 +89,6 @@ def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
         max_upscale=1.0,
     ).prod(-1)
     counts = flops.Counts(int(tokens.sum()), int((tokens**2).sum()), len(sizes))
-    vision_only = dataclasses.replace(config.model, text=None)
     return {
         "tokens_per_image": round(float(tokens.mean()), 1),
         "enlarged": round(float((tokens > native).mean()), 4),

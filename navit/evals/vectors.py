@@ -119,10 +119,12 @@ def embed(
             return source.record(int(numbers[i]))
 
         began = time.perf_counter()
+        strategy = embedder.config.data.strategy
         embedded = embedder.embed_source(
             read,
             source.sizes[missing],
-            max_tokens,
+            max_tokens if strategy is None else None,
+            strategy=strategy,
             normalized=False,
             progress=_label(max_tokens, start, count),
         )
@@ -207,9 +209,11 @@ def _last_used(folder: Path) -> float:
 def settings(config: Config) -> dict[str, object]:
     """The preprocessing on which vectors depend, besides the model and the budget."""
     names = ("max_upscale", "min_tokens", "dct")
-    data = {name: getattr(config.data, name) for name in names}
+    data: dict[str, object] = {name: getattr(config.data, name) for name in names}
     if config.data.square:  # without it, tables and vectors of earlier versions match
         data["square"] = True
+    if config.data.strategy is not None:
+        data["strategy"] = config_lib.to_json(config.data.strategy)
     return {**data, "navit": navit.__version__}
 
 

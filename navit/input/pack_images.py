@@ -187,7 +187,8 @@ def _pack_views(
     def name(i: int) -> str:
         return image_name(images, i)
 
-    views = views_of(strategy, sizes, patch_size=patch_size, name=name)
+    views = views_of(strategy, sizes, patch_size=patch_size)
+    views.check(name)
     lengths = views.grids.prod(-1)
     longest = int(lengths.argmax())
     if lengths[longest] > row_tokens:

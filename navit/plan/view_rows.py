@@ -27,16 +27,23 @@ class Views(NamedTuple):
     """The views of some images, one image after the other.
 
     Attributes:
-      of_image: each image's views, in the strategy's order.
+      of_image: each image's views, in the strategy's order; none if it is refused.
       image: `[m]` int64, the image of each view.
       grids: `[m, 2]` int32.
       table: `[m]` VIEW.
+      refused: (image, error) of each image that the strategy refuses.
     """
 
     of_image: list[tuple[View, ...]]
     image: np.ndarray
     grids: np.ndarray
     table: np.ndarray
+    refused: list[tuple[int, ValueError]]
+
+    def check(self, name: Callable[[int], str]) -> None:
+        """Raises ValueError for the first image that is refused; `name` names it."""
+        for image, error in self.refused:
+            raise ValueError(f"{name(image)} has no views: {error}") from error
 
     @property
     def first(self) -> np.ndarray:
@@ -56,22 +63,15 @@ class Views(NamedTuple):
         )
 
 
-def views_of(
-    strategy: Strategy,
-    sizes: np.ndarray,
-    *,
-    patch_size: int,
-    name: Callable[[int], str],
-) -> Views:
+def views_of(strategy: Strategy, sizes: np.ndarray, *, patch_size: int) -> Views:
     """The views of every image.
 
     Args:
       sizes: `[images, 2]` (height, width) in pixels.
       patch_size: the encoder's.
-      name: image number -> its name, for errors.
 
     Raises:
-      ValueError: if the strategy has another patch size, or refuses an image.
+      ValueError: if the strategy has another patch size.
     """
     kind = type(strategy).__name__
     if strategy.patch != patch_size:
@@ -79,15 +79,17 @@ def views_of(
             f"{kind} cuts patches of {strategy.patch} pixels, and the model takes "
             f"{patch_size}: pass {kind}(patch={patch_size})"
         )
-    of_image = []
+    of_image: list[tuple[View, ...]] = []
+    refused = []
     for i, (height, width) in enumerate(sizes.tolist()):
         try:
             of_image.append(strategy.views(height, width))
         except ValueError as error:
-            raise ValueError(f"{name(i)} has no views: {error}") from error
+            of_image.append(())
+            refused.append((i, error))
     image = np.repeat(np.arange(len(of_image)), [len(views) for views in of_image])
     flat = [view for views in of_image for view in views]
-    return Views(of_image, image, grids_of(flat), table_of(of_image))
+    return Views(of_image, image, grids_of(flat), table_of(of_image), refused)
 
 
 def grids_of(views: Sequence[View]) -> np.ndarray:
