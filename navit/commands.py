@@ -110,6 +110,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         changed: dict[str, Any] = {}
         if args.budgets:
             changed["budgets"] = args.budgets
+            config = _by_budgets(config)
         if args.prompts:
             changed["prompts"] = load_templates(args.prompts)
         evaluation = dataclasses.replace(config.eval, **changed)
@@ -140,6 +141,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         pages = budgets.pages_of(config)
         if hosts.first() and pages:
             print(f"\n{results.page_text(pages)}")
+
+
+def _by_budgets(config: config_lib.Config) -> config_lib.Config:
+    """The config for an evaluation at budgets, also of a model with a strategy."""
+    if config.data.strategy is None:
+        return config
+    budgets = (config.data.row_tokens,)  # training's, which an evaluation never reads
+    data = dataclasses.replace(config.data, strategy=None, budgets=budgets)
+    return dataclasses.replace(config, data=data)
 
 
 def embed(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from navit.compare.candidates import expression, label, name_of
+from navit.compare.candidates import config_line, label, name_of
 from navit.files import write_atomic
 from navit.plan.strategies import Strategy
 from navit.plan.strategies.choose import (
@@ -132,7 +132,7 @@ def table(result: Result) -> str:
         f"mean detail: {sum(x.detail for x in chosen) / requests:.3f}\n\n"
     )
     for name, kind in result.kinds.items():
-        text += f"{name}: {expression(kind.choice.strategy)}\n"
+        text += f"{name}: {config_line(kind.choice.strategy)}\n"
     return text + "\n" + _families(result.families, requests)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import shlex
 from typing import Any
 
 from navit.plan import strategies
@@ -50,7 +51,7 @@ def candidates(text: str | None, *, patch: int | None = None) -> list[Strategy]:
 
 def name_of(strategy: Strategy) -> str:
     """The name of the strategy's family."""
-    return next(name for name, kind in BY_NAME.items() if type(strategy) is kind)
+    return strategy.short
 
 
 def label(strategy: Strategy) -> str:
@@ -62,16 +63,12 @@ def label(strategy: Strategy) -> str:
     return f"{name_of(strategy)}:{fields}" if fields else name_of(strategy)
 
 
-def expression(strategy: Strategy) -> str:
-    """Python that makes the strategy, after `from navit import strategies`."""
-    arguments = []
+def config_line(strategy: Strategy) -> str:
+    """The overrides that set the strategy, as one types them in a shell."""
+    words = [f"data.strategy={name_of(strategy)}"]
     for name, value in _changed(strategy):
-        text = repr(value)
-        if grid := _grid(strategy, value):
-            rows, columns = grid.split("x")
-            text = f"strategies.AnyRes.grid({strategy.tile}, {rows}, {columns})"  # type: ignore[union-attr]
-        arguments.append(f"{name}={text}")
-    return f"strategies.{type(strategy).__name__}({', '.join(arguments)})"
+        words.append(f"data.strategy.{name}={_plain(value)}")
+    return shlex.join(words)
 
 
 def _named(text: str) -> list[tuple[str, dict[str, str]]]:

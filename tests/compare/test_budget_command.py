@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from test_views_command import run
 
-from navit import strategies
+from navit.config import DataConfig, override
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "data/workloads/example.csv"
@@ -22,8 +23,13 @@ def spent_of(out):
 
 
 def choices_of(out):
-    found = re.findall(r"^(\w+): (strategies\..*)$", out, re.M)
-    return {kind: eval(text, {"strategies": strategies}) for kind, text in found}
+    found = re.findall(r"^(\w+): (data\.strategy=.*)$", out, re.M)
+    return {
+        kind: override(
+            DataConfig(), [word.removeprefix("data.") for word in shlex.split(line)]
+        ).strategy
+        for kind, line in found
+    }
 
 
 def test_the_example_keeps_its_budget_and_gains_with_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from PIL import Image
 
 from navit import cli, strategies
-from navit.compare.candidates import candidates, expression, label, parse
+from navit.compare.candidates import candidates, config_line, label, parse
+from navit.config import Config, override
 from navit.plan.strategies import BY_NAME
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
@@ -89,10 +91,13 @@ def test_a_bad_object_is_a_usage_error():
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_a_label_and_an_expression_make_the_same_strategy(name):
+def test_a_label_and_a_config_line_make_the_same_strategy(name):
     for strategy in [strategies.by_name(name), *candidates(name)]:
         assert parse(label(strategy)) == [strategy]
-        assert eval(expression(strategy), {"strategies": strategies}) == strategy
+        words = shlex.split(config_line(strategy))
+        patch = f"model.vision.patch_size={strategy.patch}"
+        config = override(Config(), [*words, patch, "data.row_tokens=8192"])
+        assert config.data.strategy == strategy
 
 
 def test_fields_and_lists_are_told_apart():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import jax
@@ -13,7 +14,9 @@ from PIL import Image
 
 import navit
 from navit import strategies
+from navit.embed_files import embed_files
 from navit.input import pixels
+from navit.input.image_list import images_of
 from navit.model.two_tower import TwoTower
 
 PATCH = 4
@@ -165,6 +168,49 @@ def test_what_cannot_be_packed_is_named(model, tmp_path):
     with pytest.raises(ValueError, match="cuts patches of 14 pixels"):
         model.embed_images(IMAGES, strategy=strategies.QwenVL())
     assert model.embed_images([], strategy=qwen).shape == (0, model.embed_dim)
+
+
+def test_a_model_embeds_by_its_own_strategy_unless_told_otherwise(model):
+    own, other = SMALL[5], SMALL[12]
+    data = dataclasses.replace(
+        tiny_config().data, strategy=own, budgets=(256,), row_tokens=64
+    )
+    config = dataclasses.replace(model.config, data=data)
+    trained = navit.Embedder(model.model, config, step=0)
+    np.testing.assert_array_equal(
+        trained.embed_images(IMAGES), model.embed_images(IMAGES, strategy=own)
+    )
+    np.testing.assert_array_equal(
+        trained.embed_images(IMAGES, strategy=other),
+        model.embed_images(IMAGES, strategy=other),
+    )
+    np.testing.assert_array_equal(
+        trained.embed_images(IMAGES, 40), model.embed_images(IMAGES, 40)
+    )
+    views = [len(seen) for seen in trained.features(IMAGES)]
+    assert views == [len(own.views(*image.shape[:2])) for image in IMAGES]
+
+
+def test_files_that_are_refused_or_unreadable_are_left_out_and_named(
+    model, tmp_path, caplog
+):
+    names = []
+    for i, image in enumerate([*IMAGES, np.zeros((2, 500, 3), np.uint8)]):
+        names.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(names[-1])
+    names[1].write_bytes(names[1].read_bytes()[:900])  # the header is whole
+    images = images_of([f"{name}" for name in names], io.StringIO())
+    qwen, out = SMALL[12], tmp_path / "z.npz"
+    with pytest.raises(ValueError, match=r"1\.png.*--skip-unreadable"):
+        embed_files(model, images[:2], out, strategy=qwen)
+    count = embed_files(model, images, out, strategy=qwen, skip_unreadable=True)
+    assert count == 3
+    assert "1.png" in caplog.text
+    assert re.search(r"4\.png .*2x500 pixels has an aspect of 250:1", caplog.text)
+    found = np.load(out)
+    assert [Path(name).name for name in found["names"]] == ["0.png", "2.png", "3.png"]
+    expected = model.embed_images([IMAGES[0], *IMAGES[2:]], strategy=qwen)
+    np.testing.assert_allclose(found["embeddings"], expected, atol=1e-6)
 
 
 def test_one_tile_of_a_jpeg_has_the_same_pixels_as_beside_the_others():

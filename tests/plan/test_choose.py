@@ -158,4 +158,9 @@ def test_frames_cost_what_images_cost_and_images_may_share_tiles():
         return found.usable[0].tokens
 
     assert tokens(frames=8) == 8 * one
+    qwen = strategies.QwenVL()
+    for frames in (1, 2, 7):  # two frames share their tokens
+        request = Request("x", 360, 640, frames=frames)
+        (found,) = offers([request], [qwen], tower=TOWER).usable
+        assert found.tokens == -(-frames // 2) * qwen.tokens(360, 640)
     assert tokens(images=12) == 12 * internvl.tokens(360, 640, images=12) < 12 * one

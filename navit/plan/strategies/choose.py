@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from navit.plan.strategies import Strategy
+from navit.plan.strategies import QwenVL, Strategy
 from navit.plan.strategies.measures import Tower, measure
 
 
@@ -17,7 +17,8 @@ class Request(NamedTuple):
       number: how many there are.
       scale: the least scale of each image at which its text can be read.
       images: images of a request; some strategies give each fewer tiles then.
-      frames: frames of a request that is a video; each costs what an image costs.
+      frames: frames of a request that is a video; each costs what an image costs, and
+        of `QwenVL` each `temporal_patch` of them.
       limit: the most tokens of a request; None sets no limit.
     """
 
@@ -76,7 +77,8 @@ def _offer(requests: Sequence[Request], strategy: Strategy, tower: Tower) -> Off
                 f"{r.width}x{r.height} (width x height) gets a scale of "
                 f"{found.scale:.2f}, below {r.scale:.2f}"
             )
-        shown = r.images * r.frames
+        together = strategy.temporal_patch if isinstance(strategy, QwenVL) else 1
+        shown = r.images * -(-r.frames // together)
         if r.limit is not None and found.tokens * shown > r.limit:
             raise ValueError(
                 f"{r.width}x{r.height} (width x height) takes {found.tokens * shown} "

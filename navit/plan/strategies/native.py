@@ -23,6 +23,8 @@ class QwenVL:
 
     The bounds are not strict: rounding may exceed either. Qwen3-VL has `patch=16`.
 
+    `temporal_patch`: frames of a video that share their tokens; a still image counts as
+    two equal frames.
     `qwen_vl_utils`: round as that package does. It gives a side at least one multiple
     in the first rounding, and transformers does so only where it shrinks.
 
@@ -34,13 +36,15 @@ class QwenVL:
     merge: int = 2
     min_pixels: int = dataclasses.field(default=56 * 56, kw_only=True)
     max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
+    temporal_patch: int = dataclasses.field(default=2, kw_only=True)
     qwen_vl_utils: bool = dataclasses.field(default=False, kw_only=True)
 
     short: ClassVar[str] = "qwen"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
-        views.check_fields(self, "patch", "merge", "min_pixels", "max_pixels")
+        fields = ("patch", "merge", "min_pixels", "max_pixels", "temporal_patch")
+        views.check_fields(self, *fields)
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"QwenVL.min_pixels={self.min_pixels} is more than "
