@@ -28,6 +28,7 @@ from PIL import Image
 
 from navit.config import Config, DataConfig, Folder, TrainConfig
 from navit.input import pipeline, pixels
+from navit.input.make_batch import MakeBatch
 from navit.plan import geometry
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
@@ -62,7 +63,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         images = {i: standard(source.record(i).image) for i in index}
     _line("read", len(index), seconds[0])
 
-    make_batch = pipeline.MakeBatch(
+    make_batch = MakeBatch(
         source,
         data,
         patch_size=patch_size,

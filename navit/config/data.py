@@ -139,6 +139,12 @@ class DataConfig:
     `crop`, `flip` and `drop` change how an image is seen, in training only.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
+    `lanes`: an epoch is a random order of chunks of `chunk` neighbouring records, which
+    are dealt to this many lanes. A lane shuffles the records of `window` chunks at a
+    time, and packs `rows / lanes` rows of every batch. A host plans only its own lanes,
+    and reads each of their chunks once, in one piece. This is for data behind a URL,
+    and for more images than one host should plan. A run can go on with any number of
+    hosts that divides `lanes`. 0: one random order of all images.
     `workers` is the number of decoding processes; 0 decodes in threads of this process.
     """
 
@@ -164,10 +170,14 @@ class DataConfig:
     drop: TokenDrop | None = None
     dct: Literal["fast", "accurate"] = "fast"
     seed: int = 0
+    lanes: int = 0
+    chunk: int = 128
+    window: int = 8
     workers: int = 0
 
     def __post_init__(self) -> None:
         positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
+        positive(self, "chunk", "window")
         for name in ("max_upscale", "slots", "caption_rows", "captions"):
             if getattr(self, name) is not None:
                 positive(self, name)
@@ -181,9 +191,11 @@ class DataConfig:
                 f"data.rows={self.rows} is not divisible by data.caption_rows="
                 f"{self.caption_rows}"
             )
-        for name in ("workers", "seed"):
+        for name in ("workers", "seed", "lanes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.lanes:
+            _check_lanes(self)
         if self.square and self.elastic:
             raise ValueError(
                 f"data.elastic={self.elastic} gives images other grids than square "
@@ -226,6 +238,28 @@ class DataConfig:
         return max(1, int((self.sides.high / patch_size) ** 2))
 
 
+def _check_lanes(data: DataConfig) -> None:
+    """Raises ValueError if lanes cannot share the rows, or plan these draws."""
+    own, over = divmod(data.rows, data.lanes)
+    if over or own % (data.caption_rows or 1):
+        whole = f", in groups of {data.caption_rows}" if data.caption_rows else ""
+        raise ValueError(
+            f"data.rows={data.rows} cannot be shared evenly by data.lanes={data.lanes}"
+            f"{whole}: change one of them"
+        )
+    if data.budget_per == "batch":
+        raise ValueError(
+            'data.budget_per="batch" draws one budget for a whole batch, and each of '
+            f"data.lanes={data.lanes} is planned by itself: set budget_per to image, "
+            "or lanes to 0"
+        )
+    if data.workers and data.lanes % data.workers:
+        raise ValueError(
+            f"data.workers={data.workers} cannot share data.lanes={data.lanes} evenly: "
+            "change one of them"
+        )
+
+
 def _check_strategy(data: DataConfig) -> None:
     """Raises ValueError for settings that a strategy would have to ignore."""
     for field in dataclasses.fields(data):
@@ -256,6 +290,11 @@ _WITHOUT_STRATEGY = (
 
 def _check_stream(data: DataConfig) -> None:
     """Raises ValueError for settings that need all sizes in advance."""
+    if data.lanes:
+        raise ValueError(
+            f"data.lanes={data.lanes} needs a source with random access, and a Stream "
+            "has none: set it to 0, or index the shards (TarShards)"
+        )
     if data.strategy is not None:
         raise ValueError(
             f"data.strategy={type(data.strategy).__name__} needs a source with random "

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Generator
-from multiprocessing import resource_tracker
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -19,14 +13,15 @@ import numpy as np
 from absl import flags
 
 from navit import config
-from navit.batch import Batch, PackedImages
-from navit.input import memory, tokens
-from navit.input.fill import Errors, fill_rows, slot_array
-from navit.input.stream_plan import Planned, StreamPlans
+from navit.batch import Batch
+from navit.input import memory
+from navit.input.make_batch import MakeBatch, MakeLaneBatch, MakeStreamBatch
+from navit.input.stream_plan import StreamPlans
+from navit.input.worker_batches import from_workers, start_worker
 from navit.plan.batches import BatchPlans
-from navit.plan.epoch import VERSION, Part, grids_of
+from navit.plan.epoch import VERSION, grids_of
 from navit.plan.groups import host_rows
-from navit.plan.rows import Rows
+from navit.plan.order import Part
 from navit.plan.view_groups import shapes_of, unfit
 from navit.plan.view_rows import grids_of as grids_of_views
 from navit.sources.kinds import Opener
@@ -35,18 +30,12 @@ from navit.sources.kinds import open_train_source as open_train_source
 from navit.sources.mixture import MixtureSource
 from navit.sources.overlap import check_overlap
 from navit.sources.source import Source
-from navit.sources.stream import Carried, StreamSource
+from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 
-# Each kind of draw has its own number in the random key; `fill.py` has 3.
-_WHICH_CAPTION = 4
-
 # Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
-
-# If a batch has this many images or more and none can be read, the storage is at fault.
-_NO_ACCIDENT = 8
 
 
 def open_eval_source(data: config.DataConfig, opener: Opener | None = None) -> Source:
@@ -87,124 +76,9 @@ def parts_of(source: Source) -> tuple[Part, ...]:
     return tuple(map(Part, offsets, source.counts, source.shares))
 
 
-def owners(rows: Rows, group: int) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Which caption each segment has, in a list of captions for every `group` rows.
-
-    Returns:
-      owner: `[m]` int32 place of each segment's image among those of its group, in the
-        order in which they first appear.
-      first: each image's first segment, in the order of all lists.
-      counts: `[g]` images in each group.
-    """
-    owner, first, counts = [], [], []
-    for start, stop in itertools.pairwise(rows.offsets[::group].tolist()):
-        place: dict[int, int] = {}
-        for i, index in enumerate(rows.index[start:stop].tolist(), start):
-            if index not in place:
-                place[index] = len(place)
-                first.append(i)
-            owner.append(place[index])
-        counts.append(len(place))
-    return np.array(owner, np.int32), first, np.array(counts)
-
-
 def fingerprint(source: Source | StreamSource) -> str:
     """Changes with the data, or with the way it is planned."""
     return f"{source.fingerprint()}, plan {VERSION}"
-
-
-class MakeBatch(grain.transforms.Map):
-    """Planned rows -> a `Batch`: decodes the images, tokenizes a caption for each.
-
-    Args:
-      named: the unreadable images that a warning has already named.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        data: config.DataConfig,
-        *,
-        patch_size: int,
-        slots: int,
-        captions: int,
-        text_tower: config.TextConfig | None,
-        named: set[str],
-    ) -> None:
-        self._source, self._data, self._patch_size = source, data, patch_size
-        self._slots, self._captions, self._text = slots, captions, text_tower
-        self._named = named
-
-    def map(self, rows: Rows) -> Batch:
-        slots, source = self._slots, self._source
-        group = self._data.caption_rows or 1
-        images, captions, errors = fill_rows(
-            rows,
-            source.record,
-            patch_size=self._patch_size,
-            row_tokens=self._data.row_tokens,
-            slots=slots,
-            resample=self._data.strategy.resample
-            if self._data.strategy
-            else "bilinear",
-            dct=self._data.dct,
-            seed=self._data.seed,
-        )
-        self._report(errors, rows.images)
-        owner, first, images_in = owners(rows, group)
-        token_ids = np.zeros((len(first), 1), np.int32)
-        if self._text:
-            texts = [
-                self._drawn(captions[i], int(rows.index[i]), rows.epoch) for i in first
-            ]
-            token_ids = tokens.encode(texts, self._text.length, self._text.tokenizer)
-        labels = np.full(len(rows.index), -1, np.int32)
-        if source.tasks:
-            task = next(iter(source.tasks.values()))
-            labels = task.labels[rows.index].astype(np.int32)
-        counts = np.diff(rows.offsets)
-        return Batch(
-            images=images,
-            text=slot_array(images_in, self._captions, token_ids, tokens.PAD),
-            owner=slot_array(counts, slots, owner, -1),
-            label=slot_array(counts, slots, labels, -1),
-            id=slot_array(counts, slots, rows.index, -1),
-            size=slot_array(counts, slots, source.sizes[rows.index], 0),
-        )
-
-    def _drawn(self, captions: tuple[str, ...], index: int, epoch: int) -> str:
-        """One caption of a record; "" if there is none, as the record is unreadable."""
-        if len(captions) < 2:
-            return captions[0] if captions else ""
-        rng = np.random.default_rng([self._data.seed, epoch, _WHICH_CAPTION, index])
-        return captions[rng.integers(len(captions))]
-
-    def _report(self, errors: Errors, count: int) -> None:
-        """Names the unreadable images; raises OSError if the storage is at fault."""
-        for index, error in errors:
-            name = self._source.name(index)
-            if name not in self._named:
-                self._named.add(name)
-                log.warning("left empty: %s (%s)", name, error)
-        lost = [index for index, error in errors if isinstance(error, OSError)]
-        if count == len(lost) >= _NO_ACCIDENT:
-            raise OSError(
-                f"not one of the {count} images of a batch could be read (first "
-                f"{self._source.name(lost[0])}): is the storage still there? The run "
-                "can resume from its last checkpoint"
-            )
-
-
-class MakeStreamBatch(grain.transforms.Map):
-    """Planned rows and their records -> a `Batch`; its ids count the records read."""
-
-    def __init__(self, make_batch: Callable[[Source], MakeBatch]) -> None:
-        self._make_batch = make_batch
-
-    def map(self, planned: Planned) -> Batch:
-        batch = self._make_batch(Carried(planned.records)).map(planned.rows)
-        ids = np.where(batch.id < 0, -1, planned.numbers[batch.id])
-        return batch._replace(id=ids)
 
 
 def check_memory(cfg: config.Config, process_count: int = 1) -> None:
@@ -301,7 +175,20 @@ def train_batches(
         make_batch = make(source)
     if process_index == 0:
         log.info("%s", plans.summary())
-    dataset = grain.MapDataset.source(plans).map(make_batch)[start_step:]
+    dataset: Any = grain.MapDataset.source(plans).map(make_batch)[start_step:]
+    shares = 1
+    if data.lanes:
+        assert isinstance(plans, BatchPlans) and isinstance(make_batch, MakeBatch)
+        assert isinstance(source, Source)
+        shares = data.workers or 1
+        if len(plans.lanes) % shares:
+            raise ValueError(
+                f"each process has {len(plans.lanes)} of data.lanes={data.lanes}, which "
+                f"data.workers={data.workers} cannot share evenly: change one of them"
+            )
+        make_lanes = MakeLaneBatch(make_batch, source, plans, shares)
+        numbers = grain.MapDataset.range(len(plans) * shares)
+        dataset = numbers.map(make_lanes)[start_step * shares :]
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     if not data.workers:
         return iter(dataset.to_iter_dataset(read))
@@ -311,46 +198,9 @@ def train_batches(
         num_workers=data.workers, per_worker_buffer_size=_AHEAD_PER_WORKER
     )
     batches = dataset.to_iter_dataset(read).mp_prefetch(
-        workers, worker_init_fn=_start_worker
+        workers, worker_init_fn=start_worker
     )
-    return _from_workers(iter(batches))
-
-
-def _from_workers(
-    batches: grain.DatasetIterator[Batch],
-) -> Generator[Batch, None, None]:
-    """Batches from worker processes, which start at the first batch."""
-    try:
-        # Workers inherit this mask; without it, a Ctrl-C before `_start_worker` would
-        # end them. Python's resource tracker lifts the mask when it starts, so it
-        # starts first.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            batch = next(batches, None)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        while batch is not None:
-            yield _owned(batch)
-            batch = next(batches, None)
-    finally:
-        batches.close()
-
-
-def _owned(batch: Batch) -> Batch:
-    """A copy of a worker's batch, whose shared memory is released here.
-
-    grain releases it with the last reference, and memory still referenced when the
-    process ends is reported as leaked.
-    """
-    return Batch(PackedImages(*map(_copied, batch.images)), *map(_copied, batch[1:]))
-
-
-def _copied(array: np.ndarray) -> np.ndarray:
-    if isinstance(array, grain.multiprocessing.SharedMemoryArray):
-        array._unlink_on_del = False  # it is unlinked here
-        array.shm.unlink()
-    return np.array(array)
+    return from_workers(iter(batches), shares)
 
 
 def _check_positions(
@@ -399,21 +249,3 @@ def _check_views(
         name,
         reason,
     )
-
-
-def _start_worker(worker: int, count: int) -> None:
-    """Makes a worker ignore Ctrl-C, and end with its parent.
-
-    Ctrl-C reaches all processes; a worker that died of it would stop the save. A worker
-    whose parent was killed would live on and keep its pipes open.
-    """
-    del worker, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -12,17 +12,10 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.plan import groups, sampling
-from navit.plan.epoch import (
-    ORDER,
-    Part,
-    images_per_block,
-    mean_tokens,
-    part_shares,
-    plan_block,
-    records_at,
-    some_of,
-)
-from navit.plan.rows import Rows
+from navit.plan.epoch import images_per_block, mean_tokens, plan_block, some_of
+from navit.plan.lanes import Lanes, lanes_of
+from navit.plan.order import ORDER, Part, part_shares, records_at
+from navit.plan.rows import Rows, joined
 from navit.plan.view_groups import tokens_of
 
 # The captions that a group of rows needs are counted on this many images and, if token
@@ -34,6 +27,9 @@ _SAMPLE, _LATE = 10_000, 2**40
 # than an empty one, so the number of steps is scaled down.
 _RATES, _MOMENTS = 33, 16
 _FEWER = 0.99
+
+# Lanes differ in their number of rows. Leaving out a row is better than an empty one.
+_FEWER_OF_LANE = 0.995
 
 
 class Statistics(NamedTuple):
@@ -88,16 +84,28 @@ class BatchPlans(Sequence):
         self._sizes, self._data, self._patch_size = sizes, data, patch_size
         self._steps, self._parts = steps, tuple(parts)
         self.caption_rows = data.caption_rows or 1
-        self._host_rows = groups.host_rows(data, process_count)
-        self._first_row = process_index * self._host_rows
+        host_rows = groups.host_rows(data, process_count)
+        # The lanes of this host, the rows of each in a batch, and the first of them.
+        count = max(1, data.lanes // process_count)
+        self.lanes = range(process_index * count, (process_index + 1) * count)
+        self._lane_rows = host_rows // count
+        self._first_row = 0
+        if not data.lanes:
+            self.lanes, self._first_row = range(1), process_index * host_rows
         self.slots = data.slots or self._slots()
         self.captions = self._captions()
-        images = sum(part_shares(parts, len(sizes)))
+        if data.lanes:
+            lanes = self.divided()
+            images, self._block_images = lanes.images, lanes.block_images
+            self._counts = lanes.blocks()
+        else:
+            images = sum(part_shares(parts, len(sizes)))
+            self._block_images = images_per_block(sizes, data, patch_size)
+            blocks = max(1, -(-images // self._block_images))
+            starts = np.arange(blocks) * self._block_images
+            self._counts = np.minimum(images - starts, self._block_images)
         self.never_drawn = len(sizes) - images
-        self._block_images = images_per_block(sizes, data, patch_size)
-        blocks = max(1, -(-images // self._block_images))
-        starts = np.arange(blocks) * self._block_images
-        self._counts = np.minimum(images - starts, self._block_images)
+        blocks = len(self._counts)
         self._start()
         # The first step of each block, epoch after epoch.
         self._first_steps = self._all_first_steps()
@@ -109,21 +117,51 @@ class BatchPlans(Sequence):
     def __getitem__(self, step):  # type: ignore[no-untyped-def]
         if not 0 <= step < self._steps:
             raise IndexError(f"step {step} of {self._steps}")
+        return self.of_lanes(step, self.lanes)
+
+    def of_lanes(self, step: int, lanes: Sequence[int]) -> Rows:
+        """The rows of some of this host's lanes, one lane after the other."""
         epoch, block, within, count = self._place(step)
-        start = within * self._data.rows + self._first_row
-        rows = self._plan(epoch, block).slice(start, start + self._host_rows)
+        start = within * self._batch_rows + self._first_row
         soon = step + (count + 1) // 2
-        if soon < self._steps:
-            self._planned(*self._place(soon)[:2])  # in the background, ahead of need
-        return rows
+        if soon < self._steps:  # in the background, ahead of need
+            for lane in lanes:
+                self._planned(*self._place(soon)[:2], lane)
+        return joined(
+            [
+                self._plan(epoch, block, lane).slice(start, start + self._lane_rows)
+                for lane in lanes
+            ]
+        )
+
+    def divided(self) -> Lanes:
+        """The chunks of the data and their lanes."""
+        return lanes_of(self._data, self._parts, len(self._sizes))
+
+    def used(self, step: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """When the records of a lane's block are used: `[m]` records, `[m]` steps.
+
+        Args:
+          step: any step of the block.
+        """
+        epoch, block, within, count = self._place(step)
+        rows = self._plan(epoch, block, lane).slice(0, count * self._batch_rows)
+        row = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
+        return rows.index, step - within + row // self._batch_rows
+
+    @property
+    def _batch_rows(self) -> int:
+        """The rows of a plan that a step takes, on all hosts that have it."""
+        return self._lane_rows if self._data.lanes else self._data.rows
 
     def first_block(self) -> tuple[Rows, float]:
         """The used rows of epoch 0's first block, and the share of its images left out.
 
-        Other blocks are similar.
+        With lanes, those of the first lane. Other blocks and lanes are similar.
         """
-        used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._data.rows)
-        return used, 1 - used.images / max(1, int(self._counts[0]))
+        used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._batch_rows)
+        planned = int(self._counts[0]) / (self._data.lanes or 1)
+        return used, 1 - used.images / max(1, planned)
 
     def statistics(self) -> Statistics:
         used, left_out = self.first_block()
@@ -171,7 +209,9 @@ class BatchPlans(Sequence):
 
     def _start(self) -> None:
         self._planner = ThreadPoolExecutor(1)
-        self._planned = functools.lru_cache(maxsize=3)(self._plan_later)
+        self._planned = functools.lru_cache(maxsize=3 * len(self.lanes))(
+            self._plan_later
+        )
 
     def _place(self, step: int) -> tuple[int, int, int, int]:
         """(epoch, block, step within the block, steps in the block)."""
@@ -182,7 +222,11 @@ class BatchPlans(Sequence):
     def _all_first_steps(self) -> np.ndarray:
         blocks = len(self._counts)
         rows = np.full(blocks, len(self._plan(0, 0)))
-        rows[-1] = len(self._plan(0, blocks - 1))  # it may be shorter
+        # The last may be shorter, and that of the last lane shortest.
+        last = max(0, self._data.lanes - 1)
+        rows[-1] = len(self._plan(0, blocks - 1, last))
+        if self._data.lanes:
+            rows = np.floor(_FEWER_OF_LANE * rows)
         rates, needed = self._rows_by_rate()
         epochs = 1
         while True:
@@ -190,7 +234,7 @@ class BatchPlans(Sequence):
             share[:, :-1] /= share[0, 0]
             share[:, -1] /= share[0, -1]
             share[share != 1] *= _FEWER
-            steps = (rows * share).astype(np.int64) // self._data.rows
+            steps = (rows * share).astype(np.int64) // self._batch_rows
             steps[:, 0] = np.maximum(1, steps[:, 0])
             total = steps.sum()
             if total >= self._steps:
@@ -235,6 +279,7 @@ class BatchPlans(Sequence):
         """Rows of a sample of epoch 0; one plan per budget if batches draw budgets."""
         shares = part_shares(self._parts, len(self._sizes))
         positions = np.arange(min(_SAMPLE, sum(shares)))
+        data = dataclasses.replace(data, lanes=0)  # a sample is not where it lies
         sample = records_at(positions, self._parts, shares, [data.seed, 0, ORDER])
         configs = [data]
         if data.budget_per == "batch":
@@ -251,10 +296,10 @@ class BatchPlans(Sequence):
             for config in configs
         ]
 
-    def _plan(self, epoch: int, block: int) -> Rows:
-        return self._planned(epoch, block).result()
+    def _plan(self, epoch: int, block: int, lane: int = 0) -> Rows:
+        return self._planned(epoch, block, lane).result()
 
-    def _plan_later(self, epoch: int, block: int) -> Future[Rows]:
+    def _plan_later(self, epoch: int, block: int, lane: int) -> Future[Rows]:
         return self._planner.submit(
             plan_block,
             self._sizes,
@@ -262,6 +307,7 @@ class BatchPlans(Sequence):
             patch_size=self._patch_size,
             epoch=epoch,
             block=block,
+            lane=lane,
             parts=self._parts,
             slots=self.slots,
             captions=self.captions,

@@ -14,15 +14,16 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.plan import geometry, groups, packing, sampling
+from navit.plan.lanes import lanes_of, rows_in_window
+from navit.plan.order import ORDER, Part, part_shares, records_at
 from navit.plan.rows import Rows
 from navit.plan.view_groups import plan_views, tokens_of
 
 # Increased when the same config would give other rows; no run resumes across versions.
 VERSION = 5
 
-# Each kind of draw has its own number in the random key; the pipeline has others. They
-# start at 1, as numpy ignores trailing zeros of a key.
-ORDER, _DRAWS = 1, 2
+# The number of this kind of draw in the random key; see `ORDER`.
+_DRAWS = 2
 
 # A block has at least this many images and this many global batches.
 _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
@@ -32,15 +33,6 @@ _BLOCK_IMAGES, _BLOCK_BATCHES = 2**18, 64
 _SHUFFLED_BATCHES = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Records `offset` to `offset + count` of a mixture, and their share of it."""
-
-    offset: int
-    count: int
-    weight: float
-
-
 def plan_block(
     sizes: np.ndarray,
     data: DataConfig,
@@ -48,33 +40,41 @@ def plan_block(
     patch_size: int,
     epoch: int,
     block: int = 0,
+    lane: int = 0,
     parts: Sequence[Part] = (),
     slots: int | None = None,
     captions: int | None = None,
     block_images: int | None = None,
 ) -> Rows:
-    """Plans one block of an epoch: a pure function of its arguments.
+    """Plans one block of an epoch, or of a lane: a pure function of its arguments.
 
     With `data.strategy`, see `navit.plan.view_groups.plan_views`. Without:
 
-    Takes the block's part of a random order of all images. For each image, draws a
+    Takes the block's part of the epoch's order. For each image, draws a
     token budget (and a crop, a flip, the tokens to keep) and computes the grid. Then
     packs the images and shuffles the rows, or the batches with `budget_per="batch"`.
     Every `data.caption_rows` rows form a group; groups have about as many images each.
 
     Args:
       sizes: `[m, 2]` (height, width) of every image in pixels.
+      lane: which of `data.lanes`; 0 without lanes.
       parts: the parts of a mixture, drawn by weight; empty takes every image once.
       slots: the most images in a row; None for no cap.
       captions: the most images in a group of rows; the others are left out.
-      block_images: images in a block; None computes it from the sizes.
+      block_images: images in a block without lanes; None computes it from the sizes.
     """
-    shares = part_shares(parts, len(sizes))
-    total, size = sum(shares), block_images or images_per_block(sizes, data, patch_size)
-    first = block * size
-    positions = np.arange(first, min(first + size, total))
-    index = records_at(positions, parts, shares, [data.seed, epoch, ORDER])
-    rng = np.random.default_rng([data.seed, epoch, _DRAWS, block])
+    key, fill = [data.seed, epoch, _DRAWS, block], False
+    if data.lanes:
+        index, seen = lanes_of(data, parts, len(sizes)).order(epoch, block, lane)
+        key.append(lane + 1)
+    else:
+        shares = part_shares(parts, len(sizes))
+        total = sum(shares)
+        size = block_images or images_per_block(sizes, data, patch_size)
+        positions = np.arange(block * size, min((block + 1) * size, total))
+        index = records_at(positions, parts, shares, [data.seed, epoch, ORDER])
+        seen, fill = epoch * total + positions, total <= size
+    rng = np.random.default_rng(key)
     if data.strategy is not None:
         return plan_views(
             index,
@@ -93,7 +93,7 @@ def plan_block(
         budgets,
         data,
         patch_size=patch_size,
-        seen=epoch * total + positions,
+        seen=seen,
     )
     grids, kept, lengths = drawn.grids, drawn.kept, drawn.lengths
     cropped = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
@@ -134,7 +134,7 @@ def plan_block(
             batch
             for budget in sorted(set(data.budgets))
             for batch in _batches(
-                rng, pack(np.flatnonzero(budgets == budget)), data, fill=total <= size
+                rng, pack(np.flatnonzero(budgets == budget)), data, fill=fill
             )
         ]
         rows = [row for b in _order(rng, batches, data) for row in batches[b]]
@@ -245,41 +245,6 @@ def images_per_block(sizes: np.ndarray, data: DataConfig, patch_size: int) -> in
     return max(_BLOCK_IMAGES, _BLOCK_BATCHES * batch)
 
 
-def part_shares(parts: Sequence[Part], count: int) -> list[int]:
-    """The images an epoch takes from each part: as many as the scarcest allows."""
-    if not parts:
-        return [count]
-    total = sum(part.weight for part in parts)
-    least = min(part.count * total / part.weight for part in parts)
-    shares = [
-        min(part.count, int(least * part.weight / total + 1e-6)) for part in parts
-    ]
-    if 0 in shares:
-        i = shares.index(0)
-        raise ValueError(
-            f"source {i} of the mixture has weight {parts[i].weight:g} of {total:g}, "
-            f"which gives it no image in an epoch of {sum(shares)}: raise its weight"
-        )
-    return shares
-
-
-def records_at(
-    positions: np.ndarray, parts: Sequence[Part], shares: list[int], key: list[int]
-) -> np.ndarray:
-    """The records at `positions` `[m]` of an epoch's order; int64 `[m]`."""
-    drawn = sampling.shuffled(positions, sum(shares), [*key, 1])
-    records = drawn.copy()
-    ends = np.cumsum(shares)
-    for i, part in enumerate(parts):
-        in_part = (drawn >= ends[i] - shares[i]) & (drawn < ends[i])
-        within = drawn[in_part] - (ends[i] - shares[i])
-        # Each epoch chooses other records, and none twice.
-        records[in_part] = part.offset + sampling.shuffled(
-            within, part.count, [*key, i + 2]
-        )
-    return records
-
-
 def _batches(
     rng: np.random.Generator, rows: list[list[int]], data: DataConfig, *, fill: bool
 ) -> list[list[list[int]]]:
@@ -311,7 +276,9 @@ def _shuffled(
 ) -> list[list[int]]:
     counts = np.array([len(row) for row in rows], np.int64)
     window = max(1, len(rows))
-    if data.drop is not None and data.drop.changes:
+    if data.lanes:  # what is read together is used together
+        window = rows_in_window(window, int(counts.sum()), data)
+    elif data.drop is not None and data.drop.changes:
         window = _SHUFFLED_BATCHES * data.rows
     return [
         rows[start + r]

@@ -32,6 +32,11 @@ def host_rows(data: DataConfig, process_count: int) -> int:
     Raises:
       ValueError: if the hosts cannot share the rows, or their groups, evenly.
     """
+    if data.lanes % process_count:
+        raise ValueError(
+            f"data.lanes={data.lanes} is not divisible by {process_count} processes: "
+            "each has whole lanes"
+        )
     rows, over = divmod(data.rows, process_count)
     if over:
         raise ValueError(

@@ -14,7 +14,8 @@ import numpy as np
 from navit.config import DataConfig
 from navit.files import write_atomic
 from navit.plan.batches import BatchPlans, Statistics
-from navit.plan.epoch import Part, typical_tokens
+from navit.plan.epoch import typical_tokens
+from navit.plan.order import Part
 
 # Below this share of padding, one image per row is as good, and simpler.
 _LITTLE = 0.02
@@ -68,6 +69,7 @@ def report(
             row_tokens=row_tokens,
             rows=rows,
             slots=data.slots if own else None,
+            lanes=data.lanes and math.gcd(data.lanes, rows),
             caption_rows=data.caption_rows and math.gcd(data.caption_rows, rows),
             captions=data.captions if own else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,30 @@ class Rows:
             chosen(self.views),
             self.epoch,
         )
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part after the other; all are of one epoch."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.index) for part in parts[:-1])])
+    pairs = zip(parts, starts, strict=True)
+    offsets = [part.offsets[1:] + start for part, start in pairs]
+
+    def together(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    return Rows(
+        np.concatenate([[0], *offsets]),
+        together("index"),
+        together("grids"),
+        together("kept"),
+        together("boxes"),
+        together("flips"),
+        together("views"),
+        parts[0].epoch,
+    )
 
 
 def pack_rows(grids: np.ndarray, row_tokens: int, slots: int | None) -> Rows:

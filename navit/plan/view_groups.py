@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from navit.config import DataConfig
+from navit.plan.lanes import rows_in_window
 from navit.plan.rows import Rows
 from navit.plan.strategies import View
 from navit.plan.view_rows import grids_of, table_of
@@ -96,8 +97,15 @@ def plan_views(
     open_groups = max(2, data.open_rows // (data.caption_rows or 1))
     groups = _packed(shapes, which, data, slots, captions, open_groups)
     # A segment is (image, view); a row lists its segments.
-    order = rng.permutation(len(groups))
-    rows = [row for g in order.tolist() for row in groups[g]]
+    window, size = max(1, len(groups)), data.caption_rows or 1
+    if data.lanes:  # what is read together is used together
+        window = rows_in_window(size * window, len(which), data) // size
+    order = [
+        start + rng.permutation(min(window, len(groups) - start))
+        for start in range(0, len(groups), window)
+    ]
+    numbers = np.concatenate([*order, np.zeros(0, np.int64)]).tolist()
+    rows = [row for g in numbers for row in groups[g]]
     offsets = np.cumsum([0, *map(len, rows)])
     segments = [segment for row in rows for segment in row]
     pairs = np.array(segments, np.int64).reshape(-1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,16 @@ class ArrayRecordReader:
         return f"{self._path}: record {index}"
 
     def record(self, index: int) -> records.Raw:
-        example = self._example(index)
+        return self._raw(self._example(index))
+
+    def neighbours(self, indices: Sequence[int]) -> list[records.Raw]:
+        try:
+            stored = self._source.__getitems__(list(indices))
+            return [self._raw(examples.parse(data)) for data in stored]
+        except RuntimeError as error:  # damaged
+            raise ValueError(str(error)) from None
+
+    def _raw(self, example: dict[str, list[Any]]) -> records.Raw:
         return records.Raw(
             _image(example, self._image),
             records.label_text(example.get(self._label)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from navit.sources.source import Record, Source, Task
+from navit.sources.source import InPieces, Record, Source, Task
 
 log = logging.getLogger("navit")
 
@@ -52,6 +52,14 @@ class MixtureSource:
     def record(self, index: int) -> Record:
         source, index = self._at(index)
         return source.record(index)
+
+    def neighbours(self, indices: Sequence[int]) -> list[Record]:
+        """Neighbouring records of one source, in ascending order."""
+        source, first = self._at(indices[0])
+        own = [index - indices[0] + first for index in indices]
+        if isinstance(source, InPieces):
+            return source.neighbours(own)
+        return [source.record(index) for index in own]
 
     def name(self, index: int) -> str:
         source, index = self._at(index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +36,13 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
     def record(self, index: int) -> Raw: ...
+
+
+@runtime_checkable
+class PieceReader(Protocol):
+    """A reader that reads neighbouring records in one piece."""
+
+    def neighbours(self, indices: Sequence[int]) -> list[Raw]: ...
 
 
 class RecordSource:
@@ -71,6 +78,20 @@ class RecordSource:
         raw = self._reader.record(int(self._kept[index]))
         captions = raw.captions or (self.tasks["label"].name(index),)
         return Record(raw.image, captions)
+
+    def neighbours(self, indices: Sequence[int]) -> list[Record]:
+        """Neighbouring records, in ascending order, read in one piece if possible.
+
+        Raises:
+          ValueError, OSError: if one of them cannot be read.
+        """
+        if not isinstance(self._reader, PieceReader):
+            return [self.record(index) for index in indices]
+        raws = self._reader.neighbours(self._kept[np.asarray(indices)].tolist())
+        return [
+            Record(raw.image, raw.captions or (self.tasks["label"].name(index),))
+            for index, raw in zip(indices, raws, strict=True)
+        ]
 
     def name(self, index: int) -> str:
         return self._reader.name(int(self._kept[index]))

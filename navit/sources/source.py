@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,6 +29,13 @@ class Record(NamedTuple):
 
     image: ImageLike
     captions: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class InPieces(Protocol):
+    """A source that can read neighbouring records in one piece."""
+
+    def neighbours(self, indices: Sequence[int]) -> list[Record]: ...
 
 
 @runtime_checkable

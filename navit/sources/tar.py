@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
 import re
 import tarfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -27,6 +29,9 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "pp
 _CAPTIONS = ("txt", "json.caption")
 # webdataset's rule: the key ends at the first dot of the file name.
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+
+
+_Read = Callable[[int, int], bytes]  # (start, size) -> bytes of a shard
 
 
 class _Scan(NamedTuple):
@@ -93,22 +98,42 @@ class TarReader:
         return f"{self._shards[self._shard[index]]}: {key}"
 
     def record(self, index: int) -> records.Raw:
+        read = functools.partial(self._storage.read_range, self._path(index))
+        return self._raw(index, self.open_image(index), read)
+
+    def neighbours(self, indices: Sequence[int]) -> list[records.Raw]:
+        """Neighbouring samples, one piece of each shard."""
+        found = []
+        for _, group in itertools.groupby(indices, lambda i: self._shard[i]):
+            some = list(group)
+            starts, sizes = np.moveaxis(self._members[some], -1, 0)
+            first = int(starts[starts >= 0].min())
+            last = int((starts + sizes).max())
+            piece = self._storage.read_range(self._path(some[0]), first, last - first)
+            read = functools.partial(_cut, memoryview(piece), first)
+            for i in some:
+                image = self._read(i, "image", read)
+                assert image is not None
+                found.append(self._raw(i, image, read))
+        return found
+
+    def _raw(self, index: int, image: bytes | BinaryIO, read: _Read) -> records.Raw:
         captions: tuple[str, ...] = ()
         for name, field in self._caption:
             if not captions:
-                captions = records.texts(self._field(index, name, field, self._must))
-        label = self._field(index, *self._label, True)
-        return records.Raw(self.open_image(index), records.label_text(label), captions)
+                data = self._read(index, name, read)
+                captions = records.texts(field_of(data, name, field, self._must))
+        name, field = self._label
+        label = field_of(self._read(index, name, read), name, field, True)
+        return records.Raw(image, records.label_text(label), captions)
 
-    def _field(self, index: int, name: str, field: str, must: bool) -> Any:
-        data = self._read(index, name) if name else None
-        return field_of(data, name, field, must)
-
-    def _read(self, index: int, column: str) -> bytes | None:
+    def _read(self, index: int, column: str, read: _Read) -> bytes | None:
+        if not column:
+            return None
         start, size = self._members[index, self._columns.index(column)].tolist()
         if start < 0:
             return None
-        data = self._storage.read_range(self._path(index), start, size)
+        data = read(start, size)
         if len(data) != size:
             raise ValueError(
                 f"{self.name(index)} ends after {len(data)} of {size} bytes"
@@ -191,6 +216,11 @@ class TarReader:
                     if sample[place][0] < 0:  # the first of several
                         sample[place] = member.offset_data, member.size
             return tar.offset
+
+
+def _cut(piece: memoryview, first: int, start: int, size: int) -> bytes:
+    """Bytes of a shard, of which a piece that begins at `first` has been read."""
+    return bytes(piece[start - first : start - first + size])
 
 
 def caption_fields(caption: str | None) -> list[tuple[str, str]]:

@@ -39,9 +39,8 @@ from navit.config import (
 )
 from navit.input import memory, pixels
 from navit.input.fill import fill_rows
+from navit.input.make_batch import MakeBatch, MakeStreamBatch
 from navit.input.pipeline import (
-    MakeBatch,
-    MakeStreamBatch,
     check_memory,
     open_eval_source,
     open_source,

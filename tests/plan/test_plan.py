@@ -13,8 +13,9 @@ from navit.config import Crop, DataConfig, TokenDrop
 from navit.plan import batches as batch_plans
 from navit.plan import epoch as plan
 from navit.plan.batches import BatchPlans
-from navit.plan.epoch import Part, plan_block
+from navit.plan.epoch import plan_block
 from navit.plan.geometry import grids_for
+from navit.plan.order import Part
 from navit.plan.rows import Rows
 
 PATCH = 8
