@@ -183,8 +183,8 @@ def train_batches(
         shares = data.workers or 1
         if len(plans.lanes) % shares:
             raise ValueError(
-                f"each process has {len(plans.lanes)} of data.lanes={data.lanes}, which "
-                f"data.workers={data.workers} cannot share evenly: change one of them"
+                f"each process has {len(plans.lanes)} of data.lanes={data.lanes}, and "
+                f"data.workers={data.workers} cannot share them evenly: change one"
             )
         make_lanes = MakeLaneBatch(make_batch, source, plans, shares)
         numbers = grain.MapDataset.range(len(plans) * shares)
