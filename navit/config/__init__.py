@@ -20,9 +20,7 @@ from navit.config.losses import Loss as Loss
 from navit.config.losses import Sigmoid as Sigmoid
 from navit.config.losses import Softmax as Softmax
 from navit.config.model import ModelConfig as ModelConfig
-from navit.config.model import PositionConfig as PositionConfig
 from navit.config.model import TextConfig as TextConfig
-from navit.config.model import VisionConfig as VisionConfig
 from navit.config.overrides import differences as differences
 from navit.config.overrides import override as override
 from navit.config.overrides import to_json as to_json
@@ -38,6 +36,9 @@ from navit.config.sources import TarShards as TarShards
 from navit.config.sources import Tfds as Tfds
 from navit.config.sources import TrainSource as TrainSource
 from navit.config.study import Study as Study
+from navit.config.vision import PositionConfig as PositionConfig
+from navit.config.vision import RotaryConfig as RotaryConfig
+from navit.config.vision import VisionConfig as VisionConfig
 
 
 def from_json(data: Any) -> Config:

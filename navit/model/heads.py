@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from navit.model.encoder import Mlp
 from navit.model.layers import layer_norm, linear
+from navit.model.mlp import Mlp
 from navit.sharding import Rules
 
 

@@ -126,8 +126,22 @@ def _split(name: str | None) -> str | None:
     return name if name == "tensor" else None
 
 
-def layer_norm(width: int, *, use_bias: bool, dtype: Any, rngs: nnx.Rngs) -> Any:
-    """LayerNorm with epsilon 1e-6, computed in float32."""
-    return nnx.LayerNorm(
-        width, epsilon=EPSILON, use_bias=use_bias, dtype=dtype, rngs=rngs
-    )
+def layer_norm(
+    width: int,
+    *,
+    use_bias: bool,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    eps: float = EPSILON,
+) -> Any:
+    """LayerNorm, computed in float32."""
+    return nnx.LayerNorm(width, epsilon=eps, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+
+def make_norm(
+    kind: str, width: int, *, eps: float, use_bias: bool, dtype: Any, rngs: nnx.Rngs
+) -> Any:
+    """`"layer"`, or `"rms"`, which has no bias; computed in float32."""
+    if kind == "rms":
+        return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, rngs=rngs)
+    return layer_norm(width, use_bias=use_bias, dtype=dtype, rngs=rngs, eps=eps)

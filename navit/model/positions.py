@@ -33,6 +33,59 @@ def axis_weights(
     return _triangle(center, jnp.maximum(scale, 1.0), size)
 
 
+def cubic_weights(
+    index: Int[Array, "*b"], extent: Int[Array, "*b"], size: int
+) -> Float[Array, "*b {size}"]:
+    """`axis_weights` of PyTorch's `interpolate(mode="bicubic")`, without antialias.
+
+    Four cells by the cubic kernel with a = -0.75, half-pixel centres; cells beyond the
+    border are the border's.
+    """
+    scale = size / extent.astype(jnp.float32)
+    center = (index.astype(jnp.float32) + 0.5) * scale - 0.5
+    first = jnp.floor(center).astype(jnp.int32) - 1
+    weights = jnp.zeros((*center.shape, size))
+    for tap in range(4):
+        cell = first + tap
+        weight = _cubic(center - cell, -0.75)[..., None]
+        weights += weight * jax.nn.one_hot(jnp.clip(cell, 0, size - 1), size)
+    return weights
+
+
+def antialiased_cubic_weights(
+    index: Int[Array, "*b"], extent: Int[Array, "*b"], size: int
+) -> Float[Array, "*b {size}"]:
+    """`axis_weights` of an antialiased bicubic resize: the cubic kernel with a = -0.5.
+
+    PyTorch's `interpolate(mode="bicubic", antialias=True)` and JAX's "cubic".
+    """
+    scale = size / extent.astype(jnp.float32)
+    center = (index.astype(jnp.float32) + 0.5) * scale - 0.5
+    distance = _distance(center, size) / jnp.maximum(scale, 1.0)[..., None]
+    weights = _cubic(distance, -0.5)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def corner_weights(
+    index: Int[Array, "*b"], extent: Int[Array, "*b"], size: int
+) -> Float[Array, "*b {size}"]:
+    """`axis_weights` of a linear resize that puts the corner cells at the corners.
+
+    PyTorch's `interpolate(mode="bilinear", align_corners=True)`, without antialias.
+    """
+    scale = (size - 1) / jnp.maximum(extent - 1, 1).astype(jnp.float32)
+    center = index.astype(jnp.float32) * scale
+    return _triangle(center, jnp.ones_like(center), size)
+
+
+_RESIZES = {
+    "linear-antialias": axis_weights,
+    "bicubic": cubic_weights,
+    "bicubic-antialias": antialiased_cubic_weights,
+    "linear-align-corners": corner_weights,
+}
+
+
 class PositionEmbedding(nnx.Module):
     """(coords, grid) of each token -> its position embedding, `[b, n, d]`."""
 
@@ -68,8 +121,12 @@ class PositionEmbedding(nnx.Module):
             row = jax.nn.one_hot(coords[..., 0], size, dtype=jnp.float32)
             column = jax.nn.one_hot(coords[..., 1], size, dtype=jnp.float32)
         else:  # "siglip2"
-            row = axis_weights(coords[..., 0], grid[..., 0], size)
-            column = axis_weights(coords[..., 1], grid[..., 1], size)
+            if self.config.frame == "square":
+                side = grid.max(-1, keepdims=True)
+                grid = jnp.concatenate([side, side], -1)
+            weights = _RESIZES[self.config.resize]
+            row = weights(coords[..., 0], grid[..., 0], size)
+            column = weights(coords[..., 1], grid[..., 1], size)
         both = row[..., :, None] * column[..., None, :]
         return _lookup(both.reshape(*both.shape[:-2], size * size), table)
 
@@ -153,10 +210,23 @@ _ENCODINGS = {"learned": _Learned, "sinusoidal": _Sinusoidal, "fourier": _Fourie
 def _triangle(
     center: Float[Array, "*b"], reach: Float[Array, "*b"], size: int
 ) -> Float[Array, "*b {size}"]:
-    cells = jnp.expand_dims(jnp.arange(size), range(center.ndim))
-    distance = jnp.abs(center[..., None] - cells) / reach[..., None]
+    distance = _distance(center, size) / reach[..., None]
     weights = jnp.maximum(0.0, 1.0 - distance)
     return weights / weights.sum(-1, keepdims=True)
+
+
+def _distance(center: Float[Array, "*b"], size: int) -> Float[Array, "*b {size}"]:
+    """From each centre to each table cell, in cells."""
+    cells = jnp.expand_dims(jnp.arange(size), range(center.ndim))
+    return jnp.abs(center[..., None] - cells)
+
+
+def _cubic(distance: Float[Array, "*b"], a: float) -> Float[Array, "*b"]:
+    """The cubic convolution kernel (Keys 1981), which is 0 from 2 on."""
+    x = jnp.abs(distance)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))
 
 
 def _lookup(

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from navit.config import ModelConfig
 from navit.kernels.splash_blocks import LANES
 from navit.model.attention import attention_qkvpacked, prepared
+from navit.model.block import BlockOptions
 from navit.model.encoder import Encoder
 from navit.model.layers import compute_dtype, linear
 from navit.sharding import Rules, platform
@@ -51,12 +52,8 @@ class Text(nnx.Module):
         self.position = nnx.Param(init(rngs.params(), (c.length, c.width)))
         self.encoder = Encoder(
             config,
-            width=c.width,
+            BlockOptions(c.width, c.mlp_dim, c.num_heads),
             depth=c.depth,
-            mlp_dim=c.mlp_dim,
-            num_heads=c.num_heads,
-            qk_norm=False,
-            use_bias=True,
             rules=rules,
             rngs=rngs,
         )

@@ -13,12 +13,16 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from navit.batch import PackedImages, PackedTokens
 from navit.config import ModelConfig, VisionConfig
+from navit.kernels.splash_blocks import LANES
+from navit.model import rotary
 from navit.model.attention import attention_qkvpacked, prepared
+from navit.model.block import BlockOptions
 from navit.model.encoder import Encoder
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
-from navit.model.layers import compute_dtype, linear
+from navit.model.layers import compute_dtype, linear, make_norm
 from navit.model.positions import PositionEmbedding
-from navit.sharding import Rules
+from navit.model.windows import most_windows, window_ids
+from navit.sharding import Rules, platform
 
 
 class VisionOutput(NamedTuple):
@@ -66,18 +70,35 @@ class Vision(nnx.Module):
         self.implementation = None if config.attention == "auto" else config.attention
         self.dtype = compute_dtype(config.dtype)
         shared = dict(use_bias=c.use_bias, dtype=self.dtype, rules=rules, rngs=rngs)
+        bias = c.use_bias if c.patch_bias is None else c.patch_bias
         self.patch = linear(
-            c.patch_size**2 * 3, c.width, names=(None, "embed"), **shared
+            c.patch_size**2 * 3,
+            c.width,
+            names=(None, "embed"),
+            **{**shared, "use_bias": bias},
         )
-        self.position = PositionEmbedding(c.position, c.width, rngs=rngs)
+        self.position = (
+            PositionEmbedding(c.position, c.width, rngs=rngs)
+            if c.position.kind != "none"
+            else None
+        )
         self.encoder = Encoder(
             config,
-            width=c.width,
+            BlockOptions(
+                c.width,
+                c.mlp_dim,
+                c.num_heads,
+                qk_norm=c.qk_norm,
+                use_bias=c.use_bias,
+                norm=c.norm,
+                eps=c.eps,
+                act=c.act,
+                gated=c.gated,
+                layer_scale=c.layer_scale,
+                learned_theta=rotary.learned_theta(c.rotary),
+            ),
             depth=c.depth,
-            mlp_dim=c.mlp_dim,
-            num_heads=c.num_heads,
-            qk_norm=c.qk_norm,
-            use_bias=c.use_bias,
+            final_norm=c.final_norm,
             rules=rules,
             rngs=rngs,
         )
@@ -98,6 +119,23 @@ class Vision(nnx.Module):
                 c.embed_dim or c.width, c.num_classes, names=("embed", None), **shared
             )
             if c.num_classes
+            else None
+        )
+        self.pre_norm = (
+            make_norm(
+                c.norm,
+                c.width,
+                eps=c.eps,
+                use_bias=c.use_bias,
+                dtype=self.dtype,
+                rngs=rngs,
+            )
+            if c.pre_norm
+            else None
+        )
+        self.registers = (
+            nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.registers, c.width)))
+            if c.registers
             else None
         )
 
@@ -145,19 +183,13 @@ class Vision(nnx.Module):
         real = (segment_ids > 0)[..., None]
 
         coords = jnp.where(real, coords, 0)
+        own = _own(grids, segment_ids)
         with jax.named_scope("embedding"):
             x = self.patch(_normalize(patches, real).astype(self.dtype))
-            x = x.astype(jnp.float32) + self.position(coords, _own(grids, segment_ids))
-        x = self.encoder(
-            jnp.where(real, x, 0.0),
-            functools.partial(
-                attention_qkvpacked,
-                segment_ids=prepared(segment_ids),
-                implementation=self.implementation,
-                max_segments=slots,
-                max_segment_tokens=max_image_tokens,
-            ),
-        )
+            x = x.astype(jnp.float32)
+            if self.position is not None:
+                x = x + self.position(coords, own)
+        x = self._blocks(x, segment_ids, coords, grids, own, max_image_tokens)
         x = jnp.where(real, x, jnp.zeros((), x.dtype))
         tokens = PackedTokens(x, segment_ids, coords, grids)
         if self.config.pool == "none":
@@ -178,6 +210,60 @@ class Vision(nnx.Module):
         if self.classifier is not None:
             logits = self.classifier(pooled).astype(jnp.float32)
         return VisionOutput(tokens, pooled, logits)
+
+    def _blocks(
+        self,
+        x: Float[Array, "b n d"],
+        segment_ids: Int[Array, "b n"],
+        coords: Int[Array, "b n 2"],
+        grids: Int[Array, "b s 2"],
+        own: Int[Array, "b n 2"],
+        longest: int | None,
+    ) -> Float[Array, "b n d"]:
+        """The encoder, with registers beside the patches for as long as it runs.
+
+        Args:
+          own: the grid of each token's image.
+          longest: the most tokens that any image has.
+        """
+        c, (slots, n) = self.config, (grids.shape[1], x.shape[1])
+        ids = segment_ids
+        if self.registers is not None:
+            x, ids = _with_registers(x, ids, grids, self.registers[...])
+            longest = None if longest is None else longest + c.registers
+        rotation = None
+        if c.rotary is not None:
+            head, after = c.width // c.num_heads, x.shape[1] - n
+            rotation = rotary.rotation(c.rotary, coords, own, head, unturned=after)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x.astype(self.dtype))
+        x = jnp.where((ids > 0)[..., None], x, 0.0)
+        segments, attend = prepared(ids), attention_qkvpacked
+        if not c.window:
+            attend = functools.partial(
+                attention_qkvpacked,
+                segment_ids=segments,
+                implementation=self.implementation,
+                max_segments=slots,
+                max_segment_tokens=longest,
+            )
+            return self.encoder(x, attend, rotation=rotation)[:, :n]
+        windows = prepared(window_ids(segment_ids, coords, grids, c.window))
+
+        def attend_within(qkv, *, width, full):  # type: ignore[no-untyped-def]
+            # One program for both kinds of block, so the bounds are those of both.
+            ids = jax.tree.map(lambda a, b: jnp.where(full, a, b), segments, windows)
+            return attention_qkvpacked(
+                qkv,
+                ids,
+                width=width,
+                implementation=self.implementation,
+                max_segments=most_windows(n, slots, c.window),
+                max_segment_tokens=longest,
+            )
+
+        full = np.isin(np.arange(c.depth), c.full_blocks)
+        return self.encoder(x, attend_within, rotation=rotation, full=full)
 
     def pooling_weights(self, packed: PackedTokens) -> Float[Array, "b n h"]:
         """How much each head of the pooling takes from each token, in float32.
@@ -206,6 +292,26 @@ def _normalize(
     if patches.dtype == jnp.uint8:
         patches = patches.astype(jnp.float32) / 127.5 - 1.0
     return jnp.where(real, patches.astype(jnp.float32), 0.0)
+
+
+def _with_registers(
+    x: Float[Array, "b n d"],
+    segment_ids: Int[Array, "b n"],
+    grids: Int[Array, "b s 2"],
+    registers: Float[Array, "r d"],
+) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
+    """Rows with the registers of every filled slot after their `n` tokens.
+
+    There are `m = n + s * r` tokens, rounded up to what a TPU's kernels take.
+    """
+    b, s, r = *grids.shape[:2], len(registers)
+    filled = grids[..., 0] > 0
+    ids = jnp.where(filled, jnp.arange(1, s + 1, dtype=segment_ids.dtype)[None], 0)
+    ids = jnp.concatenate([segment_ids, jnp.repeat(ids, r, axis=1)], 1)
+    own = jnp.where(filled[..., None, None], registers[None, None], 0.0)
+    x = jnp.concatenate([x, own.reshape(b, s * r, -1)], 1)
+    more = -ids.shape[1] % LANES if platform() == "tpu" else 0
+    return jnp.pad(x, ((0, 0), (0, more), (0, 0))), jnp.pad(ids, ((0, 0), (0, more)))
 
 
 def _own(

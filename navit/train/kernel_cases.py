@@ -1,6 +1,6 @@
 """The cases of `kernel_check.py`: small arrays, a plain path, and its kernels.
 
-The plain paths of the fused layers restate `navit/model/encoder.py`, since the model's
+The plain paths of the fused layers restate `navit/model/block.py`, since the model's
 layers have one compute dtype, and the check needs float32 as well.
 """
 

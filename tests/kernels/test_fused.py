@@ -14,7 +14,8 @@ from navit.config import MeshConfig
 from navit.kernels.fused import chunks, fits
 from navit.kernels.fused_mlp import MlpWeights, fused_mlp
 from navit.kernels.norm_project import ProjectWeights, norm_project
-from navit.model import encoder
+from navit.model import block as block_file
+from navit.model import mlp as mlp_file
 from navit.model.attention import attention_qkvpacked
 from navit.sharding import Rules, make_mesh
 
@@ -188,9 +189,8 @@ def test_a_block_gives_the_same_results_with_kernels(
 ):
     """With `[b, n, c]` between the product and attention, and with `[b, c, n]`."""
     shared = dict(dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0), fused=True)
-    block = encoder.Block(
-        128, 512, num_heads, qk_norm=False, use_bias=use_bias, **shared
-    )
+    options = block_file.BlockOptions(128, 512, num_heads, use_bias=use_bias)
+    block = block_file.Block(options, **shared)
     x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2], [1, 0]]), 64, axis=1)
 
@@ -202,15 +202,16 @@ def test_a_block_gives_the_same_results_with_kernels(
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(block, x)
 
     expected, called = run(), []
-    monkeypatch.setattr(encoder, "fits", lambda *args: True)
-    monkeypatch.setattr(encoder, "heads_fill_lanes", lambda *args: num_heads == 2)
-    for kernel in (fused_mlp, norm_project):
+    for file in (block_file, mlp_file):
+        monkeypatch.setattr(file, "fits", lambda *args: True)
+    monkeypatch.setattr(block_file, "heads_fill_lanes", lambda *args: num_heads == 2)
+    for file, kernel in ((mlp_file, fused_mlp), (block_file, norm_project)):
 
         def recorded(*args, kernel=kernel, **options):
             called.append(kernel)
             return kernel(*args, **options, **SIMULATED)
 
-        monkeypatch.setattr(encoder, kernel.__name__, recorded)
+        monkeypatch.setattr(file, kernel.__name__, recorded)
     found = run()
     assert called == [norm_project, fused_mlp]
     for (path, b), a in zip(
