@@ -162,9 +162,15 @@ def steps_for(config: Config, source: Source, target: float) -> Spent:
     )
     spent = Spent(0, 0, 0, 0)
     while spent.flops < target:
-        lengths = plans[spent.steps].lengths
+        rows = plans[spent.steps]
+        lengths = rows.lengths
         images, tokens = len(lengths), int(lengths.sum())
-        counts = flops.Counts(tokens, int((lengths**2).sum()), images)
+        counts = flops.Counts(
+            tokens,
+            int((lengths**2).sum()),
+            images,
+            window_squares=flops.window_squares(config.model, rows.grids),
+        )
         if config.train.needs("text_tower"):
             counts = counts._replace(captions=images, pairs=images**2)
         cost = flops.train_step(config, counts).total

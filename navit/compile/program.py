@@ -209,6 +209,7 @@ def _counts(config: Config, rows: Rows) -> flops.Counts:
         images=count,
         captions=rows.images if text else 0,
         pairs=rows.images**2 if text else 0,
+        window_squares=flops.window_squares(config.model, rows.grids),
     )
 
 

@@ -88,7 +88,12 @@ def cost(config: Config, sizes: np.ndarray, budget: int) -> dict[str, Any]:
         patch_size=config.model.vision.patch_size,
         max_upscale=1.0,
     ).prod(-1)
-    counts = flops.Counts(int(tokens.sum()), int((tokens**2).sum()), len(sizes))
+    counts = flops.Counts(
+        int(tokens.sum()),
+        int((tokens**2).sum()),
+        len(sizes),
+        window_squares=flops.window_squares(config.model, grids),
+    )
     return {
         "tokens_per_image": round(float(tokens.mean()), 1),
         "enlarged": round(float((tokens > native).mean()), 4),

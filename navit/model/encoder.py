@@ -96,7 +96,7 @@ class Encoder(nnx.Module):
 @functools.cache
 def _warn_unfused(settings: tuple[str, ...]) -> None:
     _log.warning(
-        "model.vision.%s: the TPU kernels around attention do not cover it, so the MLP "
-        "runs as plain products",
+        "model.vision.%s: the TPU kernels around attention do not cover it, so plain "
+        "products run in their place",
         ", ".join(settings),
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
 from navit.config import Config, ModelConfig
 
 
@@ -24,6 +26,8 @@ class Counts(NamedTuple):
       captions: their captions; 0 if the loss takes no text.
       pairs: (image, caption) pairs that the loss compares: the number of images in a
         global batch, squared. 0 if the loss takes no text.
+      window_squares: the sum over windows of tokens squared, if blocks attend within
+        windows (`window_squares`).
     """
 
     tokens: int = 0
@@ -31,6 +35,22 @@ class Counts(NamedTuple):
     images: int = 0
     captions: int = 0
     pairs: int = 0
+    window_squares: int = 0
+
+
+def window_squares(model: ModelConfig, grids: np.ndarray) -> int:
+    """The sum over all windows of tokens squared; 0 for a tower without windows.
+
+    Args:
+      grids: (rows, columns) of images, `[..., 2]`, of which all tokens are kept.
+    """
+    window = model.vision.window
+    if not window:
+        return 0
+    sides = np.asarray(grids, np.int64).reshape(-1, 2)
+    # Of a window of h x w: h^2 w^2, so the sums over rows and columns multiply.
+    squares = sides // window * window**2 + (sides % window) ** 2
+    return int(squares.prod(-1).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +80,13 @@ def forward(model: ModelConfig, counts: Counts) -> Flops:
     """Counts the forward pass."""
     v, text = model.vision, model.text
     d = v.width
-    vision = 2 * v.patch_size**2 * 3 * d + v.depth * _block(d, v.mlp_dim)
+    # Registers are tokens of every block, and attend with their image's patches.
+    r, full = v.registers, len(v.full_blocks) if v.window else v.depth
+    tokens = counts.tokens + r * counts.images
+    squares = counts.squares + 2 * r * counts.tokens + r**2 * counts.images
+    vision = counts.tokens * 2 * v.patch_size**2 * 3 * d
+    vision += tokens * v.depth * _block(d, v.mlp_dim, gated=v.gated)
+    attended = squares * full + counts.window_squares * (v.depth - full)
     embed = v.embed_dim or d
     head_token = head_image = 0
     if v.pool == "map":
@@ -76,8 +102,8 @@ def forward(model: ModelConfig, counts: Counts) -> Flops:
         layer = t * _block(w, text.mlp_dim) + 4 * w * t * t
         caption = text.depth * layer + 2 * w * embed
     return Flops(
-        vision=counts.tokens * vision,
-        attention=counts.squares * v.depth * 4 * d,
+        vision=vision,
+        attention=attended * 4 * d,
         head=counts.tokens * head_token + counts.images * head_image,
         text=counts.captions * caption,
         loss=counts.pairs * 2 * embed,
@@ -101,9 +127,9 @@ def train_step(config: Config, counts: Counts) -> Flops:
     )
 
 
-def _block(width: int, mlp_dim: int) -> int:
+def _block(width: int, mlp_dim: int, *, gated: bool = False) -> int:
     """Operations of one token in one layer: four projections and the MLP."""
-    return 8 * width**2 + 4 * width * mlp_dim
+    return 8 * width**2 + (6 if gated else 4) * width * mlp_dim
 
 
 # Peak dense bfloat16 operations per second of one jax device, by a substring of its

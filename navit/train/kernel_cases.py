@@ -151,8 +151,8 @@ def fused_cases(
             why = "not used with model.fused=false"
         elif rules.tensor is not None:
             why = f"not used with mesh.tensor={config.mesh.tensor}"
-        elif name == "norm_project" and getattr(sizes, "qk_norm", False):
-            why = f"not used with model.{tower}.qk_norm=true"
+        elif other := _uncovered(name, sizes):
+            why = f"not used with model.{tower}.{other}"
         elif _kernel_platform() != "tpu":
             why = f"is a TPU kernel, and this runs on a {platform()}"
         elif not _fits(x, channels):
@@ -174,6 +174,23 @@ def fused_cases(
             altered=_one_image(segments),
             terms=max(ids.size, channels),
         )
+
+
+# The settings that each fused kernel takes only at their defaults.
+_COVERED = {
+    "fused_mlp": ("norm", "eps", "act", "gated", "layer_scale"),
+    "norm_project": ("norm", "eps", "qk_norm"),
+}
+
+
+def _uncovered(kernel: str, sizes: VisionConfig | TextConfig) -> str | None:
+    """A setting, as `name=value`, with which the tower does not use this kernel."""
+    for name in _COVERED[kernel]:
+        usual = getattr(VisionConfig, name)
+        value = getattr(sizes, name, usual)
+        if value != usual:
+            return f"{name}={str(value).lower()}"
+    return None
 
 
 def _plain_norm(

@@ -50,6 +50,7 @@ _NAMES = (
     "tokens",
     "places",
     "squares",
+    "window_squares",
     "unreadable",
 )
 
@@ -82,6 +83,7 @@ class Meter:
             int(lengths.sum()),
             batch.images.segment_ids.size,
             int((lengths**2).sum()),
+            flops.window_squares(self._config.model, np.asarray(batch.images.grids)),
             unreadable.size,
         ]
         self._waited += waited
@@ -129,7 +131,12 @@ class Meter:
     def _utilization(self, n: dict[str, int], steps: int, seconds: float) -> Values:
         """Model FLOP/s, and their share of the devices' peak."""
         pairs = round(n["images"] ** 2 / steps)  # batches differ little
-        counts = flops.Counts(n["tokens"], n["squares"], n["segments"])
+        counts = flops.Counts(
+            n["tokens"],
+            n["squares"],
+            n["segments"],
+            window_squares=n["window_squares"],
+        )
         if self._config.train.needs("text_tower"):
             counts = counts._replace(captions=n["images"], pairs=pairs)
         rate = flops.train_step(self._config, counts).total / seconds
