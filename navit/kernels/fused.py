@@ -38,6 +38,7 @@ class Plan:
       channels: channels of the widest array in one step.
       transposed: the projection is written, and its gradient read, as `[b, c, n]`.
       interpret: simulate the kernel on any device, slowly, for tests.
+      eps: of the norm.
     """
 
     axes: tuple[str, ...]
@@ -45,6 +46,7 @@ class Plan:
     channels: int
     transposed: bool
     interpret: Any
+    eps: float = EPSILON
 
 
 def fits(x: Array, hidden: int, axes: tuple[str, ...]) -> bool:
@@ -289,7 +291,7 @@ class Call:
         self, x: Any, scale: Any, bias: Any, normed: Any, part: slice = slice(None)
     ) -> None:
         """Writes the norm of a block's tokens to `normed`."""
-        standard, _ = _standardize(x[part])
+        standard, _ = _standardize(x[part], self.plan.eps)
         normed[part] = (standard * scale[...] + bias[...]).astype(self.dtype)
 
     def begin(
@@ -339,7 +341,7 @@ class Call:
         @pl.when(pl.program_id(1) == self.grid[1] - 1)
         def _norm() -> None:
             d_normed, residual = total[...], above[...].astype(jnp.float32)
-            standard, inverse = _standardize(x[...])
+            standard, inverse = _standardize(x[...], self.plan.eps)
             inner = d_normed * scale[...]
             mean = inner.mean(-1, keepdims=True)
             along = (inner * standard).mean(-1, keepdims=True)
@@ -350,7 +352,7 @@ class Call:
                 vectors[i : i + 1] += each.sum(0, keepdims=True)
 
 
-def _standardize(x: Array) -> tuple[Array, Array]:
+def _standardize(x: Array, eps: float) -> tuple[Array, Array]:
     """The norm without scale and bias, and one over the standard deviation.
 
     Args:
@@ -358,5 +360,5 @@ def _standardize(x: Array) -> tuple[Array, Array]:
     """
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
     return x * inverse, inverse

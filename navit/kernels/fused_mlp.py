@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from navit.kernels.fused import (
+    EPSILON,
     Call,
     Plan,
     block_tokens,
@@ -41,6 +42,7 @@ def fused_mlp(
     weights: MlpWeights,
     *,
     axes: tuple[str, ...] = (),
+    eps: float = EPSILON,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> Float[Array, "b n d"]:
     """`x + down(gelu(up(norm(x))))`, with LayerNorm and the tanh-approximated GELU.
@@ -49,6 +51,7 @@ def fused_mlp(
 
     Args:
       axes: the mesh axes that b is split over.
+      eps: of the norm.
       interpret: `pltpu.InterpretParams()` simulates the kernels on a CPU, for tests.
 
     Raises:
@@ -58,7 +61,7 @@ def fused_mlp(
     tokens = block_tokens(x, hidden, axes)
     if not tokens:
         raise ValueError(f"no kernel for x {x.shape} and {hidden} hidden channels")
-    plan = Plan(axes, tokens, chunks(hidden)[1], False, interpret)
+    plan = Plan(axes, tokens, chunks(hidden)[1], False, interpret, eps)
     return _mlp(plan, x, weights)
 
 

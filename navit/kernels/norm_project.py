@@ -11,7 +11,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from navit.kernels.fused import Call, Plan, block_tokens, gradients, on_each_device
+from navit.kernels.fused import (
+    EPSILON,
+    Call,
+    Plan,
+    block_tokens,
+    gradients,
+    on_each_device,
+)
 from navit.kernels.splash_blocks import dot
 
 
@@ -30,6 +37,7 @@ def norm_project(
     *,
     transposed: bool = False,
     axes: tuple[str, ...] = (),
+    eps: float = EPSILON,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
     """Returns `norm(x) @ kernel + bias`, and x for the residual.
@@ -40,7 +48,7 @@ def norm_project(
       weights: c must be a multiple of d.
       transposed: store the product as `[b, c, n]` in memory, for kernels that read this
         layout. The row length must be a multiple of 128 tokens.
-      axes, interpret: see `navit.kernels.fused_mlp.fused_mlp`.
+      axes, eps, interpret: see `navit.kernels.fused_mlp.fused_mlp`.
 
     Raises:
       ValueError: if the kernels do not support these shapes (see
@@ -51,7 +59,8 @@ def norm_project(
     if not tokens or channels % width:
         raise ValueError(f"no kernel for x {x.shape} and kernel {(width, channels)}")
     # One step each for queries, keys and values.
-    return _project(Plan(axes, tokens, width, transposed, interpret), x, weights)
+    plan = Plan(axes, tokens, width, transposed, interpret, eps)
+    return _project(plan, x, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -55,7 +55,7 @@ class BlockOptions:
     def unfused(self) -> list[str]:
         """The settings that the fused kernels do not cover, as `name=value`."""
         usual = BlockOptions(self.width, self.mlp_dim, self.num_heads)
-        names = ("norm", "eps", "act", "gated", "layer_scale")
+        names = ("norm", "act", "gated", "layer_scale")
         return [
             f"{name}={getattr(self, name)}"
             for name in names
@@ -133,7 +133,9 @@ class SelfAttention(nnx.Module):
             transposed = x.shape[1] % LANES == 0 and not heads_fill_lanes(
                 self.num_heads, width
             )
-            qkv, x = norm_project(x, weights, transposed=transposed, axes=axes)
+            qkv, x = norm_project(
+                x, weights, transposed=transposed, axes=axes, eps=norm.epsilon
+            )
         else:
             kernel, bias = self._joined(x.dtype)
             qkv = product(norm(x), kernel)
@@ -209,13 +211,12 @@ class Block(nnx.Module):
             make_norm, o.norm, width, eps=o.eps, use_bias=o.use_bias
         )
         shared: Any = dict(use_bias=o.use_bias, dtype=dtype, rules=rules, rngs=rngs)
-        standard_norm = o.norm == "layer" and o.eps == EPSILON
         self.attention_norm = norm(dtype=dtype, rngs=rngs)
         self.attention = SelfAttention(
             width,
             o.num_heads,
             qk_norm=o.qk_norm,
-            fused=fused and standard_norm,
+            fused=fused and o.norm == "layer",
             learned_theta=o.learned_theta,
             **shared,
         )

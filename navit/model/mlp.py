@@ -78,7 +78,7 @@ class Mlp(nnx.Module):
                 down=down,
                 down_bias=vector(self.down.bias, width),
             )
-            return fused_mlp(x, weights, axes=rules.batch_axes)
+            return fused_mlp(x, weights, axes=rules.batch_axes, eps=norm.epsilon)
         act, normed = _ACTIVATIONS[self.act], norm(x)
         if self.gate is None:
             y = act(self.up(normed))

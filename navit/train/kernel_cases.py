@@ -127,9 +127,13 @@ def fused_cases(
 
     norm = dict(scale=1 + vector(width), bias=vector(width))
     x = jnp.asarray(rng.standard_normal((*ids.shape, width), np.float32), dtype)
-    simulated: Any = dict(interpret=simulation())
+    eps = getattr(sizes, "eps", EPSILON)
+    simulated: Any = dict(interpret=simulation(), eps=eps)
     mlp = functools.partial(fused_mlp, **simulated)
     project = functools.partial(norm_project, transposed=transposed, **simulated)
+    plain_mlp, plain_project = (
+        functools.partial(plain, eps=eps) for plain in (_plain_mlp, _plain_project)
+    )
     hidden, joined = sizes.mlp_dim, 3 * width
     mlp_weights = MlpWeights(
         up=matrix(width, hidden),
@@ -142,8 +146,8 @@ def fused_cases(
         kernel=matrix(width, joined), kernel_bias=vector(joined), **norm
     )
     layers: list[tuple[str, int, Callable, Callable, Any]] = [
-        ("fused_mlp", hidden, mlp, _plain_mlp, mlp_weights),
-        ("norm_project", joined, project, _plain_project, project_weights),
+        ("fused_mlp", hidden, mlp, plain_mlp, mlp_weights),
+        ("norm_project", joined, project, plain_project, project_weights),
     ]
     for name, channels, run, plain, weights in layers:
         why = None
@@ -178,8 +182,8 @@ def fused_cases(
 
 # The settings that each fused kernel takes only at their defaults.
 _COVERED = {
-    "fused_mlp": ("norm", "eps", "act", "gated", "layer_scale"),
-    "norm_project": ("norm", "eps", "qk_norm"),
+    "fused_mlp": ("norm", "act", "gated", "layer_scale"),
+    "norm_project": ("norm", "qk_norm"),
 }
 
 
@@ -194,22 +198,24 @@ def _uncovered(kernel: str, sizes: VisionConfig | TextConfig) -> str | None:
 
 
 def _plain_norm(
-    x: Float[Array, "b n d"], weights: MlpWeights | ProjectWeights
+    x: Float[Array, "b n d"], weights: MlpWeights | ProjectWeights, eps: float
 ) -> Float[Array, "b n d"]:
-    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=EPSILON)
+    y = jax.nn.standardize(x.astype(jnp.float32), epsilon=eps)
     return (y * weights.scale + weights.bias).astype(x.dtype)
 
 
-def _plain_mlp(x: Float[Array, "b n d"], weights: MlpWeights) -> Float[Array, "b n d"]:
-    y = _plain_norm(x, weights) @ weights.up + weights.up_bias
+def _plain_mlp(
+    x: Float[Array, "b n d"], weights: MlpWeights, eps: float
+) -> Float[Array, "b n d"]:
+    y = _plain_norm(x, weights, eps) @ weights.up + weights.up_bias
     y = jax.nn.gelu(y.astype(x.dtype), approximate=True)
     return x + (y @ weights.down + weights.down_bias).astype(x.dtype)
 
 
 def _plain_project(
-    x: Float[Array, "b n d"], weights: ProjectWeights
+    x: Float[Array, "b n d"], weights: ProjectWeights, eps: float
 ) -> tuple[Float[Array, "b n c"], Float[Array, "b n d"]]:
-    y = _plain_norm(x, weights) @ weights.kernel + weights.kernel_bias
+    y = _plain_norm(x, weights, eps) @ weights.kernel + weights.kernel_bias
     return y.astype(x.dtype), x
 
 

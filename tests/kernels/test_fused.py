@@ -183,13 +183,15 @@ def test_unsupported_shapes_are_an_error(rng):
         simulated(x[:, :100], mlp)
 
 
-@pytest.mark.parametrize("num_heads, use_bias", [(2, True), (4, True), (2, False)])
+@pytest.mark.parametrize(
+    "num_heads, use_bias, eps", [(2, True, 1e-6), (4, True, 1e-2), (2, False, 1e-6)]
+)
 def test_a_block_gives_the_same_results_with_kernels(
-    num_heads, use_bias, rng, monkeypatch
+    num_heads, use_bias, eps, rng, monkeypatch
 ):
     """With `[b, n, c]` between the product and attention, and with `[b, c, n]`."""
     shared = dict(dtype=jnp.float32, rules=Rules(), rngs=nnx.Rngs(0), fused=True)
-    options = block_file.BlockOptions(128, 512, num_heads, use_bias=use_bias)
+    options = block_file.BlockOptions(128, 512, num_heads, use_bias=use_bias, eps=eps)
     block = block_file.Block(options, **shared)
     x = jnp.asarray(rng.normal(size=(2, 128, 128)), jnp.float32)
     segments = jnp.repeat(jnp.asarray([[1, 2], [1, 0]]), 64, axis=1)

@@ -210,7 +210,7 @@ def test_defaults_have_the_parameters_they_had():
         jax.tree_util.keystr(path)
         for path, _ in jax.tree_util.tree_leaves_with_path(make_vision())
     }
-    for new in ("gate", "scale'", "registers", "frequencies", "pre_norm", "_scale"):
+    for new in ("gate", "registers", "frequencies", "pre_norm", "_scale"):
         assert not any(new in name for name in names), new
 
 
