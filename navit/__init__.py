@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from navit.config import Config as Config
     from navit.embed import Embedder as Embedder
     from navit.input.pack_images import pack as pack
+    from navit.input.pack_video import pack_video as pack_video
     from navit.input.pipeline import train_batches as train_batches
     from navit.input.unpack_images import unpack as unpack
     from navit.model.vision import Vision as Vision
@@ -35,6 +36,7 @@ _HOMES = {
     "load": "navit.weights",
     "open_source": "navit.sources.kinds",
     "pack": "navit.input.pack_images",
+    "pack_video": "navit.input.pack_video",
     "save": "navit.weights",
     "strategies": "navit.plan.strategies",
     "train_batches": "navit.input.pipeline",

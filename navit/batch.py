@@ -21,6 +21,10 @@ class PackedImages(NamedTuple):
       segment_ids: `[b, n]` int32; 0 is padding, k the image in slot k-1 of its row.
       coords: `[b, n, 2]` int32 (row, column) of the patch in its image's grid.
       grids: `[b, s, 2]` int32 (rows, columns) of each slot's image; (0, 0) is empty.
+
+    A slot may hold a whole video clip (`navit.pack_video`): then coords are
+    (time, row, column) and grids (times, rows, columns), `[..., 3]`. A patch of several
+    frames has their pixels frame by frame.
     """
 
     patches: Any
@@ -44,9 +48,10 @@ class PackedImages(NamedTuple):
             raise ValueError(f"patches must be uint8 or float, not {patches.dtype}")
         if segments.shape != (b, n):
             raise ValueError(f"segment_ids must be {(b, n)}, not {segments.shape}")
-        if coords.shape != (b, n, 2):
+        axes = 3 if coords.shape == (b, n, 3) and grids.shape[-1:] == (3,) else 2
+        if coords.shape != (b, n, axes):
             raise ValueError(f"coords must be {(b, n, 2)}, not {coords.shape}")
-        if grids.ndim != 3 or grids.shape[0] != b or grids.shape[2] != 2:
+        if grids.ndim != 3 or grids.shape[0] != b or grids.shape[2] != axes:
             raise ValueError(f"grids must be [{b}, s, 2], not {grids.shape}")
         if (grids < 0).any():
             raise ValueError(f"grids must not be negative, but one has {grids.min()}")

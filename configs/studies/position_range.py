@@ -1,4 +1,4 @@
-"""Position embeddings beyond the training range: six kinds.
+"""Position embeddings beyond the training range: six added ones, three rotary ones.
 
   python -m navit.bench.study configs/studies/position_range.py --plot
 
@@ -19,6 +19,7 @@ from navit.config import (
     ModelConfig,
     OptimConfig,
     PositionConfig,
+    RotaryConfig,
     Study,
     Synthetic,
     TrainConfig,
@@ -45,14 +46,21 @@ def get_study() -> Study:
             factorized, coordinates="absolute", encoding="fourier"
         ),
     }
+    added = {name: _config(position) for name, position in kinds.items()}
+    none = PositionConfig(kind="none")
+    turned = {
+        "rotary": _config(none, RotaryConfig("qwen")),
+        "rotary, -1 to 1": _config(none, RotaryConfig("dinov3")),
+        "rotary, learned": _config(none, RotaryConfig("mixed")),
+    }
     return Study(
         title="Position embeddings beyond the training range",
-        configs={name: _config(position) for name, position in kinds.items()},
+        configs=added | turned,
         flops=(0.3e12,),
     )
 
 
-def _config(position: PositionConfig) -> Config:
+def _config(position: PositionConfig, rotary: RotaryConfig | None = None) -> Config:
     usual = Synthetic(size=120, seed=1, task="fine", aspect=(1.0, 2.0))
     unusual = dataclasses.replace(usual, aspect=(3.0, 4.0))
     return Config(
@@ -64,6 +72,7 @@ def _config(position: PositionConfig) -> Config:
                 num_heads=2,
                 num_classes=5,
                 position=position,
+                rotary=rotary,
             ),
             text=None,
             attention="xla",  # faster here than "unpack": rows are short

@@ -142,7 +142,8 @@ class VisionConfig:
     `rotary`: turns queries and keys, besides what `position` adds or in its place.
     `norm`, `eps`: of every norm. `act`: GELU by its tanh approximation, exact, or as
     x sigmoid(1.702 x); or SiLU. `gated`: the MLP is down(act(gate(x)) * up(x)).
-    `patch_bias`: of the patch embedding; None is `use_bias`.
+    `patch_bias`: of the patch embedding; None is `use_bias`. `patch_frames`: frames of
+    a video in one patch; a still image counts as that many equal frames (Qwen2-VL).
     `pre_norm`: a norm before the first block. `final_norm`: one after the last.
     `layer_scale`: the first value of a learned factor of each channel of each branch
     (CaiT, arXiv 2103.17239); None has no factors.
@@ -171,6 +172,7 @@ class VisionConfig:
     act: Literal["tanh", "exact", "quick", "silu"] = "tanh"
     gated: bool = False
     patch_bias: bool | None = None
+    patch_frames: int = 1
     pre_norm: bool = False
     final_norm: bool = True
     layer_scale: float | None = None
@@ -180,6 +182,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads", "eps")
+        positive(self, "patch_frames")
         divisible(self)
         self._check_options()
         if self.embed_dim is not None:

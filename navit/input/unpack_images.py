@@ -16,6 +16,8 @@ def unpack(
 ) -> list[np.ndarray]:
     """Each image's tokens as an array `[rows, columns, d]`: the way back from `pack`.
 
+    Those of a clip in one slot are `[times, rows, columns, d]`.
+
     `pack` reorders the images. With its `index`, the arrays come in the images' order;
     without, they come row by row and slot by slot.
 
@@ -50,14 +52,16 @@ def unpack(
     images = []
     for row, slot in filled:
         mine = segment_ids[row] == slot + 1
-        rows, columns = grids[row, slot]
-        place = coords[row, mine] @ (columns, 1)
-        if not np.array_equal(np.sort(place), np.arange(rows * columns)):
+        grid, place = grids[row, slot], coords[row, mine, 0]
+        for axis in range(1, len(grid)):
+            place = place * grid[axis] + coords[row, mine, axis]
+        if not np.array_equal(np.sort(place), np.arange(grid.prod())):
+            size = "x".join(map(str, grid))
             raise ValueError(
                 f"the image in row {row} slot {slot} has {len(place)} tokens, not each "
-                f"one of its {rows}x{columns} grid once: unpack only images without "
-                "dropped tokens"
+                f"one of its {size} grid once: unpack only images without dropped "
+                "tokens"
             )
         image = tokens[row, mine][place.argsort()]
-        images.append(image.reshape(rows, columns, -1))
+        images.append(image.reshape(*grid, -1))
     return images

@@ -84,7 +84,7 @@ def forward(model: ModelConfig, counts: Counts) -> Flops:
     r, full = v.registers, len(v.full_blocks) if v.window else v.depth
     tokens = counts.tokens + r * counts.images
     squares = counts.squares + 2 * r * counts.tokens + r**2 * counts.images
-    vision = counts.tokens * 2 * v.patch_size**2 * 3 * d
+    vision = counts.tokens * 2 * v.patch_frames * v.patch_size**2 * 3 * d
     vision += tokens * v.depth * _block(d, v.mlp_dim, gated=v.gated)
     attended = squares * full + counts.window_squares * (v.depth - full)
     embed = v.embed_dim or d

@@ -15,6 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from navit.config import PositionConfig
+from navit.model.mrope import mrope_ids as mrope_ids
+from navit.model.mrope import v2pe_ids as v2pe_ids
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # a lookup must not round the table
 

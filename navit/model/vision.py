@@ -72,7 +72,7 @@ class Vision(nnx.Module):
         shared = dict(use_bias=c.use_bias, dtype=self.dtype, rules=rules, rngs=rngs)
         bias = c.use_bias if c.patch_bias is None else c.patch_bias
         self.patch = linear(
-            c.patch_size**2 * 3,
+            c.patch_frames * c.patch_size**2 * 3,
             c.width,
             names=(None, "embed"),
             **{**shared, "use_bias": bias},
@@ -164,14 +164,15 @@ class Vision(nnx.Module):
                 "navit.pack(images)"
             )
         p, channels = self.config.patch_size, np.shape(packed.patches)[-1]
-        if channels != p**2 * 3:
+        frames = self.config.patch_frames
+        if channels not in (p**2 * 3, frames * p**2 * 3):
             side = (channels / 3) ** 0.5
             raise ValueError(
                 f"the patches are {side:g}x{side:g} pixels, but this model takes "
                 f"{p}x{p}: pack the images with patch_size={p}"
             )
         if not isinstance(packed.grids, jax.core.Tracer):
-            self.config.position.check(np.asarray(packed.grids))
+            self.config.position.check(np.asarray(packed.grids)[..., -2:])
             longest = np.asarray(packed.grids).prod(-1).max(initial=0)
             if max_image_tokens is not None and longest > max_image_tokens:
                 raise ValueError(
@@ -181,14 +182,16 @@ class Vision(nnx.Module):
         patches, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
         slots = grids.shape[1]
         real = (segment_ids > 0)[..., None]
+        if channels == p**2 * 3 and frames > 1:  # a still image
+            patches = jnp.concatenate([patches] * frames, -1)
 
         coords = jnp.where(real, coords, 0)
-        own = _own(grids, segment_ids)
+        own = _own(grids[..., -2:], segment_ids)  # a clip's time has no position here
         with jax.named_scope("embedding"):
             x = self.patch(_normalize(patches, real).astype(self.dtype))
             x = x.astype(jnp.float32)
             if self.position is not None:
-                x = x + self.position(coords, own)
+                x = x + self.position(coords[..., -2:], own)
         x = self._blocks(x, segment_ids, coords, grids, own, max_image_tokens)
         x = jnp.where(real, x, jnp.zeros((), x.dtype))
         tokens = PackedTokens(x, segment_ids, coords, grids)
@@ -215,8 +218,8 @@ class Vision(nnx.Module):
         self,
         x: Float[Array, "b n d"],
         segment_ids: Int[Array, "b n"],
-        coords: Int[Array, "b n 2"],
-        grids: Int[Array, "b s 2"],
+        coords: Int[Array, "b n a"],
+        grids: Int[Array, "b s a"],
         own: Int[Array, "b n 2"],
         longest: int | None,
     ) -> Float[Array, "b n d"]:
@@ -234,7 +237,9 @@ class Vision(nnx.Module):
         rotation = None
         if c.rotary is not None:
             head, after = c.width // c.num_heads, x.shape[1] - n
-            rotation = rotary.rotation(c.rotary, coords, own, head, unturned=after)
+            rotation = rotary.rotation(
+                c.rotary, coords[..., -2:], own, head, unturned=after
+            )
         if self.pre_norm is not None:
             x = self.pre_norm(x.astype(self.dtype))
         x = jnp.where((ids > 0)[..., None], x, 0.0)
@@ -248,6 +253,10 @@ class Vision(nnx.Module):
                 max_segment_tokens=longest,
             )
             return self.encoder(x, attend, rotation=rotation)[:, :n]
+        if grids.shape[-1] != 2:
+            raise ValueError(
+                "windows are of single frames: pack the video with together=False"
+            )
         windows = prepared(window_ids(segment_ids, coords, grids, c.window))
 
         def attend_within(qkv, *, width, full):  # type: ignore[no-untyped-def]
@@ -297,7 +306,7 @@ def _normalize(
 def _with_registers(
     x: Float[Array, "b n d"],
     segment_ids: Int[Array, "b n"],
-    grids: Int[Array, "b s 2"],
+    grids: Int[Array, "b s a"],
     registers: Float[Array, "r d"],
 ) -> tuple[Float[Array, "b m d"], Int[Array, "b m"]]:
     """Rows with the registers of every filled slot after their `n` tokens.
