@@ -9,6 +9,8 @@ each head's channels, which converters make.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +20,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from navit.config import RotaryConfig
+from navit.kernels import turn as kernel
+from navit.sharding import platform
+
+_log = logging.getLogger(__name__)
 
 # theta, coordinates and the side of the reference grid of each kind.
 _PRESETS: dict[str, tuple[float, str, int]] = {
@@ -37,11 +43,13 @@ class Rotation(NamedTuple):
     Attributes:
       positions: (row, column) of each token; 0 at padding.
       cos, sin: of the angles of the pairs; None if each block learns its frequencies.
+      tables: the same for the TPU kernel; None where it does not run.
     """
 
     positions: Float[Array, "b n 2"]
     cos: Float[Array, "b n m"] | None
     sin: Float[Array, "b n m"] | None
+    tables: kernel.Tables | None = None
 
     def turn(
         self,
@@ -56,6 +64,8 @@ class Rotation(NamedTuple):
         """
         if learned is not None:
             return rotate(qkv, _angles(self.positions, learned), width)
+        if self.tables is not None:
+            return _by_kernel(qkv, self.tables, width)
         assert self.cos is not None and self.sin is not None
         return _turned(qkv, self.cos, self.sin, width)
 
@@ -67,16 +77,54 @@ def rotation(
     head_width: int,
     *,
     unturned: int = 0,
+    kernel_heads: int = 0,
 ) -> Rotation:
     """How tokens turn, with `unturned` tokens after them that do not.
 
-    `coords` and `grid` as for `angles`.
+    Args:
+      coords, grid: as for `angles`.
+      kernel_heads: heads on each device, if a TPU kernel may turn them; 0: it may not.
     """
     places = jnp.pad(positions(config, coords, grid), ((0, 0), (0, unturned), (0, 0)))
     if config.kind == "mixed":
         return Rotation(places, None, None)
     turns = _angles(places, jnp.asarray(frequencies(config, head_width)))
-    return Rotation(places, jnp.cos(turns), jnp.sin(turns))
+    cos, sin, tables = jnp.cos(turns), jnp.sin(turns), None
+    if kernel_heads and platform() == "tpu":
+        if kernel.takes(turns.shape[1], kernel_heads, head_width):
+            tables = kernel.tables(cos, sin, kernel_heads)
+        else:
+            _warn_slow(turns.shape[1], kernel_heads, head_width)
+    return Rotation(places, cos, sin, tables)
+
+
+@functools.cache
+def _warn_slow(row_tokens: int, heads: int, width: int) -> None:
+    _log.warning(
+        "model.vision.rotary: the TPU kernel does not take rows of %d tokens with %d "
+        "heads of %d channels; turning them without it is several times slower",
+        row_tokens,
+        heads,
+        width,
+    )
+
+
+def _by_kernel(
+    qkv: Float[Array, "b n c"], tables: kernel.Tables, width: int
+) -> Float[Array, "b n c"]:
+    """The kernel on each device's rows and heads."""
+    rows, _, heads = (*jax.typeof(qkv).sharding.spec, None, None, None)[:3]
+    if rows is None and heads is None:
+        return kernel.turn(qkv, tables, width)
+    whole = jax.P(rows, None, heads)
+    # check_vma=False: a kernel does not declare the axes over which its results vary.
+    mapped: Any = jax.shard_map(
+        lambda x, y: kernel.turn(x, y, width),
+        in_specs=(whole, jax.P(rows)),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return mapped(qkv, tables)
 
 
 def angles(

@@ -68,7 +68,7 @@ class Vision(nnx.Module):
         c = config.vision
         self.config, self.rules = c, rules
         self.implementation = None if config.attention == "auto" else config.attention
-        self.dtype = compute_dtype(config.dtype)
+        self.dtype, self.fused = compute_dtype(config.dtype), config.fused
         shared = dict(use_bias=c.use_bias, dtype=self.dtype, rules=rules, rngs=rngs)
         bias = c.use_bias if c.patch_bias is None else c.patch_bias
         self.patch = linear(
@@ -236,9 +236,14 @@ class Vision(nnx.Module):
             longest = None if longest is None else longest + c.registers
         rotation = None
         if c.rotary is not None:
-            head, after = c.width // c.num_heads, x.shape[1] - n
+            heads = c.num_heads // self.rules.size("tensor")
             rotation = rotary.rotation(
-                c.rotary, coords[..., -2:], own, head, unturned=after
+                c.rotary,
+                coords[..., -2:],
+                own,
+                c.width // c.num_heads,
+                unturned=x.shape[1] - n,
+                kernel_heads=heads if self.fused else 0,
             )
         if self.pre_norm is not None:
             x = self.pre_norm(x.astype(self.dtype))
