@@ -44,18 +44,17 @@ TURNED = {
 
 def main() -> None:
     """Computes and draws."""
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    axes = figure.subplots(5, 4).reshape(-1)
+    figure = Figure(figsize=(10, 9.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 1.2))
+    axes = above.subplots(4, 4).reshape(-1)
     maps = {name: added(config) for name, config in ADDED.items()}
     maps |= {name: turned(config) for name, config in TURNED.items()}
-    for ax, (name, values) in zip(axes, maps.items(), strict=False):
+    for ax, (name, values) in zip(axes, maps.items(), strict=True):
         ax.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
         ax.plot(AT[1], AT[0], "k+")
         ax.set_title(name, size=9)
         ax.set(xticks=[], yticks=[])
-    decay(figure.add_subplot(5, 1, 5))
-    for ax in axes[len(maps) :]:
-        ax.remove()
+    decay(below.add_subplot())
     figure.savefig(Path(__file__).with_name("positions.png"), dpi=100)
 
 
@@ -95,7 +94,9 @@ def decay(ax) -> None:
         bound = np.abs(np.cumsum(turns, -1)).mean(-1)
         ax.plot(distance, bound / bound[0], label=f"bound, theta {theta:,.0f}")
         ax.plot(distance, turns.real.mean(-1), "--", label="equal q and k")
-    ax.set_xlabel("1-D RoPE: how much of q·k is left at a distance of so many tokens")
+    ax.set_xlabel(
+        "1-D RoPE: q·k at a distance of so many tokens, relative to distance 0"
+    )
     ax.set_xlim(0, 256)
     ax.axhline(0, color="gray", lw=0.5)
     ax.legend(ncols=4, fontsize=8, frameon=False)

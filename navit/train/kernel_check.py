@@ -31,6 +31,7 @@ from navit.train.kernel_cases import (
     loss_case,
     simulation,
 )
+from navit.train.turn_case import turn_case
 
 log = logging.getLogger("navit")
 
@@ -41,6 +42,7 @@ _REPLACEMENTS = {
     "attention": ("model.attention=xla", "attention takes several times as long"),
     "fused_mlp": ("model.fused=false", "MLPs take longer"),
     "norm_project": ("model.fused=false", "MLPs take longer"),
+    "turn": ("model.fused=false", "rotary positions take longer"),
     "ring": ("train.losses.sigmoid.implementation=gather", "more memory"),
     "gather": ("train.losses.sigmoid.implementation=dense", "more memory"),
 }
@@ -135,6 +137,9 @@ def _layer_cases(
         yield make("vision", vision, ids, names, longest=most)
     fused = functools.partial(fused_cases, config, rules, only_used=only_used)
     yield from fused("vision", vision, ids)
+    turned = turn_case(config, ids, tensor=tensor, only_used=only_used)
+    if turned is not None:
+        yield turned
     if text is None:
         return
     beside = 0

@@ -171,6 +171,8 @@ def all_ok(monkeypatch):
         (["model.fused=false"], {x for x in KERNELS if "_" in x}),
         (["model.attention=xla"], {x for x in KERNELS if "attention" in x}),
         (["model.vision.qk_norm=true"], {"vision norm_project"}),
+        (["model.vision.act=exact"], {"vision fused_mlp"}),
+        (["model.vision.norm=rms"], {"vision fused_mlp", "vision norm_project"}),
         (["train.losses.sigmoid.implementation=dense"], {"loss gather"}),
         (["train.losses=softmax"], {"loss gather"}),
         (["train.check_kernels=false"], KERNELS),
