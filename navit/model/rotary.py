@@ -169,17 +169,26 @@ def frequencies(config: RotaryConfig, head_width: int) -> Float[np.ndarray, "2 m
     quarter = head_width // 4
     theta = _settings(config)[0]
     steps = np.arange(quarter)
-    first = theta ** (-4 * steps / head_width)
-    second, zero = first, np.zeros(quarter)
+    first = _inverse_powers(theta, 4 * steps, head_width)
+    second, zero = first, np.zeros(quarter, np.float32)
     if config.kind == "pixtral":
-        second = theta ** (-(4 * steps + 2) / head_width)
+        second = _inverse_powers(theta, 4 * steps + 2, head_width)
     if config.kind == "dinov3":
-        first, second = 2 * math.pi * first, 2 * math.pi * second
+        first = second = np.float32(2 * math.pi) * first
     of_first = np.concatenate([first, zero])
     of_second = np.concatenate([zero, second])
     if config.kind == "axial":  # columns come first
         of_first, of_second = of_second, of_first
     return np.stack([of_first, of_second]).astype(np.float32)
+
+
+def _inverse_powers(
+    theta: float, steps: Int[np.ndarray, " q"], head_width: int
+) -> Float[np.ndarray, " q"]:
+    """`theta^(-steps / head_width)`, rounded where PyTorch rounds: equal to the bit."""
+    exponents = steps.astype(np.float32) / np.float32(head_width)
+    powers = np.power(np.float64(theta), exponents.astype(np.float64))
+    return np.float32(1) / powers.astype(np.float32)
 
 
 def learned_frequencies(
