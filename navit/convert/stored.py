@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from navit.config import ModelConfig
+from navit.config import ModelConfig, PositionConfig, VisionConfig
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, place_of
 
@@ -88,6 +88,23 @@ def shape_of(
     return stored[name]
 
 
+# Settings of the image tower that SigLIP has only as they are by default.
+_SIGLIP_HAS_NOT = (
+    "rotary",
+    "norm",
+    "eps",
+    "act",
+    "gated",
+    "patch_bias",
+    "patch_frames",
+    "pre_norm",
+    "final_norm",
+    "layer_scale",
+    "registers",
+    "window",
+)
+
+
 def check_expressible(
     model: ModelConfig, format: str, *, embed_dim: bool = False
 ) -> None:
@@ -107,6 +124,14 @@ def check_expressible(
         "vision.embed_dim": v.embed_dim is not None and not embed_dim,
         "vision.num_classes": v.num_classes > 0,
     }
+    for part, usual, names in (
+        ("vision.position", PositionConfig, ("resize", "frame")),
+        ("vision", VisionConfig, _SIGLIP_HAS_NOT),
+    ):
+        config = operator.attrgetter(part)(model)
+        for name in names:
+            changed = getattr(config, name) != getattr(usual, name)
+            wrong[f"{part}.{name}"] = changed
     for name, is_wrong in wrong.items():
         if is_wrong:
             value = operator.attrgetter(name)(model)

@@ -524,6 +524,8 @@ def test_a_model_that_the_format_cannot_hold_is_refused(tmp_path):
     [
         ("qk_norm", True, ("huggingface", "big_vision")),
         ("use_bias", False, ("huggingface", "big_vision")),
+        ("gated", True, ("huggingface", "big_vision")),
+        ("registers", 4, ("huggingface", "big_vision")),
         ("num_classes", 5, ("huggingface", "big_vision")),
         ("embed_dim", 8, ("huggingface",)),
     ],
