@@ -279,8 +279,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=_local, metavar="OUT")
     convert.add_argument(
         "--format",
-        choices=("huggingface", "big_vision", "navit"),
-        help="format of OUT (default: big_vision for an .npz, otherwise huggingface)",
+        choices=("huggingface", "big_vision", "timm", "navit"),
+        help="format of OUT (default: big_vision for an .npz, timm for its NaFlexViT "
+        "with registers, otherwise huggingface)",
     )
     _add_overrides(
         convert,

@@ -39,7 +39,7 @@ def _from_weights(
     config = starting_from(
         config, weights.model, where=weights.where, overrides=overrides
     )
-    return config, functools.partial(build, weights)
+    return config, functools.partial(build, weights, seed=config.train.seed)
 
 
 def train(args: argparse.Namespace) -> int:

@@ -24,11 +24,12 @@ from navit.embed_batches import (
 from navit.embed_rows import tokens_of, vectors_of
 from navit.embed_views import ViewFeatures
 from navit.input import fill, tokens
+from navit.model.merger import Merger
 from navit.model.text import Text
 from navit.model.two_tower import TwoTower, normalize
 from navit.model.vision import Vision
 from navit.plan.geometry import check_count
-from navit.plan.strategies import Strategy
+from navit.plan.strategies import NativeStrategy, Strategy
 from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
 
@@ -71,6 +72,13 @@ class Embedder:
         return self.model.text
 
     @property
+    def merger(self) -> Merger:
+        """Tokens of the image tower -> what its language model gets."""
+        if self.model.merger is None:
+            raise ValueError("this model has no merger")
+        return self.model.merger
+
+    @property
     def embed_dim(self) -> int:
         """The size of the vectors."""
         config = self.vision.config
@@ -90,7 +98,8 @@ class Embedder:
         Args:
           images: arrays `(h, w, 3)` uint8 (numpy, jax or torch), PIL images, paths,
             open files, or files' contents.
-          max_tokens: the token budget of each.
+          max_tokens: the token budget of each. If the model's own strategy makes one
+            view of each image (QwenVL, Kimi, NaFlex), its bound is about this.
           strategy: embed each image's views by this rule (`navit.strategies`), in place
             of a budget. An image's vector is then the mean of its views' pooled
             vectors, each weighted by its view's tokens.
@@ -184,11 +193,13 @@ class Embedder:
                 f"max_tokens={max_tokens} has no effect with a strategy, which has its "
                 "own limits: leave one of them out"
             )
-        if max_tokens is None and strategy is None:
-            strategy = self.config.data.strategy
-        max_tokens = 256 if max_tokens is None else max_tokens
+        own = self.config.data.strategy
+        if max_tokens is None:
+            return 256, strategy or own
         check_count("max_tokens", max_tokens)
-        return max_tokens, strategy
+        return max_tokens, (
+            own.within(max_tokens) if isinstance(own, NativeStrategy) else None
+        )
 
     @overload
     def features(
@@ -197,10 +208,15 @@ class Embedder:
         max_tokens: int | None = ...,
         *,
         strategy: None = ...,
+        merged: bool = ...,
     ) -> Iterator[np.ndarray]: ...
     @overload
     def features(
-        self, images: Sequence[ImageLike] | ArrayLike, *, strategy: Strategy
+        self,
+        images: Sequence[ImageLike] | ArrayLike,
+        *,
+        strategy: Strategy,
+        merged: bool = ...,
     ) -> Iterator[list[ViewFeatures]]: ...
     def features(
         self,
@@ -208,6 +224,7 @@ class Embedder:
         max_tokens: int | None = None,
         *,
         strategy: Strategy | None = None,
+        merged: bool = False,
     ) -> Iterator[np.ndarray] | Iterator[list[ViewFeatures]]:
         """Yields each image's tokens, in order: float32 `[rows, columns, d]`.
 
@@ -217,12 +234,18 @@ class Embedder:
         Args:
           images, max_tokens: as in `embed_images`; raises the same errors.
           strategy: yield for each image a list of its views, in this rule's order, each
-            with its tokens. So does a model with a strategy of its own, if neither is
-            given.
+            with its tokens. So does a model whose own strategy makes several views,
+            if neither is given.
+          merged: yield what the tower's language model gets: the tokens after
+            `merger`, `[rows / 2, columns / 2, e]`.
         """
-        max_tokens, strategy = self._rule(max_tokens, strategy)
-        if strategy is not None:
-            return embed_views.features(self.vision, self.config, images, strategy)
+        merger = self.merger if merged else None
+        max_tokens, rule = self._rule(max_tokens, strategy)
+        if rule is not None:
+            views = embed_views.features(self.vision, self.config, images, rule, merger)
+            if strategy is None and isinstance(rule, NativeStrategy):
+                return (view.tokens for (view,) in views)
+            return views
         max_tokens = budget_of(self.config, max_tokens)
         sizes = sizes_of(images)
         window = slots_of(self.config) * rows_at_once(
@@ -241,7 +264,7 @@ class Embedder:
                     raise ValueError(
                         f"{image_name(images, start + index)} cannot be read: {error}"
                     ) from error
-                tokens = tokens_of(self.vision, part, filled, max_tokens)
+                tokens = tokens_of(self.vision, part, filled, max_tokens, merger)
                 features_of |= zip(part.index.tolist(), tokens, strict=True)
             for i in range(len(features_of)):
                 yield features_of.pop(i)

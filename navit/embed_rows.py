@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from navit.batch import PackedImages
 from navit.input.fill import Filled
+from navit.model.merger import Merger, check_grids
 from navit.model.two_tower import normalize
 from navit.model.vision import Vision
 from navit.plan.rows import Rows
@@ -34,21 +35,31 @@ def vectors_of(
 
 
 def tokens_of(
-    vision: Vision, part: Rows, filled: Filled, max_tokens: int
+    vision: Vision,
+    part: Rows,
+    filled: Filled,
+    max_tokens: int,
+    merger: Merger | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the tokens of each planned segment, float32 `[rows, columns, d]`.
 
     Args:
-      part, filled, max_tokens: as in `vectors_of`.
+      part, filled, max_tokens: as in `vectors_of`; no segment may be missing.
+      merger: what merges the tokens, so that there are fewer rows and columns.
+
+    Raises:
+      ValueError: if a segment's grid cannot be merged.
     """
+    side = 1 if merger is None else merger.config.side
+    check_grids(part.grids, side)
     placed = split_rows(filled.images, vision.rules)
-    tokens = np.asarray(_packed_tokens(vision, placed, max_tokens))
+    tokens = np.asarray(_packed_tokens(vision, merger, placed, max_tokens))
     for row in range(len(part)):
         stop = 0
         for i in range(part.offsets[row], part.offsets[row + 1]):
-            start, stop = stop, stop + int(part.lengths[i])
+            start, stop = stop, stop + int(part.lengths[i]) // side**2
             # A copy, so that the batch does not live as long as a segment.
-            yield tokens[row, start:stop].reshape(*part.grids[i], -1).copy()
+            yield tokens[row, start:stop].reshape(*part.grids[i] // side, -1).copy()
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
@@ -63,8 +74,9 @@ def embed_packed(
 
 @functools.partial(jax.jit, static_argnames="max_tokens")
 def _packed_tokens(
-    vision: Vision, packed: PackedImages, max_tokens: int
+    vision: Vision, merger: Merger | None, packed: PackedImages, max_tokens: int
 ) -> Float[Array, "b n d"]:
-    """The tokens in float32, replicated to every device."""
-    tokens = vision(packed, max_image_tokens=max_tokens).tokens
+    """The tokens, merged if there is a merger, in float32 and on every device."""
+    out = vision(packed, max_image_tokens=max_tokens).packed
+    tokens = out.tokens if merger is None else merger(out).tokens
     return vision.rules.replicate(tokens.astype(jnp.float32))

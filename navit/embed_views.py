@@ -12,6 +12,7 @@ from navit.config import Config
 from navit.embed_batches import check_budget, filled_batches
 from navit.embed_rows import tokens_of
 from navit.input.fill import Filled
+from navit.model.merger import Merger
 from navit.model.vision import Vision
 from navit.plan.rows import Rows
 from navit.plan.strategies import Strategy, View
@@ -97,8 +98,9 @@ def features(
     config: Config,
     images: Sequence[ImageLike] | ArrayLike,
     strategy: Strategy,
+    merger: Merger | None = None,
 ) -> Iterator[list[ViewFeatures]]:
-    """Yields each image's views with their tokens, in order."""
+    """Yields each image's views with their tokens, merged or not, in order."""
     for start in range(0, len(images), _AT_ONCE):
         some = range(start, min(start + _AT_ONCE, len(images)))
         views, row_tokens, planned = batches(
@@ -114,7 +116,7 @@ def features(
                 raise ValueError(
                     f"{_name(images, start, index)} cannot be read: {error}"
                 ) from error
-            tokens = tokens_of(vision, part, filled, row_tokens)
+            tokens = tokens_of(vision, part, filled, row_tokens, merger)
             of_view |= zip(views.numbers(part), tokens, strict=True)
         for first, own_views in zip(views.first.tolist(), views.of_image, strict=False):
             yield [

@@ -15,9 +15,19 @@ import numpy as np
 from flax import nnx
 
 from navit import config as config_lib
-from navit.config import Config, DataConfig, Folder, TextConfig
+from navit.config import (
+    Classification,
+    Config,
+    DataConfig,
+    Folder,
+    Loss,
+    ModelConfig,
+    Sigmoid,
+    TextConfig,
+    TrainConfig,
+)
 from navit.config.towers import check_towers
-from navit.convert import big_vision, huggingface
+from navit.convert import big_vision, huggingface, native_towers, timm_naflexvit
 from navit.convert.stored import Weights, build, name_of
 from navit.embed import Embedder
 from navit.files import replacing
@@ -27,7 +37,7 @@ from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")
 
-FORMATS = ("huggingface", "big_vision", "navit")
+FORMATS = ("huggingface", "big_vision", "timm", "navit")
 
 
 def load(
@@ -40,7 +50,8 @@ def load(
 
     Args:
       path: a work directory of `navit train`, a Hugging Face directory of a
-        `Siglip2Model` or `SiglipModel`, or a big_vision `.npz`.
+        `Siglip2Model` or `SiglipModel`, a big_vision `.npz`, or a directory with the
+        image tower of MoonViT, Kimi-VL, Qwen2-VL, Qwen2.5-VL or timm's NaFlexViT.
       overrides: settings that decide how it runs, such as `"model.dtype=bfloat16"` or
         `"model.text.tokenizer=gemma.model"`.
       rules: how to split the parameters over the current mesh; by default, on one
@@ -84,7 +95,9 @@ def _path(path: str | Path) -> Path:
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
     """Released weights, and the config that they run with."""
     weights = _with_tokenizer(_open(path))
-    config = Config(model=weights.model, data=DataConfig(train=Folder(), eval=Folder()))
+    data = DataConfig(train=Folder(), eval=Folder(), strategy=weights.strategy)
+    train = TrainConfig(losses=_losses(weights.model))
+    config = Config(model=weights.model, data=data, train=train)
     config = config_lib.override(config, overrides)
     check_towers(
         weights.model,
@@ -107,9 +120,17 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
     return dataclasses.replace(weights, model=config.model), config
 
 
+def _losses(model: ModelConfig) -> tuple[Loss, ...]:
+    """The loss that could train a model; none for an image tower by itself."""
+    if model.text is not None:
+        return (Sigmoid(),)
+    return (Classification(),) if model.vision.num_classes else ()
+
+
 def _open(path: Path) -> Weights:
     if huggingface.is_huggingface(path):
-        return huggingface.read(path)
+        native = native_towers.holds_tower(path)
+        return native_towers.read(path) if native else huggingface.read(path)
     if path.suffix == ".safetensors" and path.is_file():
         raise ValueError(
             f"{path} is one file of a Hugging Face directory: name the directory, "
@@ -140,6 +161,7 @@ def weights_of(model: Embedder) -> Weights:
         lambda name: np.asarray(tensors[name]),
         where="the model",
         files=_files(model.config.model.text),
+        strategy=model.config.data.strategy,
     )
 
 
@@ -155,8 +177,9 @@ def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
 
     Args:
       path: a directory, or an `.npz` for "big_vision".
-      format: "huggingface", "big_vision" or "navit"; None means big_vision for a path
-        that ends in .npz, otherwise huggingface.
+      format: "huggingface", "big_vision", "timm" or "navit"; None means big_vision for
+        a path that ends in .npz, otherwise huggingface. An image tower of MoonViT or
+        Qwen-VL is written as its release is.
 
     Raises:
       TypeError: if `model` is not a model, or `path` not a path.
@@ -185,7 +208,9 @@ def write(
     Returns:
       The format that was written.
     """
-    format = format or ("big_vision" if out.suffix == ".npz" else "huggingface")
+    family = native_towers.family_of(weights.model)
+    default = "timm" if family is timm_naflexvit else "huggingface"
+    format = format or ("big_vision" if out.suffix == ".npz" else default)
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     if out.suffix in (".safetensors", ".bin", ".pt"):
@@ -197,12 +222,19 @@ def write(
         raise FileExistsError(
             f"{out} already exists: choose another path, or delete it"
         )
-    if format == "huggingface":
+    if format == "timm":
+        native_towers.write(weights, out, timm_naflexvit)
+    elif format == "huggingface" and family not in (None, timm_naflexvit):
+        native_towers.write(weights, out, family)
+    elif format == "huggingface":
         huggingface.write(weights, out)
     elif format == "big_vision":
         big_vision.write(weights, out)
     else:
-        config = dataclasses.replace(config or Config(), model=weights.model)
+        train = TrainConfig(losses=_losses(weights.model))
+        data = DataConfig(strategy=weights.strategy)
+        config = config or Config(train=train, data=data, model=weights.model)
+        config = dataclasses.replace(config, model=weights.model)
         _write_workdir(weights, out, config)
     return format
 

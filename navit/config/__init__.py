@@ -19,6 +19,8 @@ from navit.config.losses import Classification as Classification
 from navit.config.losses import Loss as Loss
 from navit.config.losses import Sigmoid as Sigmoid
 from navit.config.losses import Softmax as Softmax
+from navit.config.model import ROUNDING as ROUNDING
+from navit.config.model import MergerConfig as MergerConfig
 from navit.config.model import ModelConfig as ModelConfig
 from navit.config.model import TextConfig as TextConfig
 from navit.config.overrides import differences as differences

@@ -63,7 +63,8 @@ class OptimConfig:
 class TrainConfig:
     """Training length, loss, and how often to log and save (in steps).
 
-    `losses`: the parts of the loss, each at most once.
+    `losses`: the parts of the loss, each at most once; none for a model that no loss
+    can train: a tower without a text tower and without classes.
     `microbatches`: the towers take a device's rows in this many parts, one after
     another, and recompute each part's activations for its gradient: less memory for a
     third more work. The loss is still over the whole batch.
@@ -95,8 +96,6 @@ class TrainConfig:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
         positive(self, "microbatches")
         names = [part.short for part in self.losses]
-        if not names:
-            raise ValueError("train.losses is empty: name one part, such as sigmoid")
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(
                 f"train.losses={','.join(names)} names {repeated[0]} "
@@ -209,6 +208,8 @@ def _check_strategy(config: Config) -> None:
 def _check_losses(config: Config) -> None:
     """Raises ValueError where the model or the data lack what a part needs."""
     vision, data = config.model.vision, config.data
+    if not config.train.losses and (config.model.text or vision.num_classes):
+        raise ValueError("train.losses is empty: name one part, such as sigmoid")
     for part in config.train.losses:
         name = f"train.losses={part.short}"
         if "text_tower" in part.needs and config.model.text is None:

@@ -46,6 +46,22 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergerConfig:
+    """What joins blocks of `side` x `side` patches into one vector of size `out_dim`.
+
+    `norm`, `eps`: of each patch, before they are joined (`navit/model/merger.py`).
+    """
+
+    out_dim: int
+    side: int = 2
+    norm: Literal["layer", "rms"] = "layer"
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        positive(self, "out_dim", "side", "eps")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Both towers, the logit scale and bias, and how they are computed.
 
@@ -53,11 +69,14 @@ class ModelConfig:
     slower. Parameters, softmax and losses are always float32.
     `fused` lets TPUs run the norms and products around attention as separate kernels
     if they fit (`navit/kernels/fused.py`).
+    `merger`: between the image tower and the language model that it was trained with;
+    training navit's losses has no use for it.
     `init_scale` is exp(t') and `init_bias` is b of the SigLIP paper's section 3.
     """
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig | None = TextConfig()
+    merger: MergerConfig | None = None
     init_scale: float = 10.0
     init_bias: float = -10.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

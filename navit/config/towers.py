@@ -36,8 +36,10 @@ def starting_from(
     Raises:
       ValueError: if the config states other towers than the weights have.
     """
-    if config.model.text is None:  # the run needs only the image tower
-        trained = dataclasses.replace(trained, text=None)
+    trained = dataclasses.replace(trained, merger=None)  # training has no use for it
+    if config.model.text is None or trained.text is None:
+        # The run needs only the image tower, or gets a new text tower.
+        trained = dataclasses.replace(trained, text=config.model.text)
     remedy = "init_towers=true takes the towers of the weights"
     if config.init_towers:
         remedy = "leave model.vision and model.text to the weights"

@@ -137,6 +137,9 @@ class VisionConfig:
     before the rest beyond the last whole patch is cut off (so400m-patch14-384: 384, of
     which 27 x 27 patches of 14 see 378). None: the pixels of the patches.
 
+    `mean`, `std`: of each colour, of pixels from 0 to 1: what the tower was trained to
+    have subtracted and divided by.
+
     The rest makes the blocks of other released towers; the defaults are SigLIP 2's, and
     the pooling head always is.
     `rotary`: turns queries and keys, besides what `position` adds or in its place.
@@ -145,6 +148,7 @@ class VisionConfig:
     `patch_bias`: of the patch embedding; None is `use_bias`. `patch_frames`: frames of
     a video in one patch; a still image counts as that many equal frames (Qwen2-VL).
     `pre_norm`: a norm before the first block. `final_norm`: one after the last.
+    `pool_norm`: one of the pooled vector.
     `layer_scale`: the first value of a learned factor of each channel of each branch
     (CaiT, arXiv 2103.17239); None has no factors.
     `registers`: learned tokens that every image has besides its patches (arXiv
@@ -166,6 +170,8 @@ class VisionConfig:
     num_classes: int = 0
     fixed_grid: bool = False
     image_size: int | None = None
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     rotary: RotaryConfig | None = None
     norm: Literal["layer", "rms"] = "layer"
     eps: float = 1e-6
@@ -175,6 +181,7 @@ class VisionConfig:
     patch_frames: int = 1
     pre_norm: bool = False
     final_norm: bool = True
+    pool_norm: bool = False
     layer_scale: float | None = None
     registers: int = 0
     window: int = 0
@@ -184,6 +191,14 @@ class VisionConfig:
         positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads", "eps")
         positive(self, "patch_frames")
         divisible(self)
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but should be three numbers "
+                    "from 0 to 1"
+                )
+        if not min(self.std):
+            raise ValueError(f"std is {self.std}, but none may be 0")
         self._check_options()
         if self.embed_dim is not None:
             positive(self, "embed_dim")
@@ -205,6 +220,11 @@ class VisionConfig:
                 'pool="none" returns only tokens, so it takes no embed_dim and no '
                 f"num_classes (got {self.embed_dim} and {self.num_classes})"
             )
+
+    @property
+    def is_half(self) -> bool:
+        """Whether pixels come to lie in [-1, 1]."""
+        return self.mean == self.std == (0.5, 0.5, 0.5)
 
     def _check_options(self) -> None:
         if self.layer_scale is not None:

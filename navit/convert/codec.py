@@ -28,13 +28,16 @@ class Tensor(NamedTuple):
         layer by itself; ours stack all layers on their first axis.
       ours: our names. Several of one shape are stored as one, joined on its first axis.
       axes: `"our axes -> stored axes"`, without that of the layers; None if they are
-        the same. Parentheses join axes, and `1` is an axis of size 1. `h` is the number
-        of heads; `rows`, `columns` and `rgb` are those of a patch.
+        the same; a tuple has those of each of `ours`. Parentheses join axes, `1` is an
+        axis of size 1, and `~x` is axis x stored in reverse. `h` is the number of
+        heads; `rows`, `columns`, `rgb` and `frames` are those of a patch; `xy` and
+        `pair` have size 2: the two axes of an image, and the two channels that rotary
+        positions turn together.
     """
 
     name: str
     ours: tuple[str, ...]
-    axes: str | None = None
+    axes: str | tuple[str | None, ...] | None = None
 
     @property
     def by_layer(self) -> bool:
@@ -49,18 +52,22 @@ class _Layout(NamedTuple):
       split: our shape with the joined axes taken apart.
       order: which axis of `split` comes where in the stored tensor.
       stored: the stored shape.
+      reversed: which axes, counted after `order`, are stored in reverse.
     """
 
     ours: tuple[int, ...]
     split: tuple[int, ...]
     order: tuple[int, ...]
     stored: tuple[int, ...]
+    reversed: tuple[int, ...] = ()
 
     def to_stored(self, value: np.ndarray) -> np.ndarray:
-        return value.reshape(self.split).transpose(self.order).reshape(self.stored)
+        value = value.reshape(self.split).transpose(self.order)
+        return np.flip(value, self.reversed).reshape(self.stored)
 
     def to_ours(self, value: np.ndarray) -> np.ndarray:
         value = value.reshape([self.split[axis] for axis in self.order])
+        value = np.flip(value, self.reversed)
         return value.transpose(np.argsort(self.order)).reshape(self.ours)
 
 
@@ -109,7 +116,7 @@ def reader(
 
     def get(ours: str) -> np.ndarray:
         tensor, part = place[ours]
-        layout = _layout(tensor, model)
+        layout = _layout(tensor, model, part)
 
         def one(name: str) -> np.ndarray:
             pieces = np.split(load(name), len(tensor.ours))
@@ -128,11 +135,14 @@ def reader(
 def encoded(table: Table, weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
     """Yields every tensor as it is stored, with one entry of the table in memory."""
     for tensor in table:
-        layout = _layout(tensor, weights.model)
+        parts = range(len(tensor.ours))
+        layouts = [_layout(tensor, weights.model, part) for part in parts]
         values = [weights.read(ours) for ours in tensor.ours]
         for i, name in enumerate(_names(tensor, weights.model)):
             layer = [value[i] if tensor.by_layer else value for value in values]
-            pieces = [layout.to_stored(value) for value in layer]
+            pieces = [
+                x.to_stored(value) for x, value in zip(layouts, layer, strict=True)
+            ]
             one = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             yield name, np.ascontiguousarray(one)
 
@@ -144,32 +154,37 @@ def _names(tensor: Tensor, model: ModelConfig) -> list[str]:
     return [tensor.name.format(i) for i in range(layers)]
 
 
-def _layout(tensor: Tensor, model: ModelConfig) -> _Layout:
-    """The layout of a tensor, or of one layer if each is stored by itself."""
-    name = tensor.ours[0]
+def _layout(tensor: Tensor, model: ModelConfig, part: int = 0) -> _Layout:
+    """The layout of one of `ours`, or of one layer if each is stored by itself."""
+    name, axes = tensor.ours[part], tensor.axes
     shape = shapes_of(model)[name][1 if tensor.by_layer else 0 :]
-    if tensor.axes is None:
+    if isinstance(axes, tuple):
+        axes = axes[part]
+    if axes is None:
         return _Layout(shape, shape, tuple(range(len(shape))), shape)
     stacked = ".blocks." in name and not tensor.by_layer
     ours, stored = (
         re.findall(r"\([^)]*\)|[^ ()]+", ("layers " if stacked else "") + side)
-        for side in tensor.axes.split("->")
+        for side in axes.split("->")
     )
     tower = model.text if name.startswith("text.") else model.vision
     assert tower is not None
     side = model.vision.patch_size
     sizes = {"h": tower.num_heads, "rows": side, "columns": side, "rgb": 3, "1": 1}
+    sizes |= {"frames": model.vision.patch_frames, "xy": 2, "pair": 2}
     for group, size in zip(ours, shape, strict=True):
         for axis in set(_axes(group)) - sizes.keys():  # at most one
             known = math.prod(sizes[x] for x in _axes(group) if x in sizes)
             sizes[axis] = size // known
     split = [axis for group in ours for axis in _axes(group)]
-    order = [split.index(x) for group in stored for x in _axes(group) if x != "1"]
+    placed = [x for group in stored for x in _axes(group) if x != "1"]
+    plain = [[x.removeprefix("~") for x in _axes(group)] for group in stored]
     return _Layout(
         shape,
         tuple(sizes[axis] for axis in split),
-        tuple(order),
-        tuple(math.prod(sizes[axis] for axis in _axes(group)) for group in stored),
+        tuple(split.index(x.removeprefix("~")) for x in placed),
+        tuple(math.prod(sizes[axis] for axis in group) for group in plain),
+        tuple(i for i, x in enumerate(placed) if x.startswith("~")),
     )
 
 

@@ -20,6 +20,7 @@ from flax import nnx
 
 from navit.config import ModelConfig, PositionConfig, VisionConfig
 from navit.model.two_tower import TwoTower
+from navit.plan.strategies import Strategy
 from navit.sharding import Rules, place_of
 
 
@@ -32,12 +33,14 @@ class Weights:
       get: our name of a tensor -> float32, all layers stacked; `read` also checks it.
       where: what it was read from, for messages.
       files: its tokenizer files.
+      strategy: how its images become patches; None is navit's own rule.
     """
 
     model: ModelConfig
     get: Callable[[str], np.ndarray]
     where: str
     files: tuple[Path, ...] = ()
+    strategy: Strategy | None = None
 
     def read(self, name: str) -> np.ndarray:
         """A tensor by our name; raises ValueError if it is not finite."""
@@ -150,16 +153,33 @@ def square_side(path: Path, name: str, positions: int) -> int:
     return side
 
 
-def build(weights: Weights, model: ModelConfig, rules: Rules = Rules()) -> TwoTower:
+def build(
+    weights: Weights, model: ModelConfig, rules: Rules = Rules(), *, seed: int = 0
+) -> TwoTower:
     """Builds the model, loading one tensor at a time.
+
+    Args:
+      seed: for the text tower, if the weights have none.
 
     Raises:
       ValueError: names a tensor that is not finite.
     """
     make = functools.partial(TwoTower, model, rules)
     like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    stored = shapes_of(weights.model)
+
+    @jax.jit
+    def initial() -> dict[str, jax.Array]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(make(rngs=nnx.Rngs(seed)))
+        names = ((name_of(path), leaf) for path, leaf in leaves)
+        return {name: leaf for name, leaf in names if name not in stored}
+
+    new = initial() if shapes_of(model).keys() - stored.keys() else {}
 
     def place(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(weights.read(name_of(path)), place_of(x))
+        name = name_of(path)
+        if name in new:
+            return new[name]
+        return jax.device_put(weights.read(name), place_of(x))
 
     return jax.tree_util.tree_map_with_path(place, like)

@@ -34,8 +34,8 @@ def huggingface(model: ModelConfig) -> Table:
         Tensor("logit_bias", ("bias",), "-> 1"),
         Tensor("text_model.embeddings.token_embedding.weight", ("text.embedding",)),
         Tensor("text_model.embeddings.position_embedding.weight", ("text.position",)),
-        *_torch("text.head", "text_model.head"),
-        *_torch("text.encoder.norm", "text_model.final_layer_norm"),
+        *torch_layer("text.head", "text_model.head"),
+        *torch_layer("text.encoder.norm", "text_model.final_layer_norm"),
         Tensor(
             "vision_model.embeddings.position_embedding.weight",
             ("vision.position.table",),
@@ -47,15 +47,15 @@ def huggingface(model: ModelConfig) -> Table:
             patch,
         ),
         Tensor("vision_model.embeddings.patch_embedding.bias", ("vision.patch.bias",)),
-        *_torch("vision.encoder.norm", "vision_model.post_layernorm"),
+        *torch_layer("vision.encoder.norm", "vision_model.post_layernorm"),
         Tensor("vision_model.head.probe", ("vision.head.probe",), "q d -> 1 q d"),
     ]
     for tower in ("vision", "text"):
         for ours, (theirs, _) in _BLOCK.items():
             to = f"{tower}_model.encoder.layers.{{}}.{theirs}"
-            table += _torch(f"{tower}.encoder.blocks.{ours}", to)
+            table += torch_layer(f"{tower}.encoder.blocks.{ours}", to)
     for ours, (theirs, _) in _POOL.items():
-        table += _torch(f"vision.head.{ours}", f"vision_model.head.{theirs}")
+        table += torch_layer(f"vision.head.{ours}", f"vision_model.head.{theirs}")
     kernels, biases = (
         tuple(f"vision.head.{x}.{part}" for x in _QKV) for part in ("kernel", "bias")
     )
@@ -108,7 +108,7 @@ def big_vision(
     return table
 
 
-def _torch(ours: str, theirs: str) -> Table:
+def torch_layer(ours: str, theirs: str) -> Table:
     """A norm or a linear layer, which torch stores as `[out, in]`."""
     first = (f"{ours}.scale",) if "norm" in ours else (f"{ours}.kernel",)
     return [

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.config import ModelConfig
+from navit.model.merger import Merger
 from navit.model.text import Text
 from navit.model.vision import Vision
 from navit.sharding import Rules
@@ -21,6 +22,7 @@ class TwoTower(nnx.Module):
     Attributes:
       scale: t', the logarithm of the logit scale (SigLIP, arXiv 2303.15343, section 3).
       bias: b, added to every logit.
+      merger: image tokens -> what a language model gets; None in training.
     """
 
     def __init__(
@@ -32,6 +34,17 @@ class TwoTower(nnx.Module):
         self.text = Text(config, rules, rngs=rngs) if has_text else None
         self.scale = nnx.Param(jnp.float32(scale)) if has_text else None
         self.bias = nnx.Param(jnp.float32(bias)) if has_text else None
+        self.merger = (
+            Merger(
+                config.merger,
+                config.vision.width,
+                dtype=self.vision.dtype,
+                rules=rules,
+                rngs=rngs,
+            )
+            if config.merger is not None
+            else None
+        )
 
 
 def normalize(x: Float[Array, "*b e"]) -> Float[Array, "*b e"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
 from navit.batch import PackedImages, PackedTokens
 from navit.config import ModelConfig, VisionConfig
@@ -20,6 +20,7 @@ from navit.model.block import BlockOptions
 from navit.model.encoder import Encoder
 from navit.model.heads import MapHead, max_pool, mean_pool, membership
 from navit.model.layers import compute_dtype, linear, make_norm
+from navit.model.patch import embedded, normalized
 from navit.model.positions import PositionEmbedding
 from navit.model.windows import most_windows, window_ids
 from navit.sharding import Rules, platform
@@ -121,18 +122,17 @@ class Vision(nnx.Module):
             if c.num_classes
             else None
         )
-        self.pre_norm = (
-            make_norm(
-                c.norm,
-                c.width,
-                eps=c.eps,
-                use_bias=c.use_bias,
-                dtype=self.dtype,
-                rngs=rngs,
-            )
-            if c.pre_norm
-            else None
+        norm = functools.partial(
+            make_norm,
+            c.norm,
+            c.width,
+            eps=c.eps,
+            use_bias=c.use_bias,
+            dtype=self.dtype,
+            rngs=rngs,
         )
+        self.pre_norm = norm() if c.pre_norm else None
+        self.pool_norm = norm() if c.pool_norm else None
         self.registers = (
             nnx.Param(0.02 * jax.random.normal(rngs.params(), (c.registers, c.width)))
             if c.registers
@@ -146,8 +146,8 @@ class Vision(nnx.Module):
         """Encodes packed images.
 
         Args:
-          packed: images whose `patches` are uint8, or float and already normalised to
-            [-1, 1].
+          packed: images whose `patches` are uint8, or float and already normalised
+            (with the default mean and std, to [-1, 1]).
           max_image_tokens: the most tokens that any of these images has, which lets
             attention choose a cheaper implementation. Pass the plan's token budget,
             never a guess.
@@ -182,14 +182,12 @@ class Vision(nnx.Module):
         patches, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
         slots = grids.shape[1]
         real = (segment_ids > 0)[..., None]
-        if channels == p**2 * 3 and frames > 1:  # a still image
-            patches = jnp.concatenate([patches] * frames, -1)
 
         coords = jnp.where(real, coords, 0)
         own = _own(grids[..., -2:], segment_ids)  # a clip's time has no position here
         with jax.named_scope("embedding"):
-            x = self.patch(_normalize(patches, real).astype(self.dtype))
-            x = x.astype(jnp.float32)
+            x = normalized(patches, real, self.config).astype(self.dtype)
+            x = embedded(self.patch, x, frames).astype(jnp.float32)
             if self.position is not None:
                 x = x + self.position(coords[..., -2:], own)
         x = self._blocks(x, segment_ids, coords, grids, own, max_image_tokens)
@@ -205,6 +203,8 @@ class Vision(nnx.Module):
         else:
             pool = mean_pool if self.config.pool == "mean" else max_pool
             pooled = pool(x, member)
+        if self.pool_norm is not None:
+            pooled = self.pool_norm(pooled)
         if self.projection is not None:
             pooled = self.projection(pooled)
         filled = (grids[..., :1] > 0).astype(jnp.float32)
@@ -297,15 +297,6 @@ class Vision(nnx.Module):
             )
         member = membership(packed.segment_ids, packed.grids.shape[1])
         return self.head.weights(packed.tokens, member)
-
-
-def _normalize(
-    patches: UInt8[Array, "b n c"] | Float[Array, "b n c"], real: Bool[Array, "b n 1"]
-) -> Float[Array, "b n c"]:
-    """Maps uint8 pixels to [-1, 1] in float32; padding becomes exactly 0."""
-    if patches.dtype == jnp.uint8:
-        patches = patches.astype(jnp.float32) / 127.5 - 1.0
-    return jnp.where(real, patches.astype(jnp.float32), 0.0)
 
 
 def _with_registers(

@@ -87,11 +87,17 @@ def check_config(config: Config) -> None:
     """Checks settings before any data is read; warns about an unlikely warm-up.
 
     Raises:
-      ValueError: if random weights are frozen, `init_towers` is set without `init`, the
-        tokenizer has more ids than the text tower, or a package that `train.log_to`
-        needs is missing.
+      ValueError: if there is no loss, random weights are frozen, `init_towers` is set
+        without `init`, the tokenizer has more ids than the text tower, or a package
+        that `train.log_to` needs is missing.
     """
     check_installed(config)
+    if not config.train.losses:
+        raise ValueError(
+            "no loss trains an image tower by itself: set model.text and "
+            "train.losses=sigmoid, or model.vision.num_classes and "
+            "train.losses=classification"
+        )
     if config.init_towers and config.init is None:
         raise ValueError(
             "init_towers=true takes the towers of the weights in init, and init is not "

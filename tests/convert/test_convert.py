@@ -18,7 +18,7 @@ from safetensors import safe_open
 import navit
 from navit.batch import PackedImages
 from navit.cli import main
-from navit.convert import huggingface
+from navit.convert import shards
 from navit.convert.stored import shapes_of
 from navit.input.tokens import encode
 from navit.weights import read, write
@@ -494,7 +494,7 @@ def test_half_precision_npz_are_read_exactly(dtype, tmp_path):
 
 
 def test_large_models_are_written_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 50_000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 50_000)
     navit.save(navit.load(GOLDEN / "siglip2_a"), tmp_path / "a")
     files = sorted(x.name for x in (tmp_path / "a").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"

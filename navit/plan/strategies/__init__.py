@@ -59,6 +59,9 @@ Strategy = (
     | NaFlex
 )
 
+# Those with one view an image, which keep its aspect at any budget: `within` sets it.
+NativeStrategy = QwenVL | Kimi | NaFlex
+
 BY_NAME: dict[str, type[Strategy]] = {
     kind.short: kind for kind in typing.get_args(Strategy)
 }

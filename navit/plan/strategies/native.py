@@ -65,6 +65,12 @@ class QwenVL:
         """`merge` x `merge` patches a token, and the two tags."""
         return views.count(self.layout(height, width, images=images))
 
+    def within(self, max_tokens: int) -> QwenVL:
+        """The same rule with at most about this many patches an image."""
+        most = max_tokens * self.patch**2
+        least = min(self.min_pixels, most)
+        return dataclasses.replace(self, max_pixels=most, min_pixels=least)
+
     def _size(self, height: int, width: int) -> tuple[int, int]:
         aspect = max(height, width) / min(height, width)
         if aspect > _LONGEST_ASPECT:
@@ -149,6 +155,10 @@ class Kimi:
         """`merge` x `merge` patches a token, without tags, which are text."""
         return views.count(self.layout(height, width, images=images))
 
+    def within(self, max_tokens: int) -> Kimi:
+        """The same rule with about this many patches an image."""
+        return dataclasses.replace(self, max_tokens=max_tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class NaFlex:
@@ -161,9 +171,11 @@ class NaFlex:
     patch: int = 16
     max_tokens: int = 256
     max_upscale: float | None = dataclasses.field(default=None, kw_only=True)
+    resample: Literal["bilinear", "bicubic"] = dataclasses.field(
+        default="bilinear", kw_only=True
+    )
 
     short: ClassVar[str] = "naflex"
-    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bilinear"
 
     def __post_init__(self) -> None:
         views.check_fields(self, "patch", "max_tokens")
@@ -187,3 +199,7 @@ class NaFlex:
     def tokens(self, height: int, width: int, *, images: int = 1) -> int:
         """One token a patch, and no separators."""
         return views.count(self.layout(height, width, images=images))
+
+    def within(self, max_tokens: int) -> NaFlex:
+        """The same rule with at most this many patches an image."""
+        return dataclasses.replace(self, max_tokens=max_tokens)

@@ -1,0 +1,211 @@
+"""The image towers of Qwen2-VL and Qwen2.5-VL, in whole models or by themselves.
+
+Their patch kernel takes two frames of a video. Both are kept: a still image, which they
+see as two equal frames, is multiplied with the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from navit.config import (
+    MergerConfig,
+    ModelConfig,
+    PositionConfig,
+    RotaryConfig,
+    VisionConfig,
+)
+from navit.convert.codec import Table, Tensor
+from navit.convert.huggingface_config import member
+from navit.convert.stored import depth_of, shape_of
+from navit.convert.tensors import torch_layer
+from navit.convert.tower import (
+    QKV,
+    Files,
+    Json,
+    Shapes,
+    Tower,
+    choice,
+    colours,
+    number,
+    prefix_of,
+    present,
+)
+from navit.plan.strategies import QwenVL, Strategy
+
+NAME = "Qwen-VL"
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_ACTS = {
+    "quick_gelu": "quick",
+    "silu": "silu",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu": "exact",
+}
+
+
+def find(names: Collection[str]) -> str | None:
+    for mlp in ("fc1", "gate_proj"):  # Qwen2-VL's, Qwen2.5-VL's
+        first = f"blocks.0.mlp.{mlp}.weight"
+        prefix = prefix_of(names, first, "blocks.0.attn.qkv.weight")
+        if prefix is not None and any(
+            name.startswith(f"{prefix}merger.") for name in names
+        ):
+            return prefix
+    return None
+
+
+def owns(name: str, prefix: str) -> bool:
+    return name.startswith(prefix)
+
+
+def is_like(model: ModelConfig) -> bool:
+    v = model.vision
+    return v.rotary is not None and v.rotary.kind == "qwen" and v.patch_frames == 2
+
+
+def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
+    config, file = json["config.json"], path / "config.json"
+    vision = member(file, config, "vision_config", dict, "an object", config)
+
+    def shape(name: str, *axes: int) -> tuple[int, ...]:
+        return shape_of(path, stored, f"{prefix}{name}", *axes)
+
+    width, _, frames, patch, _ = shape("patch_embed.proj.weight", 5)
+    gated = f"{prefix}blocks.0.mlp.gate_proj.weight" in stored
+    mlp_dim, _ = shape(f"blocks.0.mlp.{'gate_proj' if gated else 'fc1'}.weight", 2)
+    out_dim, _ = shape("merger.mlp.2.weight", 2)
+    merge = number(path, vision, "spatial_merge_size", 2)
+    depth = depth_of(stored, rf"{prefix}blocks\.(\d+)\.")
+    options: dict[str, Any] = {"norm": "rms" if gated else "layer"}
+    if gated:
+        window = number(path, vision, "window_size", 112)
+        full = vision.get("fullatt_block_indexes", [7, 15, 23, 31])
+        if not isinstance(full, list):
+            raise ValueError(
+                f"{file}: fullatt_block_indexes is {full!r}, but should be a list"
+            )
+        # Windows are of whole merged tokens.
+        options["window"] = window // merge // patch * merge
+        options |= {"full_blocks": tuple(full), "gated": True}
+    mean, std = colours(path, json, _CLIP_MEAN, _CLIP_STD)
+    act = "silu" if gated else "quick_gelu"
+    model = ModelConfig(
+        vision=VisionConfig(
+            patch_size=patch,
+            patch_frames=frames,
+            width=width,
+            depth=depth,
+            mlp_dim=mlp_dim,
+            num_heads=number(path, vision, "num_heads", 16),
+            position=PositionConfig(kind="none"),
+            rotary=RotaryConfig("qwen"),
+            act=choice(path, vision, "hidden_act", _ACTS, act),
+            patch_bias=False,
+            final_norm=False,
+            pool="mean",
+            mean=mean,
+            std=std,
+            **options,
+        ),
+        text=None,
+        merger=MergerConfig(out_dim=out_dim, side=merge, norm=options["norm"]),
+    )
+    strategy = _strategy(path, json, patch, merge)
+    return Tower(model, _table(model, prefix), strategy)
+
+
+def written(model: ModelConfig, strategy: Strategy | None) -> Files:
+    v = model.vision
+    if model.merger is None:
+        raise ValueError(
+            f"{NAME}'s layout has a merger, and this model has none: write the format "
+            "navit (--format navit)"
+        )
+    side = model.merger.side
+    vision: dict[str, Any] = {
+        "depth": v.depth,
+        "num_heads": v.num_heads,
+        "hidden_act": next(name for name, act in _ACTS.items() if act == v.act),
+        "in_channels": 3,
+        "patch_size": v.patch_size,
+        "spatial_merge_size": side,
+        "temporal_patch_size": v.patch_frames,
+    }
+    if v.gated:
+        kind = "qwen2_5_vl"
+        vision |= {
+            "hidden_size": v.width,
+            "intermediate_size": v.mlp_dim,
+            "out_hidden_size": model.merger.out_dim,
+            "window_size": v.window * v.patch_size,
+            "fullatt_block_indexes": list(v.full_blocks),
+        }
+    else:
+        kind = "qwen2_vl"
+        vision |= {
+            "embed_dim": v.width,
+            "hidden_size": model.merger.out_dim,
+            "mlp_ratio": v.mlp_dim // v.width,
+        }
+    if not isinstance(strategy, QwenVL):
+        strategy = QwenVL(v.patch_size, side)
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": v.patch_size,
+        "temporal_patch_size": v.patch_frames,
+        "merge_size": side,
+        "min_pixels": strategy.min_pixels,
+        "max_pixels": strategy.max_pixels,
+        "image_mean": list(v.mean),
+        "image_std": list(v.std),
+    }
+    config: dict[str, Any] = {"model_type": kind, "vision_config": vision}
+    json = {"config.json": config, "preprocessor_config.json": preprocessor}
+    return Files(json, _table(model, "visual."), "visual.")
+
+
+def _strategy(path: Path, json: Json, patch: int, merge: int) -> QwenVL:
+    """The processor's bounds of an image's area, under their older or newer names."""
+    data = json.get("preprocessor_config.json", {})
+    size = data.get("size") or {}
+    bounds = {}
+    for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = data.get(key) or size.get(newer)
+        if value is not None:
+            bounds[key] = value
+    try:
+        return QwenVL(patch, merge, **bounds)
+    except ValueError as error:
+        raise ValueError(f"{path / 'preprocessor_config.json'}: {error}") from None
+
+
+def _table(model: ModelConfig, prefix: str) -> Table:
+    blocks, theirs = "vision.encoder.blocks", f"{prefix}blocks.{{}}"
+    kernels, biases = (
+        tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
+        for part in ("kernel", "bias")
+    )
+    mlp = {"up": "fc1", "down": "fc2"}
+    if model.vision.gated:
+        mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    table = [
+        Tensor(
+            f"{prefix}patch_embed.proj.weight",
+            ("vision.patch.kernel",),
+            "(frames rows columns rgb) d -> d rgb frames rows columns",
+        ),
+        *torch_layer(f"{blocks}.attention_norm", f"{theirs}.norm1"),
+        Tensor(f"{theirs}.attn.qkv.weight", kernels, "i o -> o i"),
+        Tensor(f"{theirs}.attn.qkv.bias", biases),
+        *torch_layer(f"{blocks}.attention.out", f"{theirs}.attn.proj"),
+        *torch_layer(f"{blocks}.mlp_norm", f"{theirs}.norm2"),
+        *torch_layer("merger.norm", f"{prefix}merger.ln_q"),
+        *torch_layer("merger.up", f"{prefix}merger.mlp.0"),
+        *torch_layer("merger.down", f"{prefix}merger.mlp.2"),
+    ]
+    for ours, name in mlp.items():
+        table += torch_layer(f"{blocks}.mlp.{ours}", f"{theirs}.mlp.{name}")
+    return present(table, model)

@@ -1,0 +1,254 @@
+"""timm's NaFlexViT: `naflexvit_*`, safetensors with their config.json.
+
+config.json names the architecture, which implies settings that the tensors do not show;
+`model_args` in it has those that differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from navit.config import ModelConfig, PositionConfig, VisionConfig
+from navit.convert.codec import Table, Tensor
+from navit.convert.huggingface_config import member
+from navit.convert.stored import depth_of, shape_of
+from navit.convert.tensors import torch_layer
+from navit.convert.tower import (
+    QKV,
+    Files,
+    Json,
+    Shapes,
+    Tower,
+    choice,
+    number,
+    prefix_of,
+    present,
+)
+from navit.plan.strategies import NaFlex, Strategy
+
+NAME = "NaFlexViT"
+_ACTS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick", "silu": "silu"}
+# (mode, antialias, align_corners) -> how the position table is resized.
+_RESIZES = {
+    ("bilinear", True, False): "linear-antialias",
+    ("bilinear", False, True): "linear-align-corners",
+    ("bicubic", False, False): "bicubic",
+    ("bicubic", True, False): "bicubic-antialias",
+}
+_HALF = (0.5, 0.5, 0.5)
+
+
+def find(names: Collection[str]) -> str | None:
+    return prefix_of(names, "embeds.proj.weight", "blocks.0.attn.qkv.weight")
+
+
+def owns(name: str, prefix: str) -> bool:
+    return name.startswith(prefix)
+
+
+def is_like(model: ModelConfig) -> bool:
+    v = model.vision
+    return v.pool_norm or v.registers > 0
+
+
+def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
+    config, file = json["config.json"], path / "config.json"
+    name = member(file, config, "architecture", str, "timm's name of the model")
+    args = member(file, config, "model_args", dict, "an object", {})
+    siglip = "siglip" in name
+
+    def shape(part: str, *axes: int) -> tuple[int, ...]:
+        return shape_of(path, stored, f"{prefix}{part}", *axes)
+
+    for key in ("rope_type", "pool_include_prefix", "pos_embed_use_grid_sample"):
+        if args.get(key) not in (None, "", "none", False):
+            raise ValueError(f"{file}: {key}={args[key]!r} is not supported")
+    width, pixels = shape("embeds.proj.weight", 2)
+    mlp_dim, _ = shape("blocks.0.mlp.fc1.weight", 2)
+    registers = f"{prefix}embeds.reg_token" in stored
+    classes = f"{prefix}head.weight" in stored
+    attends = f"{prefix}attn_pool.latent" in stored
+    pool = "map" if attends else config.get("global_pool", "avg")
+    scale = args.get("init_values", 1e-5)
+    heads = 16 if "so400m" in name else width // 64
+    data = member(file, config, "pretrained_cfg", dict, "an object", {})
+    mean, std = (
+        tuple(float(x) for x in data.get(key, _HALF)) for key in ("mean", "std")
+    )
+    vision = VisionConfig(
+        patch_size=math.isqrt(pixels // 3),
+        width=width,
+        depth=depth_of(stored, rf"{prefix}blocks\.(\d+)\."),
+        mlp_dim=mlp_dim,
+        num_heads=number(path, {"num_heads": heads} | args, "num_heads", heads),
+        position=_position(path, args, stored, prefix, name),
+        act=choice(path, args, "act_layer", _ACTS, "gelu_tanh" if siglip else "gelu"),
+        final_norm=f"{prefix}norm.weight" in stored,
+        pool_norm=f"{prefix}fc_norm.weight" in stored,
+        layer_scale=scale if f"{prefix}blocks.0.ls1.gamma" in stored else None,
+        registers=shape("embeds.reg_token", 3)[1] if registers else 0,
+        pool=choice(
+            path,
+            {"global_pool": pool},
+            "global_pool",
+            {"map": "map", "avg": "mean", "max": "max"},
+            "avg",
+        ),
+        num_classes=shape("head.weight", 2)[0] if classes else 0,
+        mean=mean,
+        std=std,
+    )
+    model = ModelConfig(vision=vision, text=None)
+    strategy = None
+    if not siglip:
+        # Trained on up to 576 patches; timm resizes its images like this.
+        most = 576 if "s576" in str(data.get("tag")) else 256
+        bicubic = data.get("interpolation") == "bicubic"
+        strategy = NaFlex(
+            vision.patch_size, most, resample="bicubic" if bicubic else "bilinear"
+        )
+    return Tower(model, _table(model, prefix), strategy)
+
+
+def written(model: ModelConfig, strategy: Strategy | None) -> Files:
+    v = model.vision
+    position = v.position
+    factorized, square = position.kind == "factorized", position.frame == "square"
+    square |= position.coordinates == "fractional_aspect"
+    kind = "map" if v.pool == "map" else "gap"
+    if kind == "map" and strategy is None:
+        kind = "siglip"  # whose images SigLIP 2's own rule resizes
+    if kind == "gap" and (factorized or square):
+        kind = f"par{'fac' if factorized else ''}_gap"
+    side, ratio = position.size, v.mlp_dim / v.width
+    while int(v.width * ratio) < v.mlp_dim:
+        ratio = math.nextafter(ratio, math.inf)
+    (resize,) = (x for x, name in _RESIZES.items() if name == position.resize)
+    pool = {"map": "map", "mean": "avg", "max": "max"}.get(v.pool, v.pool)
+    args: dict[str, Any] = {
+        "embed_dim": v.width,
+        "depth": v.depth,
+        "num_heads": v.num_heads,
+        "mlp_ratio": ratio,
+        "patch_size": v.patch_size,
+        "act_layer": next(name for name, act in _ACTS.items() if act == v.act),
+        "init_values": v.layer_scale,
+        "reg_tokens": v.registers,
+        "pos_embed": "factorized" if factorized else "learned",
+        "pos_embed_grid_size": [side, side],
+        "pos_embed_ar_preserving": square,
+        "pos_embed_interp_mode": "bicubic" if factorized else resize[0],
+        "pos_embed_antialias": True if factorized else resize[1],
+        "pos_embed_align_corners": False if factorized else resize[2],
+        "final_norm": v.final_norm or v.pool_norm,
+        "fc_norm": v.pool_norm,
+        "global_pool": pool,
+        "num_classes": v.num_classes,
+    }
+    data: dict[str, Any] = {
+        "input_size": [3, 384, 384],
+        "mean": list(v.mean),
+        "std": list(v.std),
+        "num_classes": v.num_classes,
+        "first_conv": "embeds.proj",
+        "classifier": "head",
+    }
+    if isinstance(strategy, NaFlex):
+        data["interpolation"] = strategy.resample
+        data["tag"] = f"s{strategy.max_tokens}"
+    config = {
+        "architecture": f"naflexvit_base_patch16_{kind}",
+        "num_classes": v.num_classes,
+        "num_features": v.width,
+        "global_pool": pool,
+        "model_args": args,
+        "pretrained_cfg": data,
+    }
+    return Files({"config.json": config}, _table(model, ""), "")
+
+
+def _position(
+    path: Path, args: dict[str, Any], stored: Shapes, prefix: str, name: str
+) -> PositionConfig:
+    square = args.get("pos_embed_ar_preserving", "_par" in name)
+    if f"{prefix}embeds.pos_embed_y" in stored:
+        _, size, _ = shape_of(path, stored, f"{prefix}embeds.pos_embed_y", 3)
+        return PositionConfig(
+            "factorized",
+            size=size,
+            coordinates="fractional_aspect" if square else "fractional",
+        )
+    _, size, columns, _ = shape_of(path, stored, f"{prefix}embeds.pos_embed", 4)
+    if size != columns:
+        raise ValueError(
+            f"{path}: {prefix}embeds.pos_embed has {size}x{columns} positions, which "
+            "is not a square"
+        )
+    mode = args.get(
+        "pos_embed_interp_mode", "bilinear" if "siglip" in name else "bicubic"
+    )
+    antialias = args.get("pos_embed_antialias", True)
+    corners = args.get("pos_embed_align_corners", False)
+    settings = {"pos_embed_interp_mode": (mode, antialias, corners)}
+    resize = choice(path, settings, "pos_embed_interp_mode", _RESIZES, None)
+    return PositionConfig(
+        "siglip2", size=size, resize=resize, frame="square" if square else "own"
+    )
+
+
+def _table(model: ModelConfig, prefix: str) -> Table:
+    blocks, theirs = "vision.encoder.blocks", f"{prefix}blocks.{{}}"
+    kernels, biases = (
+        tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
+        for part in ("kernel", "bias")
+    )
+    pool, kv = f"{prefix}attn_pool", ("key", "value")
+    return present(
+        [
+            *torch_layer("vision.patch", f"{prefix}embeds.proj"),
+            Tensor(
+                f"{prefix}embeds.pos_embed",
+                ("vision.position.table",),
+                "y x d -> 1 y x d",
+            ),
+            Tensor(
+                f"{prefix}embeds.pos_embed_y",
+                ("vision.position.row.table",),
+                "y d -> 1 y d",
+            ),
+            Tensor(
+                f"{prefix}embeds.pos_embed_x",
+                ("vision.position.column.table",),
+                "x d -> 1 x d",
+            ),
+            Tensor(f"{prefix}embeds.reg_token", ("vision.registers",), "r d -> 1 r d"),
+            *torch_layer(f"{blocks}.attention_norm", f"{theirs}.norm1"),
+            Tensor(f"{theirs}.attn.qkv.weight", kernels, "i o -> o i"),
+            Tensor(f"{theirs}.attn.qkv.bias", biases),
+            *torch_layer(f"{blocks}.attention.out", f"{theirs}.attn.proj"),
+            Tensor(f"{theirs}.ls1.gamma", (f"{blocks}.attention_scale",)),
+            *torch_layer(f"{blocks}.mlp_norm", f"{theirs}.norm2"),
+            *torch_layer(f"{blocks}.mlp.up", f"{theirs}.mlp.fc1"),
+            *torch_layer(f"{blocks}.mlp.down", f"{theirs}.mlp.fc2"),
+            Tensor(f"{theirs}.ls2.gamma", (f"{blocks}.mlp_scale",)),
+            *torch_layer("vision.encoder.norm", f"{prefix}norm"),
+            *torch_layer("vision.pool_norm", f"{prefix}fc_norm"),
+            Tensor(f"{pool}.latent", ("vision.head.probe",), "q d -> 1 q d"),
+            *torch_layer("vision.head.query", f"{pool}.q"),
+            Tensor(
+                f"{pool}.kv.weight",
+                tuple(f"vision.head.{x}.kernel" for x in kv),
+                "i o -> o i",
+            ),
+            Tensor(f"{pool}.kv.bias", tuple(f"vision.head.{x}.bias" for x in kv)),
+            *torch_layer("vision.head.out", f"{pool}.proj"),
+            *torch_layer("vision.head.norm", f"{pool}.norm"),
+            *torch_layer("vision.head.mlp.up", f"{pool}.mlp.fc1"),
+            *torch_layer("vision.head.mlp.down", f"{pool}.mlp.fc2"),
+            *torch_layer("vision.classifier", f"{prefix}head"),
+        ],
+        model,
+    )

@@ -1,0 +1,104 @@
+"""The patch merger between a native-resolution tower and a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+from navit.batch import PackedTokens
+from navit.config import MergerConfig
+from navit.model.layers import linear, make_norm
+from navit.sharding import Rules
+
+
+class Merger(nnx.Module):
+    """Joins the tokens of each block of patches, and maps them to `out_dim`.
+
+    A norm of each token, the block's tokens side by side, row by row, and two linear
+    layers around an exact GELU: Qwen2-VL's `PatchMerger` (arXiv 2409.12191) and
+    Kimi-VL's projector (arXiv 2504.07491).
+    """
+
+    def __init__(
+        self,
+        config: MergerConfig,
+        width: int,
+        *,
+        dtype: Any,
+        rules: Rules,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        joined = config.side**2 * width
+        shared: Any = dict(use_bias=True, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(config.norm, width, eps=config.eps, **shared)
+        self.up = linear(joined, joined, names=("embed", None), rules=rules, **shared)
+        self.down = linear(
+            joined, config.out_dim, names=("embed", None), rules=rules, **shared
+        )
+
+    @jax.named_scope("merger")
+    def __call__(self, packed: PackedTokens) -> PackedTokens:
+        """Rows of n tokens -> rows of n / side**2, with grids and coords to match.
+
+        Args:
+          packed: whole images, in any order: none of their tokens may be dropped.
+
+        Raises:
+          ValueError: outside jit, if a grid is not a whole number of blocks.
+        """
+        side = self.config.side
+        check_grids(packed.grids, side)
+        block = side**2
+        tokens, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
+        order = _by_block(segment_ids, coords, grids, side)
+        order = order[:, : order.shape[1] // block * block]
+
+        def blocks(x: Array) -> Array:
+            x = jnp.take_along_axis(x, order[..., None], axis=1)
+            return x.reshape(x.shape[0], -1, block, x.shape[-1])
+
+        x = blocks(self.norm(tokens))
+        x = x.reshape(*x.shape[:2], -1)
+        x = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        ids = blocks(segment_ids[..., None])[:, :, 0, 0]
+        x = jnp.where((ids > 0)[..., None], x, jnp.zeros((), x.dtype))
+        return PackedTokens(x, ids, blocks(coords)[:, :, 0] // side, grids // side)
+
+
+def check_grids(grids: Any, side: int) -> None:
+    """Raises ValueError for a grid with a side that blocks do not fill; not in jit."""
+    if isinstance(grids, jax.core.Tracer):
+        return
+    flat = np.asarray(grids).reshape(-1, 2)
+    wrong = flat[(flat % side != 0).any(-1)]
+    if len(wrong):
+        rows, columns = wrong[0]
+        raise ValueError(
+            f"a grid of {rows}x{columns} patches is not made of {side}x{side} blocks, "
+            "which the merger joins: take the model's own strategy, or one with "
+            f"merge={side}"
+        )
+
+
+def _by_block(
+    segment_ids: Int[Array, "b n"],
+    coords: Int[Array, "b n 2"],
+    grids: Int[Array, "b s 2"],
+    side: int,
+) -> Int[Array, "b n"]:
+    """The order of a row's tokens by image, block and place in the block."""
+    lengths = grids.prod(-1)
+    starts = jnp.cumsum(lengths, -1) - lengths
+    slot = jnp.maximum(segment_ids - 1, 0)
+    start = jnp.take_along_axis(starts, slot, axis=1)
+    columns = jnp.take_along_axis(grids[..., 1], slot, axis=1)
+    row, column = coords[..., 0], coords[..., 1]
+    place = (row // side) * (columns // side) + column // side
+    place = start + place * side**2 + (row % side) * side + column % side
+    return jnp.argsort(jnp.where(segment_ids > 0, place, jnp.iinfo(jnp.int32).max), -1)
