@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,13 +61,18 @@ class _Layout(NamedTuple):
     stored: tuple[int, ...]
     reversed: tuple[int, ...] = ()
 
+    @property
+    def _turns(self) -> tuple[Any, ...]:
+        steps = (-1 if i in self.reversed else 1 for i in range(len(self.order)))
+        return (*(slice(None, None, step) for step in steps), ...)
+
     def to_stored(self, value: np.ndarray) -> np.ndarray:
         value = value.reshape(self.split).transpose(self.order)
-        return np.flip(value, self.reversed).reshape(self.stored)
+        return value[self._turns].reshape(self.stored)
 
     def to_ours(self, value: np.ndarray) -> np.ndarray:
         value = value.reshape([self.split[axis] for axis in self.order])
-        value = np.flip(value, self.reversed)
+        value = value[self._turns]
         return value.transpose(np.argsort(self.order)).reshape(self.ours)
 
 
