@@ -99,7 +99,7 @@ class Embedder:
           images: arrays `(h, w, 3)` uint8 (numpy, jax or torch), PIL images, paths,
             open files, or files' contents.
           max_tokens: the token budget of each. If the model's own strategy makes one
-            view of each image (QwenVL, Kimi, NaFlex), its bound is about this.
+            view of each image (QwenVL, Kimi, Pixtral, NaFlex), its bound is about this.
           strategy: embed each image's views by this rule (`navit.strategies`), in place
             of a budget. An image's vector is then the mean of its views' pooled
             vectors, each weighted by its view's tokens.

@@ -50,15 +50,19 @@ class MergerConfig:
     """What joins blocks of `side` x `side` patches into one vector of size `out_dim`.
 
     `norm`, `eps`: of each patch, before they are joined (`navit/model/merger.py`).
+    `hidden_dim`: between its two layers; None is the size of the joined vector.
     """
 
     out_dim: int
     side: int = 2
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "rms", "none"] = "layer"
     eps: float = 1e-6
+    hidden_dim: int | None = None
 
     def __post_init__(self) -> None:
         positive(self, "out_dim", "side", "eps")
+        if self.hidden_dim is not None:
+            positive(self, "hidden_dim")
 
 
 @dataclasses.dataclass(frozen=True)

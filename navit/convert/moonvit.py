@@ -22,6 +22,7 @@ from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
 from navit.convert.tensors import torch_layer
 from navit.convert.tower import (
+    HALF,
     QKV,
     Files,
     Json,
@@ -31,21 +32,22 @@ from navit.convert.tower import (
     number,
     prefix_of,
     present,
+    projector_of,
 )
 from navit.plan.strategies import Kimi, Strategy
 
 NAME = "MoonViT"
-_TOWER, _PROJECTOR = "vision_tower.", "multi_modal_projector."
-_HALF = (0.5, 0.5, 0.5)
+_TOWER = "vision_tower."
 
 
 def find(names: Collection[str]) -> str | None:
     return prefix_of(names, "encoder.blocks.0.wqkv.weight")
 
 
-def owns(name: str, prefix: str) -> bool:
-    projector = _projector(prefix)
-    return name.startswith(prefix) or bool(projector and name.startswith(projector))
+def owned(names: Collection[str], prefix: str) -> list[str]:
+    projector = projector_of(prefix)
+    begins = (prefix, projector) if projector else (prefix,)
+    return [name for name in names if name.startswith(begins)]
 
 
 def is_like(model: ModelConfig) -> bool:
@@ -75,11 +77,11 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
             f"{path / 'config.json'}: merge_kernel_size={merge!r} is not supported; "
             "MoonViT's is [2, 2]"
         )
-    merger, projector = None, _projector(prefix)
+    merger, projector = None, projector_of(prefix)
     if projector and any(name.startswith(projector) for name in stored):
         out_dim, _ = shape(f"{projector}linear_2.weight", 2)
         merger = MergerConfig(out_dim=out_dim, side=2, eps=1e-5)
-    mean, std = colours(path, json, _HALF, _HALF)
+    mean, std = colours(path, json, HALF, HALF)
     model = ModelConfig(
         vision=VisionConfig(
             patch_size=patch,
@@ -132,13 +134,6 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
     return Files(json, _table(model, prefix), prefix)
 
 
-def _projector(prefix: str) -> str | None:
-    """How the projector's names begin, for a tower inside a language model."""
-    if not prefix.endswith(_TOWER):
-        return None
-    return prefix.removesuffix(_TOWER) + _PROJECTOR
-
-
 def _table(model: ModelConfig, prefix: str) -> Table:
     blocks, theirs = "vision.encoder.blocks", f"{prefix}encoder.blocks.{{}}"
     kernels, biases = (
@@ -165,7 +160,7 @@ def _table(model: ModelConfig, prefix: str) -> Table:
         *torch_layer("vision.encoder.norm", f"{prefix}encoder.final_layernorm"),
     ]
     if model.merger is not None:
-        projector = _projector(prefix)
+        projector = projector_of(prefix)
         table += torch_layer("merger.norm", f"{projector}pre_norm")
         table += torch_layer("merger.up", f"{projector}linear_1")
         table += torch_layer("merger.down", f"{projector}linear_2")

@@ -1,7 +1,8 @@
 """Image towers of language models and of timm, told apart by their tensors' names.
 
 Only the tower's tensors are read, so a directory of any size takes the tower's memory.
-A family is a module with `find`, `owns` and `tower` to read, and `written` to write.
+A family is a module with `find`, `owned` and `tower` to read, and `is_like` and
+`written` to write.
 """
 
 from __future__ import annotations
@@ -13,12 +14,26 @@ from types import ModuleType
 from typing import Any
 
 from navit.config import ROUNDING, ModelConfig, differences
-from navit.convert import codec, moonvit, qwen_vision, shards, timm_naflexvit
+from navit.convert import (
+    codec,
+    moonvit,
+    ovis_vision,
+    pixtral,
+    qwen_vision,
+    shards,
+    timm_naflexvit,
+)
 from navit.convert.huggingface_config import member, read_json, write_json
 from navit.convert.stored import Weights
 from navit.files import replacing
 
-_FAMILIES: tuple[ModuleType, ...] = (moonvit, qwen_vision, timm_naflexvit)
+_FAMILIES: tuple[ModuleType, ...] = (
+    moonvit,
+    qwen_vision,
+    ovis_vision,
+    pixtral,
+    timm_naflexvit,
+)
 
 
 def holds_tower(path: Path) -> bool:
@@ -39,7 +54,7 @@ def read(path: Path) -> Weights:
     found = _find(listed)
     assert found is not None
     family, prefix = found
-    own = {name: file for name, file in listed.items() if family.owns(name, prefix)}
+    own = {name: listed[name] for name in family.owned(listed, prefix)}
     stored = shards.shapes(path, own)
     tower = family.tower(path, _json(path), stored, prefix)
     codec.check(path, tower.table, tower.model, stored)

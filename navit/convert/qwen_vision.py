@@ -1,7 +1,8 @@
-"""The image towers of Qwen2-VL and Qwen2.5-VL, in whole models or by themselves.
+"""The image towers of Qwen2-VL, 2.5-VL and 3-VL, in whole models or by themselves.
 
 Their patch kernel takes two frames of a video. Both are kept: a still image, which they
-see as two equal frames, is multiplied with the sum.
+see as two equal frames, is multiplied with the sum. Qwen3-VL's deepstack mergers, which
+feed the language model from blocks in the middle, are left out.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from navit.config import (
 )
 from navit.convert.codec import Table, Tensor
 from navit.convert.huggingface_config import member
-from navit.convert.stored import depth_of, shape_of
+from navit.convert.stored import depth_of, shape_of, square_side
 from navit.convert.tensors import torch_layer
 from navit.convert.tower import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
     QKV,
     Files,
     Json,
@@ -36,8 +40,7 @@ from navit.convert.tower import (
 from navit.plan.strategies import QwenVL, Strategy
 
 NAME = "Qwen-VL"
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_DEEPSTACK = "deepstack_merger_list."
 _ACTS = {
     "quick_gelu": "quick",
     "silu": "silu",
@@ -47,7 +50,7 @@ _ACTS = {
 
 
 def find(names: Collection[str]) -> str | None:
-    for mlp in ("fc1", "gate_proj"):  # Qwen2-VL's, Qwen2.5-VL's
+    for mlp in ("fc1", "gate_proj", "linear_fc1"):  # Qwen2-VL's, 2.5's, 3's
         first = f"blocks.0.mlp.{mlp}.weight"
         prefix = prefix_of(names, first, "blocks.0.attn.qkv.weight")
         if prefix is not None and any(
@@ -57,8 +60,9 @@ def find(names: Collection[str]) -> str | None:
     return None
 
 
-def owns(name: str, prefix: str) -> bool:
-    return name.startswith(prefix)
+def owned(names: Collection[str], prefix: str) -> list[str]:
+    own = [name for name in names if name.startswith(prefix)]
+    return [name for name in own if not name.startswith(prefix + _DEEPSTACK)]
 
 
 def is_like(model: ModelConfig) -> bool:
@@ -75,8 +79,10 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
 
     width, _, frames, patch, _ = shape("patch_embed.proj.weight", 5)
     gated = f"{prefix}blocks.0.mlp.gate_proj.weight" in stored
-    mlp_dim, _ = shape(f"blocks.0.mlp.{'gate_proj' if gated else 'fc1'}.weight", 2)
-    out_dim, _ = shape("merger.mlp.2.weight", 2)
+    third = f"{prefix}blocks.0.mlp.linear_fc1.weight" in stored  # Qwen3-VL
+    first = "gate_proj" if gated else "linear_fc1" if third else "fc1"
+    mlp_dim, _ = shape(f"blocks.0.mlp.{first}.weight", 2)
+    out_dim, _ = shape(f"merger.{'linear_fc2' if third else 'mlp.2'}.weight", 2)
     merge = number(path, vision, "spatial_merge_size", 2)
     depth = depth_of(stored, rf"{prefix}blocks\.(\d+)\.")
     options: dict[str, Any] = {"norm": "rms" if gated else "layer"}
@@ -90,8 +96,14 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
         # Windows are of whole merged tokens.
         options["window"] = window // merge // patch * merge
         options |= {"full_blocks": tuple(full), "gated": True}
-    mean, std = colours(path, json, _CLIP_MEAN, _CLIP_STD)
-    act = "silu" if gated else "quick_gelu"
+    position, act = PositionConfig(kind="none"), "silu" if gated else "quick_gelu"
+    release = (CLIP_MEAN, CLIP_STD)
+    if third:
+        positions, _ = shape("pos_embed.weight", 2)
+        side = square_side(path, f"{prefix}pos_embed.weight", positions)
+        position = PositionConfig(size=side, resize="linear-align-corners")
+        act, release = "gelu_pytorch_tanh", (HALF, HALF)
+    mean, std = colours(path, json, *release)
     model = ModelConfig(
         vision=VisionConfig(
             patch_size=patch,
@@ -100,10 +112,10 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
             depth=depth,
             mlp_dim=mlp_dim,
             num_heads=number(path, vision, "num_heads", 16),
-            position=PositionConfig(kind="none"),
+            position=position,
             rotary=RotaryConfig("qwen"),
             act=choice(path, vision, "hidden_act", _ACTS, act),
-            patch_bias=False,
+            patch_bias=third,
             final_norm=False,
             pool="mean",
             mean=mean,
@@ -123,6 +135,11 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
         raise ValueError(
             f"{NAME}'s layout has a merger, and this model has none: write the format "
             "navit (--format navit)"
+        )
+    if v.position.kind != "none":
+        raise ValueError(
+            "Qwen3-VL's layout has deepstack mergers, which navit leaves out: write "
+            "the format navit (--format navit)"
         )
     side = model.merger.side
     vision: dict[str, Any] = {
@@ -188,7 +205,10 @@ def _table(model: ModelConfig, prefix: str) -> Table:
         tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
         for part in ("kernel", "bias")
     )
-    mlp = {"up": "fc1", "down": "fc2"}
+    mlp, merger = {"up": "fc1", "down": "fc2"}, ("ln_q", "mlp.0", "mlp.2")
+    if model.vision.position.kind == "siglip2":  # Qwen3-VL
+        mlp = {"up": "linear_fc1", "down": "linear_fc2"}
+        merger = ("norm", "linear_fc1", "linear_fc2")
     if model.vision.gated:
         mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     table = [
@@ -197,14 +217,18 @@ def _table(model: ModelConfig, prefix: str) -> Table:
             ("vision.patch.kernel",),
             "(frames rows columns rgb) d -> d rgb frames rows columns",
         ),
+        Tensor(f"{prefix}patch_embed.proj.bias", ("vision.patch.bias",)),
+        Tensor(
+            f"{prefix}pos_embed.weight", ("vision.position.table",), "y x d -> (y x) d"
+        ),
         *torch_layer(f"{blocks}.attention_norm", f"{theirs}.norm1"),
         Tensor(f"{theirs}.attn.qkv.weight", kernels, "i o -> o i"),
         Tensor(f"{theirs}.attn.qkv.bias", biases),
         *torch_layer(f"{blocks}.attention.out", f"{theirs}.attn.proj"),
         *torch_layer(f"{blocks}.mlp_norm", f"{theirs}.norm2"),
-        *torch_layer("merger.norm", f"{prefix}merger.ln_q"),
-        *torch_layer("merger.up", f"{prefix}merger.mlp.0"),
-        *torch_layer("merger.down", f"{prefix}merger.mlp.2"),
+        *torch_layer("merger.norm", f"{prefix}merger.{merger[0]}"),
+        *torch_layer("merger.up", f"{prefix}merger.{merger[1]}"),
+        *torch_layer("merger.down", f"{prefix}merger.{merger[2]}"),
     ]
     for ours, name in mlp.items():
         table += torch_layer(f"{blocks}.mlp.{ours}", f"{theirs}.mlp.{name}")

@@ -17,6 +17,7 @@ from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
 from navit.convert.tensors import torch_layer
 from navit.convert.tower import (
+    HALF,
     QKV,
     Files,
     Json,
@@ -38,20 +39,19 @@ _RESIZES = {
     ("bicubic", False, False): "bicubic",
     ("bicubic", True, False): "bicubic-antialias",
 }
-_HALF = (0.5, 0.5, 0.5)
 
 
 def find(names: Collection[str]) -> str | None:
     return prefix_of(names, "embeds.proj.weight", "blocks.0.attn.qkv.weight")
 
 
-def owns(name: str, prefix: str) -> bool:
-    return name.startswith(prefix)
+def owned(names: Collection[str], prefix: str) -> list[str]:
+    return [name for name in names if name.startswith(prefix)]
 
 
 def is_like(model: ModelConfig) -> bool:
     v = model.vision
-    return v.pool_norm or v.registers > 0
+    return v.rotary is None and (v.pool_norm or v.registers > 0)
 
 
 def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
@@ -76,7 +76,7 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
     heads = 16 if "so400m" in name else width // 64
     data = member(file, config, "pretrained_cfg", dict, "an object", {})
     mean, std = (
-        tuple(float(x) for x in data.get(key, _HALF)) for key in ("mean", "std")
+        tuple(float(x) for x in data.get(key, HALF)) for key in ("mean", "std")
     )
     vision = VisionConfig(
         patch_size=math.isqrt(pixels // 3),

@@ -18,6 +18,11 @@ log = logging.getLogger("navit")
 # The parameters of a block, in the order in which these towers join them.
 QKV = ("query", "key", "value")
 
+# The mean and standard deviation of pixels from 0 to 1: SigLIP's, and CLIP's.
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 Json = Mapping[str, dict[str, Any]]  # file name -> its content
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -50,6 +55,13 @@ def prefix_of(names: Collection[str], *ends: str) -> str | None:
             if all(prefix + end in names for end in ends):
                 return prefix
     return None
+
+
+def projector_of(prefix: str) -> str | None:
+    """How the names of the projector begin, if a tower is part of a language model."""
+    if not prefix.endswith("vision_tower."):
+        return None
+    return prefix.removesuffix("vision_tower.") + "multi_modal_projector."
 
 
 def present(table: Table, model: ModelConfig) -> Table:

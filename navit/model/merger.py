@@ -19,9 +19,9 @@ from navit.sharding import Rules
 class Merger(nnx.Module):
     """Joins the tokens of each block of patches, and maps them to `out_dim`.
 
-    A norm of each token, the block's tokens side by side, row by row, and two linear
-    layers around an exact GELU: Qwen2-VL's `PatchMerger` (arXiv 2409.12191) and
-    Kimi-VL's projector (arXiv 2504.07491).
+    A norm of each token or none, the block's tokens side by side, row by row, and two
+    linear layers around an exact GELU: Qwen2-VL's `PatchMerger` (arXiv 2409.12191) and
+    the projectors of Kimi-VL (arXiv 2504.07491) and Pixtral (arXiv 2410.07073).
     """
 
     def __init__(
@@ -35,11 +35,16 @@ class Merger(nnx.Module):
     ) -> None:
         self.config = config
         joined = config.side**2 * width
+        hidden = config.hidden_dim or joined
         shared: Any = dict(use_bias=True, dtype=dtype, rngs=rngs)
-        self.norm = make_norm(config.norm, width, eps=config.eps, **shared)
-        self.up = linear(joined, joined, names=("embed", None), rules=rules, **shared)
+        self.norm = (
+            make_norm(config.norm, width, eps=config.eps, **shared)
+            if config.norm != "none"
+            else None
+        )
+        self.up = linear(joined, hidden, names=("embed", None), rules=rules, **shared)
         self.down = linear(
-            joined, config.out_dim, names=("embed", None), rules=rules, **shared
+            hidden, config.out_dim, names=("embed", None), rules=rules, **shared
         )
 
     @jax.named_scope("merger")
@@ -63,7 +68,7 @@ class Merger(nnx.Module):
             x = jnp.take_along_axis(x, order[..., None], axis=1)
             return x.reshape(x.shape[0], -1, block, x.shape[-1])
 
-        x = blocks(self.norm(tokens))
+        x = blocks(tokens if self.norm is None else self.norm(tokens))
         x = x.reshape(*x.shape[:2], -1)
         x = self.down(jax.nn.gelu(self.up(x), approximate=False))
         ids = blocks(segment_ids[..., None])[:, :, 0, 0]

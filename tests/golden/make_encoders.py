@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from transformers import Qwen2VLImageProcessor
+from transformers import PixtralVisionConfig, PixtralVisionModel, Qwen2VLImageProcessor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
@@ -33,6 +33,8 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
 )
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 HERE = pathlib.Path(__file__).parent
@@ -331,6 +333,172 @@ def moonvit(rng):
     np.savez_compressed(folder / "expected.npz", **out)
 
 
+def qwen3(rng):
+    folder, p = fresh("qwen3_vl"), 4
+    settings = dict(
+        depth=2,
+        hidden_size=24,
+        hidden_act="gelu_pytorch_tanh",
+        intermediate_size=40,
+        num_heads=2,
+        patch_size=p,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        out_hidden_size=20,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[0],
+    )
+    model = randomize(Qwen3VLVisionModel(Qwen3VLVisionConfig(**settings)), rng)
+    grids = [*GRIDS, (6, 6), (14, 2)]
+    out = {"grids": np.array(grids, np.int32)}
+    for i, grid in enumerate(grids):
+        n = grid[0] * grid[1]
+        patches = random(rng, n, p, p, 3)
+        still = patches.permute(0, 3, 1, 2)[:, :, None].expand(-1, -1, 2, -1, -1)
+        with torch.no_grad():
+            found = model(
+                still.reshape(n, -1)[blocks(grid)], grid_thw=torch.tensor([[1, *grid]])
+            )
+        merged = found.pooler_output.reshape(grid[0] // 2, grid[1] // 2, -1)
+        out[f"patches_{i}"] = patches.reshape(n, -1).numpy()
+        out[f"tokens_{i}"] = in_rows(found.last_hidden_state, blocks(grid))
+        out[f"merged_{i}"] = merged.numpy()
+    tensors = {
+        f"model.visual.{k}": v.contiguous() for k, v in model.state_dict().items()
+    }
+    tensors["lm_head.weight"] = random(rng, 3, 5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "qwen3_vl", "vision_config": settings}
+    write_json(folder / "config.json", config)
+    size = {"shortest_edge": 16 * p * p, "longest_edge": 100 * p * p}
+    processor = dict(image_processor_type="Qwen2VLImageProcessorFast", size=size)
+    processor |= dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=p)
+    write_json(folder / "preprocessor_config.json", processor)
+    np.savez_compressed(folder / "expected.npz", **out)
+
+
+def pixtral(rng):
+    """transformers' tower, and LLaVA's projector, which Pixtral 12B has."""
+    folder, p, d, to = fresh("pixtral"), 4, 24, 20
+    settings = dict(
+        hidden_size=d,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        patch_size=p,
+        image_size=64,
+        hidden_act="silu",
+    )
+    model = randomize(PixtralVisionModel(PixtralVisionConfig(**settings)), rng)
+    for name, x in model.named_parameters():
+        if "ln_pre" in name:
+            x.data = 1 + 0.3 * random(rng, *x.shape)
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(d, to), torch.nn.GELU(), torch.nn.Linear(to, to)
+    )
+    randomize(projector, rng)
+    grids = [(1, 3), (6, 10), (4, 13), (11, 5), (5, 5), (16, 16)]
+    out = {"grids": np.array(grids, np.int32)}
+    for i, grid in enumerate(grids):
+        patches = random(rng, *grid, p, p, 3)
+        pixels = patches.permute(4, 0, 2, 1, 3).reshape(1, 3, grid[0] * p, grid[1] * p)
+        with torch.no_grad():
+            found = model(pixels).last_hidden_state[0]
+            merged = projector(found).reshape(*grid, -1)
+        out[f"patches_{i}"] = patches.reshape(grid[0] * grid[1], -1).numpy()
+        out[f"tokens_{i}"], out[f"merged_{i}"] = found.numpy(), merged.numpy()
+    tensors = {f"vision_tower.{k}": v for k, v in model.state_dict().items()}
+    for ours, theirs in (("0", "linear_1"), ("2", "linear_2")):
+        for part in ("weight", "bias"):
+            value = projector.state_dict()[f"{ours}.{part}"]
+            tensors[f"multi_modal_projector.{theirs}.{part}"] = value
+    tensors["language_model.lm_head.weight"] = random(rng, 3, 5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    vision = {"model_type": "pixtral", **settings, "hidden_act": "gelu"}  # as released
+    config = {"model_type": "llava", "vision_config": vision}
+    write_json(folder / "config.json", config)
+    np.savez_compressed(folder / "expected.npz", **out)
+
+
+def ovis(rng):
+    """Ovis2.5's tower, restated: the names of its files, and plain torch."""
+    folder, d, depth, heads, mlp, p, side = fresh("ovis2_5"), 24, 2, 2, 40, 4, 5
+    tower = "visual_tokenizer.vit.vision_model"
+    shapes = {
+        "embeddings.patch_embedding.weight": (d, 3, p, p),
+        "embeddings.patch_embedding.bias": (d,),
+        "embeddings.position_embedding.weight": (side * side, d),
+        "post_layernorm.weight": (d,),
+        "post_layernorm.bias": (d,),
+    }
+    for i in range(depth):
+        layers = dict.fromkeys(("layer_norm1", "layer_norm2"), (d,))
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layers[f"self_attn.{name}"] = (d, d)
+        layers |= {"mlp.fc1": (mlp, d), "mlp.fc2": (d, mlp)}
+        for layer, shape in layers.items():
+            shapes[f"encoder.layers.{i}.{layer}.weight"] = shape
+            shapes[f"encoder.layers.{i}.{layer}.bias"] = shape[:1]
+    w = {}
+    for name, shape in shapes.items():
+        one = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        w[f"{tower}.{name}"] = one + (0.15 if len(shape) > 1 else 0.3) * random(
+            rng, *shape
+        )
+
+    def layer(x, name):
+        weight, bias = w[f"{tower}.{name}.weight"], w[f"{tower}.{name}.bias"]
+        if "norm" in name:
+            return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-6)
+        return F.linear(x, weight, bias)
+
+    def turned(x, grid):
+        """Turns channel j with j + k/2: the first pairs by the row."""
+        k = d // heads
+        row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+        frequency = 1.0 / (10000.0 ** (torch.arange(0, k, 4).float() / k))
+        angle = torch.cat(
+            [row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], -1
+        )
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        a, b = x[..., : k // 2], x[..., k // 2 :]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    out = {"grids": np.array(GRIDS, np.int32)}
+    for n, grid in enumerate(GRIDS):
+        patches = random(rng, grid[0] * grid[1], p, p, 3)
+        name = f"{tower}.embeddings.patch_embedding"
+        pixels = patches.permute(0, 3, 1, 2)
+        x = F.conv2d(pixels, w[f"{name}.weight"], w[f"{name}.bias"]).flatten(1)
+        table = w[f"{tower}.embeddings.position_embedding.weight"]
+        table = table.reshape(1, side, side, d).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bicubic")[0]
+        x = x + table.flatten(1).T
+        for i in range(depth):
+            block = f"encoder.layers.{i}"
+            y = layer(x, f"{block}.layer_norm1")
+            q, k, v = (
+                layer(y, f"{block}.self_attn.{part}_proj").reshape(len(x), heads, -1)
+                for part in "qkv"
+            )
+            q, k = turned(q, grid), turned(k, grid)
+            logits = torch.einsum("qhk,nhk->hqn", q, k) * (d // heads) ** -0.5
+            mixed = torch.einsum("hqn,nhk->qhk", logits.softmax(-1), v)
+            x = x + layer(mixed.flatten(1), f"{block}.self_attn.out_proj")
+            y = layer(layer(x, f"{block}.layer_norm2"), f"{block}.mlp.fc1")
+            x = x + layer(F.gelu(y, approximate="tanh"), f"{block}.mlp.fc2")
+        out[f"patches_{n}"], out[f"tokens_{n}"] = patches.flatten(1).numpy(), x.numpy()
+        out[f"pooled_{n}"] = layer(x.mean(0), "post_layernorm").numpy()
+    w["visual_tokenizer.head.0.weight"] = random(rng, 7, 4 * d)
+    w["llm.lm_head.weight"] = random(rng, 3, 5)
+    save_file(w, folder / "model.safetensors", metadata={"format": "pt"})
+    vit = dict(num_attention_heads=heads, hidden_stride=2, patch_size=p, num_patches=-1)
+    vit |= dict(hidden_act="gelu_pytorch_tanh", fullatt_block_indexes=None)
+    vit |= dict(preserve_original_pe=True, use_rope=True, image_size=p * side)
+    write_json(folder / "config.json", {"model_type": "ovis2_5", "vit_config": vit})
+    np.savez_compressed(folder / "expected.npz", **out)
+
+
 TIMM = {
     "timm_gap": ("naflexvit_base_patch16_gap", dict(num_classes=7)),
     "timm_par": ("naflexvit_base_patch16_par_gap", dict(num_classes=0)),
@@ -377,5 +545,8 @@ if __name__ == "__main__":
     moonvit(np.random.default_rng(1))
     qwen2(np.random.default_rng(2))
     qwen2_5(np.random.default_rng(3))
+    qwen3(np.random.default_rng(4))
+    pixtral(np.random.default_rng(5))
+    ovis(np.random.default_rng(6))
     for i, (name, (architecture, options)) in enumerate(TIMM.items()):
         naflexvit(name, architecture, options, np.random.default_rng(10 + i))

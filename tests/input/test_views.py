@@ -36,6 +36,7 @@ SMALL = [
     strategies.QwenVL(PATCH, min_pixels=64, max_pixels=1000),
     strategies.Kimi(PATCH, 50),
     strategies.NaFlex(PATCH, 40),
+    strategies.Pixtral(PATCH, 64),
 ]
 IDS = [type(s).__name__ for s in SMALL]
 RNG = np.random.default_rng(0)

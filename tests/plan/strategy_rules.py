@@ -241,6 +241,17 @@ def kimi(height: int, width: int, patch: int = 14, max_tokens: int = 4096) -> Vi
     return [view], math.prod(canvas) // (2 * patch) ** 2
 
 
+def pixtral(height: int, width: int, patch: int = 16, side: int = 1024) -> Views:
+    """Pixtral's longest side, rounded down, and its patches, rounded up."""
+    ratio = max(height / side, width / side, 1.0)
+    grid = tuple(math.ceil(math.floor(x / ratio) / patch) for x in (height, width))
+    if not all(grid):
+        raise ValueError("nothing is left")
+    size = (grid[0] * patch, grid[1] * patch)
+    view = shown((0, 0, height, width), size, (0, 0, *size), patch, "whole")
+    return [view], grid[0] * (grid[1] + 1)
+
+
 def naflex(height: int, width: int, patch: int = 16, max_tokens: int = 256) -> Views:
     """SigLIP 2's largest scale at which the patches fit, by 24 halvings of [0, 100]."""
     low, high = 1e-6, 100.0

@@ -42,6 +42,8 @@ CASES = [
     ("QwenVL", rules.qwen_vl, {}),
     ("QwenVL", rules.qwen_vl, QWEN3),
     ("Kimi", rules.kimi, {}),
+    ("Pixtral", rules.pixtral, {}),
+    ("Pixtral", rules.pixtral, {"patch": 14, "side": 1540}),
     ("NaFlex", rules.naflex, {}),
     ("NaFlex", rules.naflex, {"max_tokens": 1024}),
 ]

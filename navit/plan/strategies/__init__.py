@@ -34,6 +34,7 @@ from navit.plan.strategies.internvl import Template as Template
 from navit.plan.strategies.llava_mini import LLaVAMini as LLaVAMini
 from navit.plan.strategies.native import Kimi as Kimi
 from navit.plan.strategies.native import NaFlex as NaFlex
+from navit.plan.strategies.native import Pixtral as Pixtral
 from navit.plan.strategies.native import QwenVL as QwenVL
 from navit.plan.strategies.square import Square as Square
 from navit.plan.strategies.uhd import LLaVAUHD as LLaVAUHD
@@ -56,11 +57,12 @@ Strategy = (
     | LLaVAMini
     | QwenVL
     | Kimi
+    | Pixtral
     | NaFlex
 )
 
 # Those with one view an image, which keep its aspect at any budget: `within` sets it.
-NativeStrategy = QwenVL | Kimi | NaFlex
+NativeStrategy = QwenVL | Kimi | Pixtral | NaFlex
 
 BY_NAME: dict[str, type[Strategy]] = {
     kind.short: kind for kind in typing.get_args(Strategy)

@@ -1,4 +1,4 @@
-"""One view that keeps the image's aspect: Qwen2-VL to Qwen3-VL, Kimi-VL, NaFlex."""
+"""One view that keeps the image's aspect: Qwen-VL, Kimi-VL, Pixtral, NaFlex."""
 
 from __future__ import annotations
 
@@ -158,6 +158,53 @@ class Kimi:
     def within(self, max_tokens: int) -> Kimi:
         """The same rule with about this many patches an image."""
         return dataclasses.replace(self, max_tokens=max_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixtral:
+    """Shrinks to `side` pixels a side, never enlarges, and rounds up to whole patches.
+
+    From transformers' image_processing_pixtral.py (arXiv 2410.07073). Mistral Small 3.1
+    has `patch=14` and `side=1540`.
+    """
+
+    patch: int = 16
+    side: int = 1024
+
+    short: ClassVar[str] = "pixtral"
+    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
+
+    def __post_init__(self) -> None:
+        views.check_fields(self, "patch", "side")
+
+    def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
+        views.check(height, width, images)
+        ratio = max(height / self.side, width / self.side)
+        if ratio > 1:
+            size = (math.floor(height / ratio), math.floor(width / ratio))
+        else:
+            size = (height, width)
+        rows, columns = ((side - 1) // self.patch + 1 for side in size)
+        if not rows or not columns:
+            raise ValueError(
+                f"nothing is left of an image of {height}x{width} pixels on "
+                f"{self.side} pixels a side: crop it, or leave it out"
+            )
+        size = (rows * self.patch, columns * self.patch)
+        return (views.whole(height, width, size, self.patch),)
+
+    def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
+        (view,) = self.views(height, width, images=images)
+        return (Block(0, *view.grid, newlines=True),)
+
+    def tokens(self, height: int, width: int, *, images: int = 1) -> int:
+        """One token a patch, and one after each row: [IMG_BREAK], at last [IMG_END]."""
+        return views.count(self.layout(height, width, images=images))
+
+    def within(self, max_tokens: int) -> Pixtral:
+        """The same rule with at most this many patches an image."""
+        side = max(1, math.isqrt(max_tokens)) * self.patch
+        return dataclasses.replace(self, side=min(self.side, side))
 
 
 @dataclasses.dataclass(frozen=True)
