@@ -34,11 +34,19 @@ def starting_from(
         `init_towers`, those of the towers apply to the towers of the weights.
 
     Raises:
-      ValueError: if the config states other towers than the weights have.
+      ValueError: if the config states other towers than the weights have, or freezes a
+        text tower that they lack.
     """
     trained = dataclasses.replace(trained, merger=None)  # training has no use for it
-    if config.model.text is None or trained.text is None:
-        # The run needs only the image tower, or gets a new text tower.
+    if config.model.text is None:  # the run needs only the image tower
+        trained = dataclasses.replace(trained, text=None)
+    elif trained.text is None:
+        if not config.optim.text_lr:
+            raise ValueError(
+                f"{where} has no text tower, so that of the run starts at random, and "
+                "optim.text_lr=0 would freeze it: set optim.text_lr=1"
+            )
+        log.info("%s has no text tower: that of the run starts at random", where)
         trained = dataclasses.replace(trained, text=config.model.text)
     remedy = "init_towers=true takes the towers of the weights"
     if config.init_towers:

@@ -46,7 +46,7 @@ def owned(names: Collection[str], prefix: str) -> list[str]:
 def is_like(model: ModelConfig) -> bool:
     v = model.vision
     rotary = v.rotary is not None and v.rotary.kind == "qwen"
-    return rotary and v.frames == 1 and v.position.resize == "bicubic"
+    return rotary and v.patch_frames == 1 and v.position.resize == "bicubic"
 
 
 def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:

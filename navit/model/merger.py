@@ -52,7 +52,8 @@ class Merger(nnx.Module):
         """Rows of n tokens -> rows of n / side**2, with grids and coords to match.
 
         Args:
-          packed: whole images, in any order: none of their tokens may be dropped.
+          packed: whole images or clips, in any order: none of their tokens may be
+            dropped. Of a clip, the blocks of each frame are joined.
 
         Raises:
           ValueError: outside jit, if a grid is not a whole number of blocks.
@@ -62,6 +63,7 @@ class Merger(nnx.Module):
         block = side**2
         tokens, segment_ids, coords, grids = (jnp.asarray(x) for x in packed)
         order = _by_block(segment_ids, coords, grids, side)
+        sides = jnp.array([1, side, side][-grids.shape[-1] :])
         order = order[:, : order.shape[1] // block * block]
 
         def blocks(x: Array) -> Array:
@@ -73,14 +75,14 @@ class Merger(nnx.Module):
         x = self.down(jax.nn.gelu(self.up(x), approximate=False))
         ids = blocks(segment_ids[..., None])[:, :, 0, 0]
         x = jnp.where((ids > 0)[..., None], x, jnp.zeros((), x.dtype))
-        return PackedTokens(x, ids, blocks(coords)[:, :, 0] // side, grids // side)
+        return PackedTokens(x, ids, blocks(coords)[:, :, 0] // sides, grids // sides)
 
 
 def check_grids(grids: Any, side: int) -> None:
     """Raises ValueError for a grid with a side that blocks do not fill; not in jit."""
     if isinstance(grids, jax.core.Tracer):
         return
-    flat = np.asarray(grids).reshape(-1, 2)
+    flat = np.asarray(grids)[..., -2:].reshape(-1, 2)
     wrong = flat[(flat % side != 0).any(-1)]
     if len(wrong):
         rows, columns = wrong[0]
@@ -93,8 +95,8 @@ def check_grids(grids: Any, side: int) -> None:
 
 def _by_block(
     segment_ids: Int[Array, "b n"],
-    coords: Int[Array, "b n 2"],
-    grids: Int[Array, "b s 2"],
+    coords: Int[Array, "b n a"],
+    grids: Int[Array, "b s a"],
     side: int,
 ) -> Int[Array, "b n"]:
     """The order of a row's tokens by image, block and place in the block."""
@@ -102,8 +104,12 @@ def _by_block(
     starts = jnp.cumsum(lengths, -1) - lengths
     slot = jnp.maximum(segment_ids - 1, 0)
     start = jnp.take_along_axis(starts, slot, axis=1)
-    columns = jnp.take_along_axis(grids[..., 1], slot, axis=1)
-    row, column = coords[..., 0], coords[..., 1]
+    rows, columns = (
+        jnp.take_along_axis(grids[..., axis], slot, axis=1) for axis in (-2, -1)
+    )
+    row, column = coords[..., -2], coords[..., -1]
     place = (row // side) * (columns // side) + column // side
     place = start + place * side**2 + (row % side) * side + column % side
+    if coords.shape[-1] == 3:
+        place = place + coords[..., 0] * rows * columns
     return jnp.argsort(jnp.where(segment_ids > 0, place, jnp.iinfo(jnp.int32).max), -1)

@@ -86,6 +86,21 @@ def test_axes_are_joined_split_and_moved():
     np.testing.assert_array_equal(stored, want)
 
 
+def test_axes_are_stored_in_reverse_and_each_part_by_its_own_rule():
+    """As MoonViT stores the channels that rotary positions turn."""
+    value, stored = store("d (h pair xy f) -> (h f ~xy pair) d")
+    want = value.reshape(24, 3, 2, 2, 2).transpose(1, 4, 3, 2, 0)[:, :, ::-1]
+    np.testing.assert_array_equal(stored, want.reshape(24, 24))
+    names = tuple(f"vision.head.{x}.kernel" for x in ("key", "value"))
+    table = [codec.Tensor("x", names, ("i o -> o i", None))]
+    value = np.arange(24 * 24, dtype=np.float32).reshape(24, 24)
+    ((_, stored),) = codec.encoded(table, Weights(NAFLEX, lambda _: value, "here"))
+    np.testing.assert_array_equal(stored, np.concatenate([value.T, value]))
+    get = codec.reader(table, NAFLEX, {"x": stored}.__getitem__)
+    for name in names:
+        np.testing.assert_array_equal(get(name), value)
+
+
 def test_layers_stacked_in_one_tensor_keep_their_axis():
     name = "text.encoder.blocks.attention.query.kernel"
     value, stored = store("d (h k) -> (h d) k", name)

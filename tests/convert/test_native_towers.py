@@ -15,9 +15,11 @@ import safetensors.numpy
 
 import navit
 from navit import strategies
-from navit.batch import PackedImages
+from navit.batch import PackedImages, PackedTokens
 from navit.cli import main
-from navit.convert.stored import shapes_of
+from navit.config import Config, ModelConfig, TextConfig, override
+from navit.config.towers import starting_from
+from navit.convert.stored import build, shapes_of
 from navit.model import rotary
 from navit.model.windows import window_ids
 from navit.weights import read
@@ -26,6 +28,7 @@ from tests.convert.test_convert import assert_same, expected, tensors_of
 GOLDEN = Path(__file__).parents[1] / "golden"
 MERGED = ["kimi_vl", "qwen2_vl", "qwen2_5_vl"]
 MORE = ["qwen3_vl", "pixtral", "ovis2_5"]
+SMALL_TEXT = TextConfig(length=9, width=16, depth=1, mlp_dim=16, num_heads=2)
 TIMM = ["timm_gap", "timm_par", "timm_parfac", "timm_siglip"]
 
 
@@ -116,6 +119,48 @@ def test_images_become_the_pixels_that_the_original_gets(name):
     mean = tokens.mean((0, 1))
     z = model.embed_images([want["image"]])[0]
     np.testing.assert_allclose(z, mean / np.linalg.norm(mean), atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_clip_equals_transformers(name):
+    """Patches of two frames, which attend within their own patch in time."""
+    model, want = navit.load(GOLDEN / name), expected(name)
+    packed = in_rows([(patches, (6, 4)) for patches in want["clip"]], [[1, 0]])
+    merged = model.merger(model.vision(packed).packed)
+    for slot, i in enumerate((1, 0)):
+        got = merged.tokens[0, merged.segment_ids[0] == slot + 1]
+        np.testing.assert_allclose(
+            got.reshape(3, 2, -1), want["clip_merged"][i], atol=5e-5
+        )
+
+
+def test_the_merger_joins_blocks_of_each_frame_and_refuses_odd_grids():
+    """A clip in one segment gives what its frames give by themselves."""
+    module = navit.load(GOLDEN / "kimi_vl").merger
+    merger = jax.jit(lambda packed: module(packed))
+    rng = np.random.default_rng(0)
+    frames = rng.standard_normal((3, 8, 24)).astype(np.float32)
+    coords = np.indices((3, 2, 4)).reshape(3, -1).T.astype(np.int32)
+    mixed = rng.permutation(24)
+    clip = PackedTokens(
+        frames.reshape(1, 24, -1)[:, mixed],
+        np.ones((1, 24), np.int32),
+        coords[None, mixed],
+        np.array([[[3, 2, 4]]], np.int32),
+    )
+    apart = PackedTokens(
+        frames, np.ones((3, 8), np.int32), coords.reshape(3, 8, 3)[..., 1:],
+        np.array([[[2, 4]]] * 3, np.int32),
+    )  # fmt: skip
+    together, alone = merger(clip), merger(apart)
+    np.testing.assert_allclose(
+        together.tokens.reshape(3, 2, -1), alone.tokens, atol=1e-6
+    )
+    assert together.coords[0, :, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert together.grids.tolist() == [[[3, 1, 2]]]
+    odd = apart._replace(grids=np.array([[[1, 8]]] * 3, np.int32))
+    with pytest.raises(ValueError, match="a grid of 1x8 patches is not made of 2x2"):
+        module(odd)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
@@ -336,6 +381,20 @@ def test_a_layout_refuses_what_it_cannot_hold(tmp_path):
         navit.save(model, tmp_path / "out")
 
 
+def test_a_text_tower_that_starts_at_random_is_not_frozen():
+    weights = read(GOLDEN / "qwen2_vl")
+    config = Config(init="a", init_towers=True)
+    started = starting_from(config, weights.model, where="a")
+    assert started.model.text == config.model.text and started.model.merger is None
+    config = override(config, ["optim.text_lr=0"])
+    with pytest.raises(ValueError, match="a has no text tower, so that of the run"):
+        starting_from(config, weights.model, where="a")
+    towers = ModelConfig(vision=weights.model.vision, text=SMALL_TEXT)
+    one, other = (build(weights, towers, seed=seed) for seed in (0, 1))
+    same = jax.tree.map(np.array_equal, one, other)
+    assert all(jax.tree.leaves(same.vision)) and not all(jax.tree.leaves(same.text))
+
+
 def test_embed_takes_the_towers_own_pixels(tmp_path):
     from PIL import Image
 
@@ -375,6 +434,7 @@ def test_training_goes_on_with_a_text_tower_of_its_own(name, tmp_path, monkeypat
             *SMALL,
             *(f"model.text.{x}" for x in [*text, "mlp_dim=16", "num_heads=2"]),
             "optim.vision_lr=0",
+            "optim.text_lr=1",
             "--workdir",
             str(tmp_path),
         ]

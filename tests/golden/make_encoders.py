@@ -124,6 +124,14 @@ def qwen(name, model, settings, rng, *, window):
         if window:
             out[f"windows_{i}"] = windows[-1]
 
+    # Two patches in time of 6x4 patches, of two frames each.
+    clip = random(rng, 2, 24, 2, p, p, 3)
+    out["clip"] = clip.reshape(2, 24, -1).numpy()
+    pixels = clip.permute(0, 1, 5, 2, 3, 4).reshape(2, 24, -1)[:, blocks((6, 4))]
+    with torch.no_grad():
+        found = model(pixels.reshape(48, -1), grid_thw=torch.tensor([[2, 6, 4]]))
+    out["clip_merged"] = found.pooler_output.reshape(2, 3, 2, -1).numpy()
+
     processor = Qwen2VLImageProcessor(
         patch_size=p, min_pixels=16 * p * p, max_pixels=100 * p * p
     )
