@@ -6,15 +6,15 @@ An image becomes up to six tiles and a thumbnail, each a segment of its own; the
 vectors are averaged, weighted by their tokens. Any strategy of `navit.strategies` can
 take InternVL's place: `data.strategy=qwen data.strategy.patch=16`.
 
-Small towers on the built-in dataset, in minutes on 2 CPU cores. For the published
-sizes, give InternVL only `max_tiles`, the tower patches of 14, and rows of 1024 tokens.
+Small towers on the built-in dataset, in minutes on 2 CPU cores. A published size, such
+as `InternVL(max_tiles=6)`, needs patches of 14, rows of 1024 tokens, which hold one
+tile each, and `caption_rows` of at least 7, better 32 (docs/strategies.md).
 """
 
 from navit import strategies
 from navit.config import (
     Config,
     DataConfig,
-    EvalConfig,
     ModelConfig,
     OptimConfig,
     Softmax,
@@ -47,5 +47,4 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=300, losses=(Softmax(),), log_every=10, checkpoint_every=100
         ),
-        eval=EvalConfig(budgets=(256,)),
     )

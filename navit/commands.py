@@ -238,6 +238,7 @@ def check(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.plan import report as plan_report
+    from navit.plan.batches import BatchPlans
 
     config = _config(args)
     source = pipeline.open_source(config.data.train)
@@ -261,6 +262,9 @@ def plan(args: argparse.Namespace) -> int:
         f"{config.data.row_tokens} tokens"
     )
     print(plan_report.table(results, config.data.row_tokens), end="")
+    plans = BatchPlans(source.sizes, config.data, patch_size=patch_size, steps=1)
+    if line := pipeline.left_out(plans, source):
+        print(line)
     if args.out:
         plan_report.plot(results, args.out)
         print(f"wrote {args.out}")

@@ -54,18 +54,9 @@ def batches(
       ValueError: if the model does not take the strategy's views, one extends beyond
         its position table, or a row needs more memory than is free.
     """
-    vision = config.model.vision
-    if vision.fixed_grid:
-        raise ValueError(
-            "this model takes every image at one grid: load it with "
-            "model.vision.fixed_grid=false to use a strategy"
-        )
-    views = views_of(strategy, sizes, patch_size=vision.patch_size)
+    views, row_tokens = checked_views(config, sizes, strategy)
     if not len(views.image):
-        return views, 1, iter(())
-    vision.position.check(views.grids)
-    row_tokens = int(views.grids.prod(-1).max())  # that of the longest view
-    check_budget(config, row_tokens, len(views.grids))
+        return views, row_tokens, iter(())
     filled = filled_batches(
         config,
         read,
@@ -77,6 +68,27 @@ def batches(
     return views, row_tokens, filled
 
 
+def checked_views(
+    config: Config, sizes: np.ndarray, strategy: Strategy
+) -> tuple[Views, int]:
+    """The views of images, and the tokens of the longest view; 1 if there is none.
+
+    Raises:
+      ValueError: as `batches` does.
+    """
+    vision = config.model.vision
+    if vision.fixed_grid:
+        raise ValueError(
+            "this model takes every image at one grid: load it with "
+            "model.vision.fixed_grid=false to use a strategy"
+        )
+    views = views_of(strategy, sizes, patch_size=vision.patch_size)
+    vision.position.check(views.grids)
+    longest = int(views.grids.prod(-1).max(initial=1))
+    check_budget(config, longest, len(views.grids))
+    return views, longest
+
+
 def add_views(out: np.ndarray, part: Rows, views: Views, vectors: np.ndarray) -> None:
     """Adds the vectors of planned views to the means of their images.
 
@@ -86,10 +98,7 @@ def add_views(out: np.ndarray, part: Rows, views: Views, vectors: np.ndarray) ->
       out: `[images, e]`, changed in place.
       vectors: `[m, e]` of the planned views.
     """
-    tokens = np.bincount(
-        views.image, views.grids.prod(-1), minlength=len(views.of_image)
-    )
-    weights = part.lengths / tokens[part.index]
+    weights = part.lengths / views.tokens[part.index]
     np.add.at(out, part.index, (weights[:, None] * vectors).astype(np.float32))
 
 

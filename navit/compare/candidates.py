@@ -65,10 +65,9 @@ def label(strategy: Strategy) -> str:
 
 def config_line(strategy: Strategy) -> str:
     """The overrides that set the strategy, as one types them in a shell."""
-    words = [f"data.strategy={name_of(strategy)}"]
-    for name, value in _changed(strategy):
-        words.append(f"data.strategy.{name}={_plain(value)}")
-    return shlex.join(words)
+    values = {**dict(_changed(strategy)), "patch": strategy.patch}
+    words = [f"data.strategy.{name}={_plain(value)}" for name, value in values.items()]
+    return shlex.join([f"data.strategy={name_of(strategy)}", *words])
 
 
 def _named(text: str) -> list[tuple[str, dict[str, str]]]:

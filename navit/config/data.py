@@ -261,14 +261,17 @@ def _check_lanes(data: DataConfig) -> None:
 
 
 def _check_strategy(data: DataConfig) -> None:
-    """Raises ValueError for settings that a strategy would have to ignore."""
+    """Raises ValueError for settings that a strategy would have to ignore.
+
+    A field has no "not given", so one that is set to its default goes unnoticed.
+    """
     for field in dataclasses.fields(data):
         value = getattr(data, field.name)
         if field.name in _WITHOUT_STRATEGY and value != field.default:
             kind = type(data.strategy).__name__
             raise ValueError(
-                f"data.{field.name}={value} has no effect with data.strategy={kind}, "
-                "which decides what each image becomes: leave one of them out"
+                f"data.{field.name}={value} is not supported with data.strategy="
+                f"{kind}, which decides what each image becomes: leave one of them out"
             )
 
 

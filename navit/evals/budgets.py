@@ -16,6 +16,7 @@ import navit
 from navit.config import Config
 from navit.embed import Embedder
 from navit.embed_batches import check_budget, grids_of
+from navit.embed_views import checked_views
 from navit.evals import notes, results, row_parts, vectors
 from navit.evals.accuracy import Classification, Confidences
 from navit.evals.figure import plot
@@ -81,7 +82,7 @@ def evaluate(
     """Measures each evaluation at each budget.
 
     A model of one resolution (`fixed_grid`) is evaluated once, at its own tokens; with
-    `data.strategy`, once by that, and the budget is that of its longest image.
+    `data.strategy`, once by its rule; the budget is the tokens of the longest image.
 
     Args:
       opened: what to measure, from `navit.evals.tasks.open_tasks`.
@@ -100,11 +101,13 @@ def evaluate(
     budgets = budgets_of(config, counts)
     if budgets != config.eval.budgets:
         log.info(
-            "this model takes %s: it is evaluated once, not at each of eval.budgets=%s",
+            "this model takes %s, so it is evaluated once, not at each of "
+            "eval.budgets=%s%s",
             f"views by {config.data.strategy}"
             if config.data.strategy
             else f"every image at {budgets[0]} tokens",
             ",".join(map(str, config.eval.budgets)),
+            " (navit eval --budgets does)" if config.data.strategy else "",
         )
     folders: dict[tuple[Source, int], Path] = {}
     if cache is not None:
@@ -231,6 +234,9 @@ def check(
     vision = config.model.vision
     used = [each.images for each in opened]
     used += [each.train[0] for each in opened if each.train]
+    if config.data.strategy is not None:
+        for source, count in used:
+            checked_views(config, source.sizes[:count], config.data.strategy)
     for budget in budgets_of(config):
         for source, count in used:
             vision.position.check(grids_of(config, source.sizes[:count], budget))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -42,19 +43,22 @@ class ByViews(NamedTuple):
 def by_views(strategy: Strategy, sizes: np.ndarray) -> ByViews:
     """Counts the views of images with these sizes, `[m, 2]`, and their tokens."""
     distinct, counts = np.unique(sizes, axis=0, return_counts=True)
-    each = np.zeros((len(distinct), 6), np.int64)
-    for i, (height, width) in enumerate(distinct.tolist()):
-        try:
-            views = strategy.views(height, width)
-        except ValueError:
-            each[i, 5] = 1
-            continue
-        tokens = np.array([view.grid for view in views], np.int64).prod(-1)
-        total = tokens.sum()
-        each[i] = (len(views), total, (tokens**2).sum(), total, _enlarges(views), 0)
-    views, tokens, squares, _, enlarged, refused = (counts @ each).tolist()
-    longest = int(each[:, 3].max(initial=1))
-    return ByViews(views, tokens, squares, longest, enlarged, refused)
+    each = [_of_size(strategy, *size) for size in distinct.tolist()]
+    total = counts @ np.array(each, np.int64).reshape(-1, len(ByViews._fields))
+    longest = max((one.longest for one in each), default=1)
+    return ByViews(*total.tolist())._replace(longest=longest)
+
+
+@functools.lru_cache(2**16)
+def _of_size(strategy: Strategy, height: int, width: int) -> ByViews:
+    try:
+        views = strategy.views(height, width)
+    except ValueError:
+        return ByViews(0, 0, 0, longest=1, enlarged=0, refused=1)
+    tokens = [view.grid[0] * view.grid[1] for view in views]
+    squares = sum(n * n for n in tokens)
+    total = sum(tokens)
+    return ByViews(len(views), total, squares, total, _enlarges(views), 0)
 
 
 def _enlarges(views: Sequence[View]) -> bool:

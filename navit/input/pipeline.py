@@ -22,8 +22,7 @@ from navit.plan.batches import BatchPlans
 from navit.plan.epoch import VERSION, grids_of
 from navit.plan.groups import host_rows
 from navit.plan.order import Part
-from navit.plan.view_groups import shapes_of, unfit
-from navit.plan.view_rows import grids_of as grids_of_views
+from navit.plan.view_groups import room_of, shapes_of
 from navit.sources.kinds import Opener
 from navit.sources.kinds import open_source as open_source
 from navit.sources.kinds import open_train_source as open_train_source
@@ -33,6 +32,9 @@ from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
+
+# Of more images, those that do not fit are counted on a sample.
+_COUNTED = 100_000
 
 # Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
@@ -168,10 +170,11 @@ def train_batches(
         vision.position.check(np.array([[1, most], [most, 1]]))  # any may come
         make_batch = MakeStreamBatch(make)
     else:
-        if data.strategy is not None:
-            _check_views(vision, source, data, plans.slots)
-        elif vision.position.has_limit:
+        assert isinstance(plans, BatchPlans)
+        if vision.position.has_limit:
             _check_positions(vision, source.sizes, data)
+        if (line := left_out(plans, source)) and process_index == 0:
+            log.warning("%s", line)
         make_batch = make(source)
     if process_index == 0:
         log.info("%s", plans.summary())
@@ -207,6 +210,11 @@ def _check_positions(
     vision: config.VisionConfig, sizes: np.ndarray, data: config.DataConfig
 ) -> None:
     """Raises ValueError if one of `sizes` `[m, 2]` may outgrow the position table."""
+    if data.strategy is not None:
+        room = room_of(data, data.slots)
+        for shape in shapes_of(sizes, data.strategy, room)[0]:
+            vision.position.check(shape.views[:, -2:])
+        return
     most = data.most_tokens(vision.patch_size)
     if data.crop is not None and vision.position.kind == "learned_1d":
         vision.position.check(np.array([[1, most]]))
@@ -225,27 +233,17 @@ def _check_positions(
         vision.position.check(grids)
 
 
-def _check_views(
-    vision: config.VisionConfig, source: Source, data: config.DataConfig, slots: int
-) -> None:
-    """Says which images the plan leaves out, since their views do not fit.
+def left_out(plans: BatchPlans, source: Source) -> str:
+    """A line on the images whose views do not fit the plan; empty if all do.
 
     Raises:
-      ValueError: if none is left, or a view may outgrow the position table.
+      ValueError: if none is left.
     """
-    shapes, which = shapes_of(source.sizes, data, slots=slots)
-    vision.position.check(grids_of_views([v for shape in shapes for v in shape.views]))
-    left_out = unfit(shapes, which)
-    if not len(left_out):
-        return
-    first = int(left_out[0])
-    name, reason = source.name(first), shapes[which[first]].reason
-    if len(left_out) == len(which):
-        raise ValueError(f"no image of data.train fits; {name}: {reason}")
-    log.warning(
-        "%d of %d images are left out, first %s: %s",
-        len(left_out),
-        len(which),
-        name,
-        reason,
-    )
+    count, first, reason = plans.left_out()
+    if not count:
+        return ""
+    name = f"{source.name(first)}: {reason}"
+    if count == len(source):
+        raise ValueError(f"no image of data.train fits; {name}")
+    about = "about " if len(source) > _COUNTED else ""
+    return f"{about}{count} of {len(source)} images do not fit, such as {name}"

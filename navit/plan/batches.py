@@ -12,15 +12,18 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.plan import groups, sampling
-from navit.plan.epoch import images_per_block, mean_tokens, plan_block, some_of
+from navit.plan.epoch import images_per_block, mean_tokens, plan_block, sampled_sizes
 from navit.plan.lanes import Lanes, lanes_of
 from navit.plan.order import ORDER, Part, part_shares, records_at
 from navit.plan.rows import Rows, joined
-from navit.plan.view_groups import tokens_of
+from navit.plan.view_groups import left_out, room_of, shapes_of, tokens_of
 
 # The captions that a group of rows needs are counted on this many images and, if token
 # dropping follows a schedule, also in an epoch after its end.
 _SAMPLE, _LATE = 10_000, 2**40
+
+# The images that a strategy leaves out are counted among this many.
+_LOOKED_AT = 100_000
 
 # The rows of such a sample are counted at this many rates of dropped tokens, and each
 # block interpolates between them at this many moments. Leaving out a batch is better
@@ -162,6 +165,28 @@ class BatchPlans(Sequence):
         used = self._plan(0, 0).slice(0, int(self._first_steps[1]) * self._batch_rows)
         planned = int(self._counts[0]) / (self._data.lanes or 1)
         return used, 1 - used.images / max(1, planned)
+
+    def left_out(self) -> tuple[int, int, str]:
+        """How many images of some the strategy leaves out, and why the first.
+
+        Returns:
+          The number, the record of the first (-1 if there is none), and the reason.
+        """
+        data = self._data
+        if data.strategy is None:
+            return 0, -1, ""
+        some = np.unique(np.linspace(0, len(self._sizes) - 1, _LOOKED_AT).astype(int))
+        room = room_of(data, self.slots)
+        shapes, which = shapes_of(self._sizes[some], data.strategy, room)
+        bad = left_out(shapes, which)
+        if not len(bad):
+            return 0, -1, ""
+        share = len(bad) / len(some)
+        return (
+            round(share * len(self._sizes)),
+            int(some[bad[0]]),
+            shapes[which[bad[0]]].reason,
+        )
 
     def statistics(self) -> Statistics:
         used, left_out = self.first_block()
@@ -323,7 +348,7 @@ class BatchPlans(Sequence):
             (rows,) = self._sampled(data)
             starts = range(0, len(rows), group)
             held = [rows.slice(start, start + group).images for start in starts]
-            return groups.captions_for(np.array([*held, 1]), 1)
+            return groups.captions_for(np.array(held), 1) if held else 1
         # If each batch has one budget, the budget that needs most decides.
         needed = [
             groups.captions_for(np.diff(rows.offsets), group)
@@ -335,7 +360,7 @@ class BatchPlans(Sequence):
     def _slots(self) -> int:
         """Twice the mean number of segments in a row, to the nearest power of two."""
         if self._data.strategy is not None:
-            _, mean = tokens_of(some_of(self._sizes, _SAMPLE), self._data)
+            _, mean = tokens_of(sampled_sizes(self._sizes, _SAMPLE), self._data)
         else:
             mean = mean_tokens(self._sizes, self._data, self._patch_size)
         return 2 ** max(0, round(np.log2(2 * self._data.row_tokens / mean)))

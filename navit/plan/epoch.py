@@ -63,9 +63,10 @@ def plan_block(
       captions: the most images in a group of rows; the others are left out.
       block_images: images in a block without lanes; None computes it from the sizes.
     """
-    key, fill = [data.seed, epoch, _DRAWS, block], False
+    key = [data.seed, epoch, _DRAWS, block]
     if data.lanes:
         index, seen = lanes_of(data, parts, len(sizes)).order(epoch, block, lane)
+        fill = False
         key.append(lane + 1)
     else:
         shares = part_shares(parts, len(sizes))
@@ -202,7 +203,7 @@ def grids_of(
     return grids
 
 
-def some_of(sizes: np.ndarray, count: int) -> np.ndarray:
+def sampled_sizes(sizes: np.ndarray, count: int) -> np.ndarray:
     """About `count` evenly spaced of `sizes` `[m, 2]`."""
     return sizes[:: max(1, len(sizes) // count)]
 
@@ -221,7 +222,7 @@ def typical_tokens(
       sizes: `[m, 2]` (height, width) of every image.
       seen: the share of each side that a crop leaves.
     """
-    sample = np.maximum(1, some_of(sizes, count) * seen)
+    sample = np.maximum(1, sampled_sizes(sizes, count) * seen)
     rng = np.random.default_rng(0)
     budgets = sampling.token_budgets(rng, len(sample), data, patch_size)
     return float(grids_of(sample, budgets, data, patch_size).prod(-1).mean())
@@ -230,7 +231,7 @@ def typical_tokens(
 def mean_tokens(sizes: np.ndarray, data: DataConfig, patch_size: int) -> float:
     """Mean tokens per image of `sizes` `[m, 2]`, at the end of the drop schedule."""
     if data.strategy is not None:
-        return tokens_of(some_of(sizes, 10_000), data)[0]
+        return tokens_of(sampled_sizes(sizes, 10_000), data)[0]
     seen = float(np.mean(data.crop.area)) ** 0.5 if data.crop else 1.0
     mean = typical_tokens(sizes, data, patch_size, count=10_000, seen=seen)
     return max(1.0, mean * (1 - data.drop.last_rate if data.drop else 1))

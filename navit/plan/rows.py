@@ -13,13 +13,15 @@ from navit.plan import packing
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Planned rows: row r holds images `index[offsets[r]:offsets[r+1]]`, slot by slot.
+    """Planned rows of segments: an image each, or one of its views.
+
+    Row r holds segments `offsets[r]` to `offsets[r+1]`, slot by slot.
 
     Attributes:
       offsets: `[b + 1]` int64.
-      index: `[m]` int64 record in the source.
+      index: `[m]` int64, the record of each segment's image in the source.
       grids: `[m, 2]` int32 (rows, columns) of patches.
-      kept: `[m]` int64 tokens kept of each image; None keeps all.
+      kept: `[m]` int64 tokens kept of each segment; None keeps all.
       boxes: `[m, 4]` int32 (top, left, height, width) of each image's crop, in upright
         pixels; None takes the whole image.
       flips: `[m]` bool, whether to mirror left to right; None mirrors none.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from navit.plan.rows import Rows, pack_rows
 from navit.plan.strategies import Strategy, View
+from navit.plan.strategies.views import BLACK
 
 # What `navit/input/fill_views.py` needs of a view, and its number in its image.
 VIEW = np.dtype(
@@ -32,6 +34,7 @@ class Views(NamedTuple):
       grids: `[m, 2]` int32.
       table: `[m]` VIEW.
       refused: (image, error) of each image that the strategy refuses.
+      tokens: `[images]` int64, of all views of an image.
     """
 
     of_image: list[tuple[View, ...]]
@@ -39,6 +42,7 @@ class Views(NamedTuple):
     grids: np.ndarray
     table: np.ndarray
     refused: list[tuple[int, ValueError]]
+    tokens: np.ndarray
 
     def check(self, name: Callable[[int], str]) -> None:
         """Raises ValueError for the first image that is refused; `name` names it."""
@@ -71,8 +75,14 @@ def views_of(strategy: Strategy, sizes: np.ndarray, *, patch_size: int) -> Views
       patch_size: the encoder's.
 
     Raises:
-      ValueError: if the strategy has another patch size.
+      TypeError: if it is no strategy.
+      ValueError: if it has another patch size.
     """
+    if not isinstance(strategy, Strategy):
+        raise TypeError(
+            f"strategy is {strategy!r}, but should be one of navit.strategies, such as "
+            "strategies.InternVL(patch=16)"
+        )
     kind = type(strategy).__name__
     if strategy.patch != patch_size:
         raise ValueError(
@@ -88,20 +98,29 @@ def views_of(strategy: Strategy, sizes: np.ndarray, *, patch_size: int) -> Views
             of_image.append(())
             refused.append((i, error))
     image = np.repeat(np.arange(len(of_image)), [len(views) for views in of_image])
-    flat = [view for views in of_image for view in views]
-    return Views(of_image, image, grids_of(flat), table_of(of_image), refused)
+    table, grids = tables_of([numbers_of(views) for views in of_image])
+    tokens = np.bincount(image, grids.prod(-1), len(of_image)).astype(np.int64)
+    return Views(of_image, image, grids, table, refused, tokens)
 
 
-def grids_of(views: Sequence[View]) -> np.ndarray:
-    """The grids of views, int32 `[m, 2]`."""
-    return np.array([view.grid for view in views], np.int32).reshape(-1, 2)
+def numbers_of(views: Sequence[View]) -> np.ndarray:
+    """The views of an image as plain numbers, int32 `[m, 16]`; see `tables_of`."""
+    return np.array(
+        [
+            (k, *view.box, *view.size, *view.window, *(view.fill or BLACK), *view.grid)
+            for k, view in enumerate(views)
+        ],
+        np.int32,
+    ).reshape(-1, 16)
 
 
-def table_of(of_image: Sequence[Sequence[View]]) -> np.ndarray:
-    """The views of images, one image after the other: `[m]` VIEW."""
-    table = np.zeros(sum(map(len, of_image)), VIEW)
-    flat = [(k, view) for views in of_image for k, view in enumerate(views)]
-    for i, (number, view) in enumerate(flat):
-        fill = view.fill or (0, 0, 0)
-        table[i] = (number, view.box, view.size, view.window, fill)
-    return table
+def tables_of(numbers: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Tables of VIEW `[m]` and grids `[m, 2]`, of the `numbers_of` several images."""
+    joined = np.concatenate([np.zeros((0, 16), np.int32), *numbers])
+    table, at = np.zeros(len(joined), VIEW), 0
+    for name in VIEW.names or ():
+        shape = VIEW[name].shape
+        width = math.prod(shape)
+        table[name] = joined[:, at : at + width].reshape(-1, *shape)
+        at += width
+    return table, joined[:, at:]

@@ -178,7 +178,7 @@ def line(metrics: Values, total_steps: int) -> str:
 
 
 def _images(batch: Batch, filled: np.ndarray) -> int:
-    """The images in a batch, each of which has one view or more.
+    """The images in a batch, each of which has one or more views.
 
     Args:
       filled: `[b, s]` whether a slot has a view.

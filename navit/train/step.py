@@ -132,8 +132,9 @@ def by_owner(
     chosen, tokens = _chosen(batch, rules)
     own = jnp.where(chosen, tokens[:, None, :], 0.0)
     total = own.sum(-1, keepdims=True)
-    # The only slot of a caption has exactly the weight 1.
-    weights = own / jnp.maximum(total, 1.0)
+    # The only slot of a caption has the weight 1, however a device divides.
+    weights = jnp.where(own == total, 1.0, own / jnp.maximum(total, 1.0))
+    weights = jnp.where(own > 0, weights, 0.0)
     # A product with a matrix: its gradient is a product too, not a scatter.
     highest = jax.lax.Precision.HIGHEST
     values = _grouped(values, batch, rules)

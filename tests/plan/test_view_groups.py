@@ -13,7 +13,7 @@ from navit import strategies
 from navit.config import DataConfig, Stream
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
-from navit.plan.view_groups import shapes_of, unfit
+from navit.plan.view_groups import Room, left_out, room_of, shapes_of
 
 PATCH = 4
 TILES = strategies.InternVL(16, max_tiles=6, patch=PATCH)  # 16 tokens a view, up to 7
@@ -52,7 +52,7 @@ def test_a_group_holds_every_view_of_its_images(
     rows = plan_block(
         sizes, data, patch_size=PATCH, epoch=0, slots=slots, captions=captions
     )
-    left_out = set(unfit(*shapes_of(sizes, data, slots=slots)).tolist())
+    lost = {*left_out(*shapes_of(sizes, strategy, room_of(data, slots))).tolist()}
     planned = []
     for pairs in groups_of(rows, group):
         views = collections.defaultdict(list)
@@ -63,7 +63,7 @@ def test_a_group_holds_every_view_of_its_images(
             expected = strategy.views(*sizes[image].tolist())
             assert sorted(numbers) == list(range(len(expected)))
         planned += views
-    assert sorted(planned) == sorted(set(range(count)) - left_out)
+    assert sorted(planned) == sorted({*range(count)} - lost)
     assert rows.images == len(planned)
     assert len(rows) % group == 0
     ends = np.concatenate([[0], np.cumsum(rows.lengths)])[rows.offsets]
@@ -79,20 +79,21 @@ def test_a_group_holds_every_view_of_its_images(
 
 def test_the_images_that_are_left_out_are_those_that_cannot_fit():
     sizes = np.array([[16, 16], [32, 48], [64, 64], [4, 4000]])
-    data = data_config(row_tokens=16, caption_rows=4)
-    shapes, which = shapes_of(sizes, data)
+    four, one = Room(4, 16, 16), Room(1, 200, 16)
+    shapes, which = shapes_of(sizes, TILES, four)
     # One view; six tiles and a thumbnail; and of 4x4 tiles, the nearest is 2x2.
     counts = [len(TILES.views(*size)) for size in sizes.tolist()]
     expected = [i for i, count in enumerate(counts) if count > 4]
-    assert unfit(shapes, which).tolist() == expected and expected
-    assert "data.caption_rows" in shapes[which[expected[0]]].reason
-    qwen = data_config(strategy=NATIVE, row_tokens=200)
-    shapes, which = shapes_of(sizes, qwen)
-    assert unfit(shapes, which).tolist() == [3]
+    assert left_out(shapes, which).tolist() == expected and expected
+    assert "raise data.caption_rows" in shapes[which[expected[0]]].reason
+    shapes, which = shapes_of(sizes, TILES, Room(1, 200, 2))
+    assert "or data.slots" in shapes[which[expected[0]]].reason
+    shapes, which = shapes_of(sizes, NATIVE, one)
+    assert left_out(shapes, which).tolist() == [3]
     assert "200" in shapes[which[3]].reason
-    short = data_config(strategy=NATIVE, row_tokens=16)
-    shapes, which = shapes_of(np.array([[40, 40]]), short)
-    assert "more than data.row_tokens=16" in shapes[0].reason
+    (short,), _ = shapes_of(np.array([[40, 44]]), NATIVE, Room(1, 16, 16))
+    assert "an image of 44x40 pixels (width x height)" in short.reason
+    assert "more than data.row_tokens=16" in short.reason
 
 
 def test_all_hosts_together_plan_what_one_host_plans():

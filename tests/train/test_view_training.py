@@ -1,5 +1,7 @@
 """Training with a resolution strategy: an image's views count as one image."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,12 @@ import pytest
 from flax import nnx
 from helpers import tiny_config
 
+import navit
 from navit import strategies
 from navit.batch import PackedImages
 from navit.config import override
 from navit.input import pipeline
+from navit.input.tokens import encode
 from navit.model.two_tower import TwoTower, normalize
 from navit.train.metrics import Meter
 from navit.train.step import batch_loss, by_owner
@@ -183,10 +187,37 @@ def test_each_image_has_one_caption_and_is_counted_once(config, batches):
         assert len({*ids.values()}) == len(ids)  # no image has two captions
         images += len(ids)
         strategy = config.data.strategy
+        texts = batch.text.reshape(-1, batch.text.shape[-1])
         for image, index in ids.items():
+            captions = source.record(index).captions
+            length = config.model.text.length
+            assert texts[image].tolist() in encode(captions, length).tolist()
             views = strategy.views(*source.sizes[index].tolist())
             assert (owned == image).sum() == len(views)
     assert meter.read(STEPS)["images_per_step"] == round(images / STEPS, 2)
+
+
+def test_a_batch_has_the_pixels_that_pack_has(config, batches):
+    source = pipeline.open_source(config.data.train)
+    batch = batches[0]
+    for index in np.unique(batch.id[batch.id >= 0])[:4].tolist():
+        packed = navit.pack(
+            [source.record(index).image],
+            patch_size=PATCH,
+            row_tokens=64,
+            strategy=config.data.strategy,
+        )
+        expected, found = (
+            sorted(
+                x.patches[row][x.segment_ids[row] == slot + 1].tobytes()
+                for row, slot in np.argwhere(chosen)
+            )
+            for x, chosen in (
+                (packed, packed.grids[..., 0] > 0),
+                (batch.images, batch.id == index),
+            )
+        )
+        assert found == expected
 
 
 def test_the_model_and_the_strategy_must_agree_on_the_patch():
@@ -197,7 +228,7 @@ def test_the_model_and_the_strategy_must_agree_on_the_patch():
 def test_images_that_do_not_fit_are_named_at_the_start(caplog):
     config = make_config("data.caption_rows=1")
     next(iter(pipeline.train_batches(config)))
-    assert "images are left out, first" in caplog.text
+    assert re.search(r"\d+ of 40 images do not fit, such as ", caplog.text)
     assert "raise data.caption_rows" in caplog.text
     with pytest.raises(ValueError, match=r"no image of data\.train fits"):
         pipeline.train_batches(make_config("data.row_tokens=15"))
