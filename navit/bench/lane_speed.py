@@ -1,8 +1,8 @@
 """Measures lanes (`data.lanes`): their padding, order, planning, and reading.
 
-  python -m navit.bench.lane_speed                  # padding, order and planning
-  python -m navit.bench.lane_speed --store 4000     # reading from an object store
-  python -m navit.bench.lane_speed --sizes 1e9      # planning a host's share of 10^9 images
+  python -m navit.bench.lane_speed                # padding, order and planning
+  python -m navit.bench.lane_speed --store 4000   # reading from an object store
+  python -m navit.bench.lane_speed --sizes 1e9    # a host's share of 10^9 images
 
 The object store is one of our own on this machine (`navit/bench/object_store.py`):
 every request takes 30 ms, 1 % of them fail, and at most 1000 are answered in a second.
