@@ -7,6 +7,8 @@ python .ci/notebooks.py --write       also writes the .ipynb files with their ou
 install cells. Both need `pip install -e ".[notebooks]"`.
 """
 
+from __future__ import annotations
+
 import argparse
 import configparser
 import os
@@ -16,10 +18,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jupytext
-import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+try:
+    import jupytext
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import (
+        CellExecutionError,
+        CellTimeoutError,
+        DeadKernelError,
+    )
+except ImportError as error:  # --help needs none of them
+    missing = f'{error}: pip install -e ".[notebooks]"'
+else:
+    missing = ""
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS, BYTES = 600, 700_000  # of one cell; of a file
@@ -134,6 +145,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="such as 01_packing")
     parser.add_argument("--write", action="store_true", help="write the .ipynb files")
     arguments = parser.parse_args()
+    if missing:
+        sys.exit(missing)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # What the cells start, such as `navit`, is that of this environment.
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

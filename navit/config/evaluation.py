@@ -7,7 +7,7 @@ import re
 import typing
 from typing import Literal
 
-from navit.config.overrides import positive
+from navit.config.overrides import nearest, positive
 from navit.config.sources import AnySource, TrainSource
 
 Kind = Literal["zero_shot", "retrieval", "classification", "knn", "logistic"]
@@ -26,14 +26,15 @@ class EvalTask:
     `task`: which classification of the source; None means the one of this name, or
     else its first.
     `classes`, `prompts`: for zero-shot, files of class names and of templates
-    (`navit/evals/prompts.py`); None means the source's names and `eval.prompts`.
+    (`navit/evals/prompts.py`); None means the source's names and `eval.prompts`. Names
+    are in the order of the labels: words alphabetical, integers by value.
     `train_source`: the labelled images that a probe learns from; None means
     `data.train`. To split one folder, give its two parts by `split` and `holdout`.
     `max_images`: the most images, and the most that a probe learns from; None means
     `eval.max_images`.
-    `k`: the number of nearest neighbours. `c`: the inverse of the strength of
-    regularisation in logistic regression.
-    `per_class`: budgets.json also has the accuracy of each class.
+    `k`: the number of nearest neighbours; all, if a probe learns from fewer. `c`: the
+    inverse of the strength of regularisation in logistic regression.
+    `per_class`: budgets.json also has the accuracy of each class, and its images.
     """
 
     name: str = ""
@@ -56,9 +57,11 @@ class EvalTask:
             )
         if self.kind is None:
             if self.name not in KINDS:
+                near = nearest(self.name, KINDS)
                 raise ValueError(
-                    f"the evaluation {self.name!r} needs a kind, one of "
-                    f"{', '.join(KINDS)}: write {self.name}:KIND"
+                    f"the evaluation {self.name!r} needs a kind"
+                    + (f" ({near})" if near else "")
+                    + f": write {self.name}:KIND, one of {', '.join(KINDS)}"
                 )
             object.__setattr__(self, "kind", self.name)
         for field, kinds in (

@@ -23,6 +23,12 @@ def positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
 
 
+def nearest(word: str, words: Iterable[str]) -> str:
+    """ "did you mean 'X'?" for a word like one of these; else empty."""
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
 def override(config: T, assignments: Sequence[str]) -> T:
     """Returns a copy of `config` with each `"a.b=value"` applied.
 
@@ -181,6 +187,8 @@ def _changed_items(items: tuple, change: dict[str, Any], hint: Any, path: str) -
     keys = _keys(items)
     for key, fields in changes.items():
         full = f"{path}.{key}"
+        if not keys:
+            raise ValueError(f"{full}: {path} is empty: add {path}={key}")
         if key not in keys:
             raise ValueError(
                 f"{full}: expected {path}.NAME.FIELD=VALUE; {_known(key, keys)}"
@@ -269,18 +277,13 @@ def _expected(hint: Any, text: str) -> str:
         return f"a field of {_name(hint)}, such as .{first} ({expected})"
     if not words:
         return _name(hint)
-    near = _nearest(text.partition(":")[0], words)
+    near = nearest(text.partition(":")[0], words)
     some = "some" if typing.get_origin(hint) is tuple else "one"
     return f"{some} of {', '.join(words)}" + (f" ({near})" if near else "")
 
 
 def _known(word: str, words: Iterable[str]) -> str:
-    return _nearest(word, words) or f"it has {', '.join(words)}"
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]!r}?" if near else ""
+    return nearest(word, words) or f"it has {', '.join(words)}"
 
 
 def _fit(value: Any, hint: Any) -> Any:

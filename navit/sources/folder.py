@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -179,7 +180,7 @@ def _splits(folder: config.Folder) -> tuple[str, ...]:
 def _table(folder: config.Folder) -> str:
     if folder.table:
         root, (name, _) = _root(folder), karpathy.parted(folder.table)
-        return f"{root}/{inside(root, name, 'data.train.table')}"
+        return f"{root}/{inside(root, name, 'table')}"
     path = _path(folder)
     return _find(folder, storage.open_storage(path).listing(path))[1]
 
@@ -216,18 +217,25 @@ def _find(
     names = listing or [p.name for p in Path(root).iterdir()]
     if folder.table:
         name, _ = karpathy.parted(folder.table)
-        name = inside(root, name, "data.train.table")
+        name = inside(root, name, "table")
         if name not in names and not (Path(root) / name).is_file():
-            raise FileNotFoundError(f"there is no table {root}/{name}")
+            raise FileNotFoundError(_no_table(root, name, names))
         return root, f"{root}/{name}"
     tables = [name for name in names if is_table(name) and "/" not in name]
     if len(tables) != 1:
         what = f"{len(tables)} tables" if tables else "no .csv, .jsonl or .parquet"
         raise FileNotFoundError(
             f"{root} has {what}: write one with the columns file,caption[,label], or "
-            "name it with data.train.table"
+            "name it with `table` of the source (data.train.table, data.eval.table or "
+            "eval.tasks.NAME.source.table)"
         )
     return root, f"{root}/{tables[0]}"
+
+
+def _no_table(root: str, name: str, names: Iterable[str]) -> str:
+    tables = [x for x in names if "/" not in x and (is_table(x) or x.endswith(".json"))]
+    known = ", ".join(sorted(tables)[:10]) or "none"
+    return f"there is no table {root}/{name.partition('#')[0]}: the folder has {known}"
 
 
 def _is_in(folder: config.Folder, file: str) -> bool:

@@ -177,9 +177,13 @@ class TarReader:
             try:
                 end = self._walk(file, length, samples)
                 file.seek(end)
-                if file.read(512).strip(b"\0") or end >= length:
-                    damage = f"its end is missing after {end} of {length} bytes"
-            except (tarfile.TarError, EOFError, ValueError) as error:
+                if file.read(512).strip(b"\0"):
+                    damage = f"it has something else after byte {end}"
+                elif end >= length:
+                    damage = f"cut off at byte {length}"
+            except EOFError as error:
+                damage = f"cut off at byte {length}, {error}"
+            except (tarfile.TarError, ValueError) as error:
                 file.seek(0)
                 packed = file.read(2) == b"\x1f\x8b"
                 damage = "compressed, so it has no offsets" if packed else str(error)
@@ -187,6 +191,8 @@ class TarReader:
         whole = {key: places for key, places in samples.items() if places[0][0] >= 0}
         if len(whole) < len(samples) and not damage:
             damage = f"{len(samples) - len(whole)} of its samples have no image"
+        if damage.startswith("cut off"):
+            damage += f"; its {len(whole)} whole samples are used"
         keys = [key.encode(errors="surrogateescape") for key in whole]
         members = np.array(list(whole.values()), np.int64)
         shape = (-1, len(self._columns), 2)
@@ -201,9 +207,7 @@ class TarReader:
                     raise tarfile.ReadError(f"{member.name!r} has a negative size")
                 stop = member.offset_data + member.size
                 if stop > length:
-                    raise EOFError(
-                        f"{member.name!r} would end at {stop} of {length} bytes"
-                    )
+                    raise EOFError(f"where {member.name!r} is not yet whole")
                 name = NAME.fullmatch(member.name)
                 if not (name and member.isreg()) or member.issparse():
                     continue

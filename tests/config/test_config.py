@@ -524,6 +524,9 @@ def test_evaluations_are_made_by_name_and_kind():
     ("assignments", "words"),
     [
         (["eval.tasks=pets"], ["'pets'", "needs a kind", "retrieval"]),
+        (["eval.tasks=knnn"], ["'knnn'", "did you mean 'knn'?", "knnn:KIND"]),
+        (["eval.tasks=retreival"], ["did you mean 'retrieval'?"]),
+        (["eval.tasks.retrieval.k=3"], ["eval.tasks is empty: add eval.tasks=retr"]),
         (["eval.tasks=pets:kn"], ["eval.tasks.pets.kind", "did you mean 'knn'"]),
         (["eval.tasks=a b:knn"], ["'a b'", "letters"]),
         (["eval.tasks=knn,knn"], ["knn,knn", "names"]),

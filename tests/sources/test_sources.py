@@ -376,6 +376,16 @@ def test_a_bad_json_is_named_with_what_is_wrong(folder, table, splits, words):
         assert word in message
 
 
+def test_a_missing_table_is_named_beside_those_that_are_there(folder):
+    (folder / "d.json").write_text(json.dumps(KARPATHY))
+    with pytest.raises(FileNotFoundError, match=r"/d\.jsn: the folder has .*d\.json"):
+        FolderSource(Folder(str(folder), "d.jsn#test"))
+    for file in folder.glob("*.csv"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"data.eval.table or eval.tasks.NAME"):
+        FolderSource(Folder(str(folder)))
+
+
 GOOD = "file,caption\n2.png,z\n"
 
 
