@@ -164,9 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="run only this one of eval.tasks, or of the classifications of data.eval "
-        "(repeatable): coarse, fine or finest for the drawn dataset, label for a "
-        "table with that column",
+        help="run only this one of eval.tasks (repeatable), or without them, retrieval "
+        "or a classification of data.eval: coarse, fine or finest for the drawn "
+        "dataset, label for a table with that column",
     )
     evaluate.add_argument(
         "--prompts",
@@ -177,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--classes",
         metavar="FILE",
-        help="names of the classes, in the order of the labels; a file as for "
-        "--prompts",
+        help="names of the classes, in the order of the labels (words: alphabetical); "
+        "a file as for --prompts",
     )
     evaluate.add_argument(
         "--no-cache",

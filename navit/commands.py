@@ -82,8 +82,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from navit.embed import Embedder
-    from navit.evals import budgets, results, vectors
-    from navit.evals.prompts import load_templates
+    from navit.evals import budgets, vector_cache, vectors
     from navit.evals.tasks import open_tasks
     from navit.sharding import make_mesh, use_mesh
     from navit.train import hosts
@@ -91,8 +90,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     from navit.weights import load, read
 
     weights = args.weights.expanduser()
+    if weights.suffix == ".py":
+        raise ValueError(
+            f"{weights} is a config, and an evaluation is of a model: name its work "
+            f"directory, such as {Path('runs') / weights.stem}"
+        )
     in_workdir = is_workdir(weights)
-    cache = weights / "embeddings" if in_workdir else vectors.default_cache()
+    cache = weights / "embeddings" if in_workdir else vector_cache.default_cache()
     prefixes: tuple[str, ...] = ROUNDING
     if not in_workdir:
         if not args.out and weights.exists():  # before the slow loading
@@ -107,14 +111,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         embedder = load(weights, overrides=model_overrides, rules=rules)
         trained = embedder.config
         config = config_lib.override(trained, args.overrides)
-        changed: dict[str, Any] = {}
         if args.budgets:
-            changed["budgets"] = args.budgets
             config = _by_budgets(config)
-        if args.prompts:
-            changed["prompts"] = load_templates(args.prompts)
-        evaluation = dataclasses.replace(config.eval, **changed)
-        config = dataclasses.replace(config, eval=evaluation)
+            evaluation = dataclasses.replace(config.eval, budgets=args.budgets)
+            config = dataclasses.replace(config, eval=evaluation)
         for difference in config_lib.differences(trained, config):
             if not difference.startswith(("data.", "eval.")):
                 raise ValueError(
@@ -127,7 +127,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         hosts.check_same_config(config)
         hosts.check_same(f"the model in {weights}", vectors.fingerprint(embedder))
         budgets.check_memory(config)
-        opened = open_tasks(config, names=args.task, classes=args.classes)
+        opened = open_tasks(
+            config, names=args.task, classes=args.classes, prompts=args.prompts
+        )
         hosts.check_same("what is evaluated", budgets.describe(opened))
         budgets.check(config, opened)
         budgets.run(
@@ -137,10 +139,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.out or weights,
             trained=trained,
             cache=None if args.no_cache else cache,
+            name=weights.resolve().name,
         )
-        pages = budgets.pages_of(config)
-        if hosts.first() and pages:
-            print(f"\n{results.page_text(pages)}")
 
 
 def _by_budgets(config: config_lib.Config) -> config_lib.Config:

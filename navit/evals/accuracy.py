@@ -20,6 +20,13 @@ class Confidences(NamedTuple):
     places: np.ndarray
 
 
+class PerClass(NamedTuple):
+    """Top-1 accuracy of the images of one class, and how many they are."""
+
+    accuracy: float
+    images: int
+
+
 class Classification:
     """Accuracy of class scores on a task.
 
@@ -58,7 +65,7 @@ class Classification:
             scores = self._scores(images[confidences.places])
             yield from accuracies(scores, confidences.labels)
             error = calibration_error(confidences.probabilities, confidences.labels)
-            yield Metric("calibration_error", error)
+            yield Metric("calibration_error", error, len(scores))
 
     def confidences(self, images: np.ndarray) -> Confidences:
         """The probabilities of the images that count, of vectors as in `run`."""
@@ -68,13 +75,16 @@ class Classification:
             softmax(self._logits(images[places])), labels[places].astype(int), places
         )
 
-    def per_class(self, images: np.ndarray) -> np.ndarray:
-        """Top-1 accuracy of each class, `[c]`; NaN: it has no image. As in `run`."""
+    def per_class(self, images: np.ndarray) -> dict[str, PerClass]:
+        """Top-1 accuracy of each class that has an image, by its name. As in `run`."""
         _, labels, places = self.confidences(images)
-        classes = len(self._task.class_names)
+        names = self._task.class_names
         first = ranks(self._scores(images[places]), labels) == 0
-        hits, of = (np.bincount(x, None, classes) for x in (labels[first], labels))
-        return np.where(of > 0, hits / np.maximum(of, 1), np.nan)
+        hits, of = (np.bincount(x, None, len(names)) for x in (labels[first], labels))
+        return {
+            names[i]: PerClass(float(hits[i] / of[i]), int(of[i]))
+            for i in np.flatnonzero(of)
+        }
 
 
 def counts(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -104,4 +114,4 @@ def accuracies(scores: np.ndarray, labels: np.ndarray) -> Iterator[Metric]:
     rank, classes = ranks(scores, labels), scores.shape[1]
     for name, k in (("accuracy", 1), ("top5", 5)):
         if k == 1 or k < classes:
-            yield Metric(name, float((rank < k).mean()), k / classes)
+            yield Metric(name, float((rank < k).mean()), len(rank), k / classes)

@@ -7,23 +7,21 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 import navit
 from navit.config import Config
 from navit.embed import Embedder
 from navit.embed_batches import check_budget, grids_of
 from navit.embed_views import checked_views
-from navit.evals import notes, results, row_parts, vectors
-from navit.evals.accuracy import Classification, Confidences
+from navit.evals import notes, results, row_parts, tables, vector_cache, vectors
+from navit.evals.accuracy import Confidences
 from navit.evals.figure import plot
-from navit.evals.metric import Metric
-from navit.evals.probes import Probe
-from navit.evals.results import Row
-from navit.evals.tasks import Evaluator, Images, Opened
+from navit.evals.measured import measure
+from navit.evals.row import Row
+from navit.evals.tasks import Opened
 from navit.files import write_atomic
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
@@ -32,7 +30,7 @@ log = logging.getLogger("navit")
 
 
 class Results(NamedTuple):
-    """Rows, one for each evaluation and budget, and cascades; see `results.Row`."""
+    """Rows, one for each evaluation and budget, and cascades; see `row.Row`."""
 
     rows: list[Row]
     cascades: list[Row]
@@ -46,6 +44,7 @@ def run(
     *,
     trained: Config | None = None,
     cache: Path | None = None,
+    name: str | None = None,
 ) -> Results:
     """Evaluates at `config.eval.budgets`, prints the results and adds them to `out`.
 
@@ -55,9 +54,12 @@ def run(
     Args:
       out: the folder to write to.
       trained, cache: as in `evaluate`.
+      name: of the weights; None: that of `out`.
     """
-    new = evaluate(embedder, config, opened, trained=trained, cache=cache)
-    log.info("step %d\n%s", embedder.step, results.text(*new))
+    name = name or out.resolve().name
+    new = evaluate(embedder, config, opened, trained=trained, cache=cache, name=name)
+    at = f", step {embedder.step}" if embedder.step else ""
+    log.info("%s%s\n%s", name, at, tables.text(*new))
     if jax.process_index() == 0:
         pages_at = functools.partial(notes.pages, config)
         rows, cascades = results.write(out, *new, pages_at)
@@ -78,6 +80,7 @@ def evaluate(
     *,
     trained: Config | None = None,
     cache: Path | None = None,
+    name: str = "one checkpoint",
 ) -> Results:
     """Measures each evaluation at each budget.
 
@@ -88,6 +91,7 @@ def evaluate(
       opened: what to measure, from `navit.evals.tasks.open_tasks`.
       trained: the config that the weights were trained with, if it is another.
       cache: the folder in which vectors are kept; None keeps none.
+      name: of the weights, for people.
 
     Raises:
       ValueError: for a budget beyond the model's position table.
@@ -99,7 +103,7 @@ def evaluate(
             counts[source] = max(count, counts.get(source, 0))
     weights = vectors.fingerprint(embedder)
     budgets = budgets_of(config, counts)
-    if budgets != config.eval.budgets:
+    if {*budgets} != {*config.eval.budgets}:
         log.info(
             "this model takes %s, so it is evaluated once, not at each of "
             "eval.budgets=%s%s",
@@ -123,7 +127,6 @@ def evaluate(
     for budget in budgets:
         held = {}
         for source, count in counts.items():
-            log.info("%d images at %d tokens", count, budget)
             embedded = held[source] = vectors.embed(
                 embedder, source, count, budget, folder=folders.get((source, budget))
             )
@@ -135,40 +138,24 @@ def evaluate(
         about = notes.notes(config, trained or config, budget, step=embedder.step)
         confidences[budget] = []
         for each, evaluator, own in zip(opened, evaluators, rows, strict=True):
-            source, count = each.images
-            metrics, sure = _measure(each, evaluator, held)
-            confidences[budget].append(sure)
-            pooled = held[source].pooled[:count]
-            speed = held[source].per_second
+            measured = measure(each, evaluator, held)
+            confidences[budget].append(measured.confidences)
             own.append(
                 {
                     "step": embedder.step,
+                    "model": name,
                     "weights": weights,
-                    "set": each.task.name,
-                    "kind": each.task.kind,
                     "budget": budget,
-                    "images": count,
-                    "unreadable": int(np.isnan(pooled[:, 0]).sum()),
-                    **row_parts.cost(config, source.sizes[:count], budget),
-                    "images_per_second": speed,
-                    "metrics": {x.name: round(x.value, 4) for x in metrics},
-                    "chance": {
-                        x.name: round(x.chance, 4)
-                        for x in metrics
-                        if x.chance is not None
-                    },
+                    **row_parts.row(config, each, measured, held, budget),
                     "notes": [*about, *row_parts.notes(each)],
-                    "data": source.fingerprint(),
-                    "settings": row_parts.settings(config, each),
                     "date": datetime.date.today().isoformat(),
                     "navit": navit.__version__,
-                    **_per_class(each, evaluator, held),
                 }
             )
     if written:
-        log.info("kept %.1f MB of vectors in %s", written / 1e6, cache)
+        log.info("kept %s of vectors in %s", vector_cache.size_text(written), cache)
     if cache is not None and jax.process_index() == 0:
-        vectors.evict(cache, folders.values(), config.eval.cache_gib)
+        vector_cache.evict(cache, folders.values(), config.eval.cache_gib)
     cascades = row_parts.cascades(opened, rows, confidences)
     return Results([row for own in rows for row in own], cascades)
 
@@ -176,7 +163,7 @@ def evaluate(
 def budgets_of(
     config: Config, counts: Mapping[Source, int] | None = None
 ) -> tuple[int, ...]:
-    """The budgets to evaluate at; a model of one resolution has only one.
+    """The budgets to evaluate at, each once; a model of one resolution has only one.
 
     With `data.strategy`, the tokens of the longest of the first `counts[source]` images
     of each source; without counts, none.
@@ -188,18 +175,15 @@ def budgets_of(
             for source, count in (counts or {}).items()
         ]
         return (max(longest),) if longest else ()
-    return (vision.position.size**2,) if vision.fixed_grid else config.eval.budgets
-
-
-def pages_of(config: Config) -> list[notes.Page]:
-    """What typical pages become at each budget."""
-    return [page for b in budgets_of(config) for page in notes.pages(config, b)]
+    if vision.fixed_grid:
+        return (vision.position.size**2,)
+    return tuple(dict.fromkeys(config.eval.budgets))
 
 
 def describe(opened: Sequence[Opened]) -> str:
     """The evaluations and their data; all processes must have the same."""
     return "; ".join(
-        f"{each.task.name} of {source.fingerprint()}"
+        f"{each.task.name}{row_parts.texts(each)} of {source.fingerprint()}"
         for each in opened
         for source, _ in (each.images, *([each.train[0]] if each.train else []))
     )
@@ -251,38 +235,3 @@ def check(
                 f"{len(classes[0])} classes and data.eval {len(classes[-1])}: all "
                 "three must have the same classes"
             )
-
-
-def _measure(
-    each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
-) -> tuple[list[Metric], Confidences | None]:
-    """The metrics at one budget, and a classifier's confidences."""
-    images = _vectors(each, each.images, held)
-    if isinstance(evaluator, Probe):
-        assert each.train is not None
-        return [*evaluator.run(images, _vectors(each, each.train[0], held))], None
-    if isinstance(evaluator, Classification):
-        return [*evaluator.run(images)], evaluator.confidences(images)
-    return [*evaluator.run(images)], None
-
-
-def _vectors(
-    each: Opened, images: Images, held: dict[Source, vectors.Vectors]
-) -> np.ndarray:
-    """`[m, e]` of unit norm; for class logits and probes, as they are pooled."""
-    pooled = held[images.source].pooled[: images.limit]
-    if each.task.kind not in ("zero_shot", "retrieval"):
-        return pooled
-    return pooled / np.maximum(np.linalg.norm(pooled, axis=-1, keepdims=True), 1e-6)
-
-
-def _per_class(
-    each: Opened, evaluator: Evaluator, held: dict[Source, vectors.Vectors]
-) -> dict[str, Any]:
-    """The accuracy of each class that has an image, if it is wanted."""
-    if not (each.task.per_class and isinstance(evaluator, Classification)):
-        return {}
-    assert each.labels is not None
-    values = evaluator.per_class(_vectors(each, each.images, held))
-    named = zip(each.labels.class_names, values.tolist(), strict=True)
-    return {"per_class": {k: round(v, 4) for k, v in named if not np.isnan(v)}}

@@ -84,7 +84,8 @@ class Probe:
             learned = labelled(train, self._train_labels[: len(train)])
             predicted = self._predict(learned, images[counted])
             hits = float((predicted == labels[counted]).mean())
-            yield Metric("accuracy", hits, 1 / len(self._task.class_names))
+            chance = 1 / len(self._task.class_names)
+            yield Metric("accuracy", hits, int(counted.sum()), chance)
 
 
 def nearest_neighbours(
@@ -127,7 +128,7 @@ def logistic_regression(
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise ImportError(
-            'the logistic probe needs scikit-learn: pip install "navit[probes]"'
+            "the logistic probe needs scikit-learn: pip install scikit-learn"
         ) from error
     if (train.labels == train.labels[0]).all():
         raise ValueError(

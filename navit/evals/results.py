@@ -1,4 +1,4 @@
-"""The table of results: its rows in files, and as text.
+"""The files of the table of results.
 
 A row is one evaluation at one budget. Tables grow: a row is replaced only by the same
 evaluation of the same weights on the same data.
@@ -7,40 +7,19 @@ evaluation of the same weights on the same data.
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
-import io
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from navit.evals import tables
 from navit.evals.notes import Page
+from navit.evals.row import Row, identity, series
 from navit.files import write_atomic
 
 log = logging.getLogger("navit")
-
-# One evaluation at one budget; JSON data.
-Row = dict[str, Any]
-
-# What identifies a row, or a cascade. The rest is measured.
-_IDENTITY = (
-    "step",
-    "weights",
-    "set",
-    "kind",
-    "budget",
-    "small",
-    "large",
-    "images",
-    "data",
-    "settings",
-)
-# A cascade has a point for every 5 % of the images; the tables show every fifth point.
-_EVERY = 5
-_COLUMNS = ("set", "kind", "tokens", "used", "enlarged", "images", "GFLOPs", "images/s")
 
 
 def write(
@@ -69,8 +48,8 @@ def write(
         pages = [page for budget in budgets for page in pages_at(budget)]
         data = json.dumps({"rows": whole[0], "cascades": whole[1]}, indent=2)
         write_atomic(out / "budgets.json", f"{data}\n".encode())
-        write_atomic(out / "budgets.md", markdown(*whole, pages).encode())
-        write_atomic(out / "budgets.csv", _csv(whole[0]).encode())
+        write_atomic(out / "budgets.md", tables.markdown(*whole, pages).encode())
+        write_atomic(out / "budgets.csv", tables.as_csv(whole[0]).encode())
     return whole
 
 
@@ -88,37 +67,6 @@ def read(path: Path) -> dict[str, list[Row]]:
         ) from error
 
 
-def text(rows: Sequence[Row], cascades: Sequence[Row]) -> str:
-    """The results for a terminal."""
-    blocks = [_aligned([(*_COLUMNS, "results (chance)"), *map(_cells, rows)])]
-    if cascades:
-        blocks.append(_aligned(_cascade_cells(cascades)))
-    lines = dict.fromkeys(f"note: {note}" for row in rows for note in row["notes"])
-    return "\n".join(["\n\n".join(blocks), *lines])
-
-
-def markdown(
-    rows: Sequence[Row], cascades: Sequence[Row], pages: Sequence[Page]
-) -> str:
-    """The results as Markdown."""
-    header = ("step", *_COLUMNS, "results (chance)", "notes", "date")
-    cells = [
-        (str(row["step"]), *_cells(row), "; ".join(row["notes"]), row["date"])
-        for row in rows
-    ]
-    blocks = ["# Results by token budget", _piped([header, *cells])]
-    if cascades:
-        blocks.append(_piped(_cascade_cells(cascades)))
-    if pages:
-        blocks += ["What a page becomes:", _piped(_page_cells(pages))]
-    return "\n\n".join(blocks) + "\n"
-
-
-def page_text(pages: Sequence[Page]) -> str:
-    """What typical pages become, for a terminal."""
-    return _aligned(_page_cells(pages))
-
-
 def logged(rows: Sequence[Row]) -> dict[str, float]:
     """The results by name, for the log of a run."""
     return {
@@ -128,24 +76,25 @@ def logged(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def label(metric: str) -> str:
-    """The name of a metric for people."""
-    metric = re.sub(r"_r(\d+)$", r" R@\1", metric.replace("_to_", "→"))
-    return {"top5": "top-5", "calibration_error": "ECE"}.get(metric, metric)
-
-
 def _merged(before: Sequence[Row], added: Sequence[Row]) -> list[Row]:
-    """Rows in the order of step and set, each identity once."""
+    """Rows in the order of step and set, each identity once; the latest is last."""
     whole: dict[str, Row] = {}
     for row in (*before, *added):
-        identity = json.dumps([row.get(name) for name in _IDENTITY])
-        speed = whole.get(identity, {}).get("images_per_second")
+        key = identity(row)
+        speed = whole.pop(key, {}).get("images_per_second")
         if speed is not None and row["images_per_second"] is None:
             row = {**row, "images_per_second": speed}  # nothing was embedded this time
-        whole[identity] = row
+        whole[key] = row
+    first = {series(row): i for i, row in reversed([*enumerate(whole.values())])}
     return sorted(
         whole.values(),
-        key=lambda row: (row["step"], row["set"], row["kind"], row.get("budget", 0)),
+        key=lambda row: (
+            row["step"],
+            row["set"],
+            row["kind"],
+            first[series(row)],
+            row.get("budget", 0),
+        ),
     )
 
 
@@ -171,101 +120,6 @@ def _upgraded(data: dict[str, Any]) -> list[Row]:
         }
         for budget, values in data["budgets"].items()
     ]
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    results: list[str] = []
-    direction = ""
-    for name, value in row["metrics"].items():
-        first, _, rest = label(name).partition(" ")
-        # "image→text" only once, before all its recalls.
-        title = rest if rest and first == direction else label(name)
-        direction = first
-        if name == "calibration_error":
-            results.append(f"{title} {value:.3f}")
-        else:
-            guess = row["chance"].get(name)
-            of = "" if guess is None else f" ({guess:.1%})"
-            results.append(f"{title} {value:.1%}{of}")
-    flops, enlarged = row.get("flops_per_image"), row.get("enlarged")
-    speed, lost = row["images_per_second"], row["unreadable"]
-    return (
-        row["set"],
-        row["kind"],
-        str(row["budget"]),
-        f"{row['tokens_per_image']:.1f}",
-        "-" if enlarged is None else f"{enlarged:.0%}",
-        str(row["images"]) + (f" ({lost} unreadable)" if lost else ""),
-        "-" if flops is None else f"{flops / 1e9:.3g}",
-        "-" if speed is None else f"{speed:.1f}",
-        ", ".join(results) or "no image counts",
-    )
-
-
-def _cascade_cells(cascades: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Accuracy (and GFLOPs an image) by the share that is sent to the larger budget."""
-    shares = [f"{i / 20:.0%} sent" for i in range(0, 21, _EVERY)]
-    lines = [("cascade", "step", "tokens", *shares)]
-    for cascade in cascades:
-        points = [
-            f"{accuracy:.1%} ({flops / 1e9:.3g})"
-            for _, accuracy, flops in cascade["points"][::_EVERY]
-        ]
-        budgets = f"{cascade['small']}→{cascade['large']}"
-        name = f"{cascade['set']}, {cascade['kind']}"
-        lines.append((name, str(cascade["step"]), budgets, *points))
-    return lines
-
-
-def _page_cells(pages: Sequence[Page]) -> list[tuple[str, ...]]:
-    header = ("page", "tokens", "grid", "pixels (height x width)", "effective dpi")
-    return [
-        header,
-        *(
-            (
-                f"{page.name}",
-                f"{page.budget}",
-                f"{page.grid[0]}x{page.grid[1]}",
-                f"{page.pixels[0]}x{page.pixels[1]}",
-                f"{page.dpi}",
-            )
-            for page in pages
-        ),
-    ]
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    last = len(widths) - 1
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, last) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _piped(lines: Sequence[tuple[str, ...]]) -> str:
-    header, *rest = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rest))
-
-
-def _csv(rows: Sequence[Row]) -> str:
-    flat = []
-    for row in rows:
-        simple = {k: v for k, v in row.items() if not isinstance(v, dict | list)}
-        chance = {f"chance_{name}": value for name, value in row["chance"].items()}
-        flat.append(
-            {**simple, **row["metrics"], **chance, "notes": "; ".join(row["notes"])}
-        )
-    columns = dict.fromkeys(name for row in flat for name in row)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [*columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
 
 
 @contextlib.contextmanager

@@ -77,8 +77,9 @@ class Retrieval:
             ks = [k for k in _KS if k == 1 or k < count]
             found = recall(queries, candidates, right, ks=ks)
             guessed = chance(right, count, ks=ks)
+            asked_of = len(np.unique(right[:, 0]))
             for k in ks:
-                yield Metric(f"{direction}_r{k}", found[k], guessed[k])
+                yield Metric(f"{direction}_r{k}", found[k], asked_of, guessed[k])
 
     def _counted(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The candidates for embeddings `[len(captions), e]`.

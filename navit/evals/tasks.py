@@ -15,14 +15,14 @@ import numpy as np
 from navit.config import AnySource, Config, EvalTask
 from navit.config.evaluation import PROBES
 from navit.embed import Embedder
+from navit.evals import classes
 from navit.evals.accuracy import Classification
-from navit.evals.probes import Probe, logistic_regression, nearest_neighbours
+from navit.evals.probes import Labelled, Probe, logistic_regression, nearest_neighbours
 from navit.evals.prompts import load_templates
 from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import zero_shot
 from navit.input import pipeline
 from navit.sources.kinds import Opener
-from navit.sources.names import class_names
 from navit.sources.source import Source, Task
 
 log = logging.getLogger("navit")
@@ -46,6 +46,8 @@ class Opened:
       labels: class names, and labels of all images of the source; retrieval has none.
       prompts: templates with one "{}" each; used by zero-shot.
       train: what a probe learns from, with their labels.
+      fewer: the number of neighbours, where there are fewer than `task.k` labelled
+        images to learn from.
     """
 
     task: EvalTask
@@ -53,6 +55,7 @@ class Opened:
     labels: Task | None = None
     prompts: tuple[str, ...] = ()
     train: tuple[Images, np.ndarray] | None = None
+    fewer: int | None = None
 
     @functools.cached_property
     def captions(self) -> list[tuple[str, ...]]:
@@ -74,11 +77,16 @@ class Opened:
             return Classification(embedder.classify, labels)
         assert self.train is not None
         predict: Any = (
-            functools.partial(nearest_neighbours, k=task.k)
+            functools.partial(_neighbours, k=task.k)
             if task.kind == "knn"
             else functools.partial(logistic_regression, c=task.c)
         )
         return Probe(predict, labels, self.train[1])
+
+
+def _neighbours(train: Labelled, vectors: np.ndarray, *, k: int) -> np.ndarray:
+    """`nearest_neighbours` `[q]` of at most all that can be learned from."""
+    return nearest_neighbours(train, vectors, k=min(k, len(train.labels)))
 
 
 def open_tasks(
@@ -86,14 +94,16 @@ def open_tasks(
     *,
     names: Sequence[str] = (),
     classes: str | None = None,
+    prompts: str | None = None,
     opener: Opener | None = None,
 ) -> list[Opened]:
     """Opens what `config.eval` evaluates; each source is opened once.
 
     Args:
-      names: which evaluations; empty for all. Without `eval.tasks`, names of
-        classifications of `data.eval`, beside which retrieval always runs.
+      names: which evaluations; empty for all. Without `eval.tasks`, they are
+        "retrieval" and the classifications of `data.eval`.
       classes: a file of class names, for the only zero-shot classification.
+      prompts: a file of templates, for each zero-shot classification without its own.
       opener: what has opened the training images, if they are open.
 
     Raises:
@@ -106,9 +116,10 @@ def open_tasks(
         check_names(names, [task.name for task in tasks], "eval.tasks")
         tasks = [task for task in tasks if not names or task.name in names]
     else:
-        tasks = _usual(config, tasks_of.source(config.data.eval), names)
+        source = tasks_of.source(config.data.eval)
+        tasks = _usual(config, source, names, named=classes is not None)
+    some = [task for task in tasks if task.kind == "zero_shot"]
     if classes is not None:
-        some = [task for task in tasks if task.kind == "zero_shot"]
         if len(some) != 1:
             known = ", ".join(task.name for task in some) or "none"
             raise ValueError(
@@ -118,6 +129,18 @@ def open_tasks(
             )
         named = dataclasses.replace(some[0], classes=classes)
         tasks = [named if task is some[0] else task for task in tasks]
+    if prompts is not None:
+        if not some:
+            raise ValueError(
+                f"--prompts {prompts} is for zero-shot classification, and there is "
+                "none: leave it out"
+            )
+        tasks = [
+            dataclasses.replace(task, prompts=task.prompts or prompts)
+            if task.kind == "zero_shot"
+            else task
+            for task in tasks
+        ]
     return [tasks_of.open(task) for task in tasks]
 
 
@@ -132,27 +155,15 @@ def check_names(names: Iterable[str], known: Sequence[str], where: str) -> None:
             )
 
 
-def _named(path: str, before: Sequence[str]) -> tuple[str, ...]:
-    """The class names in a file, to replace those of the data."""
-    names = class_names(path)
-    # Without names of their own, classes are named by their numbers.
-    if len(names) != len(before) and not all(name.isdigit() for name in before):
-        raise ValueError(
-            f"{path} has {len(names)} class names and the labels {len(before)} "
-            "classes: give one name for each class, in the order of the labels"
-        )
-    # In CLIP's list for ImageNet, two are "sunglasses"; their vectors are equal.
-    if repeated := len(names) - len({*names}):
-        log.warning(
-            "%s: %d class names are repeated; the later class of each is never found",
-            path,
-            repeated,
-        )
-    return names
+def _usual(
+    config: Config, source: Source, names: Sequence[str], *, named: bool
+) -> list[EvalTask]:
+    """The evaluations of a config that names none.
 
-
-def _usual(config: Config, source: Source, names: Sequence[str]) -> list[EvalTask]:
-    """The evaluations of a config that names none."""
+    Args:
+      names: which of them; empty for all.
+      named: whether class names are given beside the data.
+    """
     tasks: list[EvalTask] = []
     if config.train.needs("classifier"):
         first = next(iter(source.tasks), None)
@@ -164,10 +175,20 @@ def _usual(config: Config, source: Source, names: Sequence[str]) -> list[EvalTas
     if config.train.needs("text_tower"):
         known = [*source.tasks, "retrieval"]
         check_names(names, known, "data.eval")
-        chosen = [name for name in source.tasks if not names or name in names]
-        tasks += [EvalTask(name, "zero_shot", task=name) for name in chosen]
+        for name, task in source.tasks.items():
+            if name in names or named or not classes.are_numbers(task.class_names):
+                tasks.append(EvalTask(name, "zero_shot", task=name))
+            else:
+                log.warning("no zero-shot evaluation: %s", _nameless(name))
         tasks.append(EvalTask("retrieval"))
-    return tasks
+    return [task for task in tasks if not names or task.name in names]
+
+
+def _nameless(name: str) -> str:
+    return (
+        f"the labels of {name!r} are integers without names: name the classes with "
+        "--classes FILE, `classes` of the evaluation (eval.tasks) or of the data"
+    )
 
 
 class _Tasks:
@@ -202,7 +223,10 @@ class _Tasks:
             if task.prompts is not None:
                 prompts = load_templates(task.prompts)
             return Opened(task, images, labels, prompts)
-        return Opened(task, images, labels, train=self._train(task, images, labels))
+        train, learned = self._train(task, images, labels)
+        known = int((learned[: train.limit] >= 0).sum())
+        fewer = known if task.kind == "knn" and known < task.k else None
+        return Opened(task, images, labels, train=(train, learned), fewer=fewer)
 
     def _images(self, task: EvalTask, source: Source) -> Images:
         most = task.max_images or self._config.eval.max_images or len(source)
@@ -225,7 +249,10 @@ class _Tasks:
                 "labelled data, or raise max_images"
             )
         if task.classes is not None:
-            labels = Task(_named(task.classes, labels.class_names), labels.labels)
+            names = classes.named(task.classes, labels.class_names)
+            labels = Task(names, labels.labels)
+        elif task.kind == "zero_shot" and classes.are_numbers(labels.class_names):
+            raise ValueError(_nameless(task.name))
         return labels
 
     def _check_classifier(self, task: EvalTask, labels: Task) -> None:
@@ -246,7 +273,7 @@ class _Tasks:
         if task.kind == "logistic" and importlib.util.find_spec("sklearn") is None:
             raise ValueError(
                 f"{task.name!r} is of kind logistic, which needs scikit-learn: pip "
-                'install "navit[probes]"'
+                "install scikit-learn"
             )
         chosen = self._opener.open(task.train_source or self._config.data.train)
         train = self._images(task, chosen)
@@ -257,16 +284,4 @@ class _Tasks:
                 "a folder, with split=eval for source"
             )
         learned = self._labels(task, train)
-        if learned.class_names != labels.class_names:
-            raise ValueError(
-                f"{task.name!r} has {len(learned.class_names)} classes in train_source "
-                f"and {len(labels.class_names)} in source, or others: both need the "
-                "same classes"
-            )
-        known = int((learned.labels[: train.limit] >= 0).sum())
-        if task.kind == "knn" and known < task.k:
-            raise ValueError(
-                f"{task.name!r} needs k={task.k} labelled images to learn from, and "
-                f"there are {known}: lower k, or raise max_images"
-            )
-        return train, learned.labels
+        return train, classes.matched(learned, labels.class_names, task.name)

@@ -1,21 +1,18 @@
-"""Image vectors for evaluations, kept on disk so that nothing is embedded twice.
+"""Image vectors for evaluations: embedded, or read where they are kept.
 
-A folder holds the vectors of one model, data, budget and preprocessing, in parts of
-`_PART` images, each a file of its own. A killed evaluation goes on at the part where it
-was. An image that cannot be read is 0 and is tried again the next time.
+They are kept in parts of `_PART` images (`navit/evals/vector_cache.py`). A killed
+evaluation goes on at the part where it was. An image that cannot be read is tried again
+the next time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
-import os
-import shutil
+import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +23,18 @@ from jax.experimental import multihost_utils
 import navit
 from navit import config as config_lib
 from navit.config import Config
-from navit.embed import Embedder
-from navit.files import cache_home, write_atomic
+from navit.config.model import ROUNDING
+from navit.embed import Embedded, Embedder
+from navit.evals import vector_cache
+from navit.evals.progress import Progress
 from navit.input.fill import Errors
 from navit.sources.source import Record, Source
 
 log = logging.getLogger("navit")
 
 _PART = 1024
+# Fewer images than this are embedded in the time that compilation takes.
+_TIMED = 100
 
 
 class Vectors(NamedTuple):
@@ -42,7 +43,7 @@ class Vectors(NamedTuple):
     Attributes:
       pooled: float32 `[m, e]`, before normalisation; NaN for an unreadable image.
       errors: why images cannot be read; each process has those of its own images.
-      per_second: images embedded in a second; None if all were kept.
+      per_second: images embedded in a second; None of fewer than 100.
       written: bytes written to the cache.
     """
 
@@ -52,19 +53,23 @@ class Vectors(NamedTuple):
     written: int
 
 
-def default_cache() -> Path:
-    """Where vectors of released weights are kept."""
-    return cache_home() / "embeddings"
-
-
 def fingerprint(embedder: Embedder) -> str:
-    """Changes with the weights, and with the config of the model."""
-    checksum = hashlib.sha256(
-        json.dumps(config_lib.to_json(embedder.config.model)).encode()
-    )
-    for leaf in jax.tree.leaves(embedder.model):
+    """Changes with the weights, and with settings that change what they compute.
+
+    It is the same for the same weights in another format, and for settings that change
+    numbers only by rounding. It does not cover the tokenizer.
+    """
+    model = config_lib.to_json(embedder.config.model)
+    for name in (*ROUNDING, "model.init_scale", "model.init_bias"):
+        del model[name.removeprefix("model.")]
+    if model["text"] is not None:
+        del model["text"]["tokenizer"]
+    checksum = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(embedder.model)
+    for name, leaf in sorted((jax.tree_util.keystr(path), x) for path, x in leaves):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        checksum.update(f"{name} {leaf.shape} {leaf.dtype}".encode())
         checksum.update(np.ascontiguousarray(leaf).tobytes())
     return checksum.hexdigest()[:16]
 
@@ -103,107 +108,95 @@ def embed(
     Raises:
       FloatingPointError: if the model's vectors are not finite.
     """
-    pooled = np.full((count, embedder.embed_dim), np.nan, np.float32)
+    pooled = np.zeros((count, embedder.embed_dim), np.float32)
+    parts = [_Part(x, min(x + _PART, count), folder) for x in range(0, count, _PART)]
+    for part in parts:
+        pooled[part.where] = vector_cache.read(part.path, pooled[part.where].shape)
+    missing = int((~pooled.any(-1)).sum())
+    log.info("%s", _to_do(count, missing, max_tokens))
+    read = source.record
+    if missing and not sys.stderr.isatty():  # where no bar is shown
+        read = Progress(source.record, missing).read
     errors: Errors = []
     timed: list[tuple[int, float]] = []
     written, lost = 0, None
-    for start in range(0, count, _PART):
-        part = pooled[start : start + _PART]
-        path = folder and folder / f"{start}-{start + len(part)}.npy"
-        part[:] = _kept(path, part.shape)
-        missing = start + np.flatnonzero(~part.any(-1))
-        if not len(missing):
-            continue
-
-        def read(i: int, numbers: np.ndarray = missing) -> Record:
-            return source.record(int(numbers[i]))
-
-        began = time.perf_counter()
-        strategy = embedder.config.data.strategy
-        embedded = embedder.embed_source(
-            read,
-            source.sizes[missing],
-            max_tokens if strategy is None else None,
-            strategy=strategy,
-            normalized=False,
-            progress=_label(max_tokens, start, count),
-        )
-        timed.append((len(missing), time.perf_counter() - began))
-        if not np.isfinite(embedded.vectors).all():
-            raise FloatingPointError(
-                f"{(~np.isfinite(embedded.vectors).all(-1)).sum()} of {len(missing)} "
-                f"images have vectors at {max_tokens} tokens that are not finite: use "
-                "an earlier checkpoint, or model.dtype=float32"
+    try:
+        for part in parts:
+            own = part.start + np.flatnonzero(~pooled[part.where].any(-1))
+            if not len(own):
+                continue
+            began = time.perf_counter()
+            label = _label(max_tokens, part.start, count)
+            embedded = _embed_some(embedder, read, source, own, max_tokens, label)
+            timed.append((len(own), time.perf_counter() - began))
+            pooled[own] = embedded.vectors
+            errors += [(int(own[i]), error) for i, error in embedded.errors]
+            if part.path and embedded.vectors.any() and jax.process_index() == 0:
+                try:
+                    written += vector_cache.write(part.path, pooled[part.where])
+                except OSError as error:
+                    lost = error
+    except KeyboardInterrupt:
+        if folder is not None and lost is None and jax.process_index() == 0:
+            kept = int(pooled.any(-1).sum())
+            log.info(
+                "kept %d of %d images at %d tokens; the same command goes on there",
+                kept,
+                count,
+                max_tokens,
             )
-        pooled[missing] = embedded.vectors
-        errors += [(int(missing[i]), error) for i, error in embedded.errors]
-        if path is not None and embedded.vectors.any() and jax.process_index() == 0:
-            try:
-                written += _keep(path, part)
-            except OSError as error:
-                lost = error
+        raise
     if lost is not None:
         log.warning("not all vectors are kept in %s: %s", folder, lost)
     pooled[~pooled.any(-1)] = np.nan
     if len(timed) > 1:  # the first includes compilation
         del timed[0]
     images, seconds = np.sum(timed, 0) if timed else (0, 0)
-    speed = round(float(images / seconds), 2) if timed else None
+    speed = round(float(images / seconds), 2) if images >= _TIMED else None
     return Vectors(pooled, errors, speed, written)
 
 
-def evict(cache: Path, used: Collection[Path], gib: float | None) -> None:
-    """Removes the folders used longest ago, until the rest takes at most `gib` GiB.
+class _Part(NamedTuple):
+    """Images that are kept in one file."""
 
-    Those in `used` stay, and are marked as used now. A removal that is interrupted
-    leaves whole parts, which are still valid. Only the first process calls it.
+    start: int
+    stop: int
+    folder: Path | None
 
-    Args:
-      gib: None removes nothing.
-    """
-    for folder in used:
-        with contextlib.suppress(OSError):
-            os.utime(folder)
-    if gib is None:
-        return
-    sizes = {x: _bytes(x) for x in cache.glob("*-" + 24 * "[0-9a-f]")}
-    before = total = sum(sizes.values())
-    for folder in sorted({*sizes} - {*used}, key=_last_used):
-        if total > gib * 2**30:
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
-    if total < before:
-        log.info(
-            "removed %.1f MB of vectors used longest ago from %s: eval.cache_gib=%g",
-            (before - total) / 1e6,
-            cache,
-            gib,
+    @property
+    def where(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def path(self) -> Path | None:
+        return self.folder and self.folder / f"{self.start}-{self.stop}.npy"
+
+
+def _embed_some(
+    embedder: Embedder,
+    read: Callable[[int], Record],
+    source: Source,
+    own: np.ndarray,
+    max_tokens: int,
+    label: str | None,
+) -> Embedded:
+    """Embeds the images `own` `[m]` of a source, whose records `read` returns."""
+    strategy = embedder.config.data.strategy
+    embedded = embedder.embed_source(
+        lambda i: read(int(own[i])),
+        source.sizes[own],
+        max_tokens if strategy is None else None,
+        strategy=strategy,
+        normalized=False,
+        progress=label,
+    )
+    wrong = ~np.isfinite(embedded.vectors).all(-1)
+    if wrong.any():
+        raise FloatingPointError(
+            f"{wrong.sum()} of {len(own)} images have vectors at {max_tokens} tokens "
+            "that are not finite: use an earlier checkpoint, or model.dtype=float32"
         )
-    if total > gib * 2**30:
-        log.info(
-            "this evaluation keeps %.2f GiB of vectors in %s, more than "
-            "eval.cache_gib=%g",
-            total / 2**30,
-            cache,
-            gib,
-        )
-
-
-def _bytes(path: Path) -> int:
-    """The size of a file, or of a folder's files; 0 if another process removed it."""
-    try:
-        return (
-            sum(map(_bytes, path.iterdir())) if path.is_dir() else path.stat().st_size
-        )
-    except OSError:
-        return 0
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except OSError:
-        return 0.0
+    return embedded
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -225,25 +218,12 @@ def _label(max_tokens: int, start: int, count: int) -> str | None:
     return f"{max_tokens} tokens{part}"
 
 
-def _kept(path: Path | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The vectors in a file of this shape; 0 if there are none."""
-    vectors = np.zeros(shape, np.float32)
-    if path is not None and jax.process_index() == 0 and path.is_file():
-        try:
-            vectors[:] = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            log.warning(
-                "%s is damaged (%s): its images are embedded again", path, error
-            )
-            vectors[:] = 0
-    if path is None or jax.process_count() == 1:
-        return vectors
-    return np.array(multihost_utils.broadcast_one_to_all(vectors))
-
-
-def _keep(path: Path, vectors: np.ndarray) -> int:
-    """Writes vectors `[m, e]`; returns their bytes."""
-    buffer = io.BytesIO()
-    np.save(buffer, vectors, allow_pickle=False)
-    write_atomic(path, buffer.getvalue())
-    return buffer.tell()
+def _to_do(count: int, missing: int, max_tokens: int) -> str:
+    """What is to be done: 2100 images at 640 tokens (1024 kept, 1076 to embed)."""
+    kept = (
+        f" ({count - missing} kept, {missing} to embed)" if missing else " (all kept)"
+    )
+    return (
+        f"{count} image{'s' * (count != 1)} at {max_tokens} "
+        f"token{'s' * (max_tokens != 1)}{kept if missing < count else ''}"
+    )
