@@ -92,8 +92,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     weights = args.weights.expanduser()
     if weights.suffix == ".py":
         raise ValueError(
-            f"{weights} is a config, and an evaluation is of a model: name its work "
-            f"directory, such as {Path('runs') / weights.stem}"
+            f"{weights} is a config: name the work directory of its run, such as "
+            f"{Path('runs') / weights.stem}"
         )
     in_workdir = is_workdir(weights)
     cache = weights / "embeddings" if in_workdir else vector_cache.default_cache()

@@ -104,8 +104,12 @@ def _untrained(trained: Config, budget: int) -> str | None:
         low, high = (round((x / patch) ** 2) for x in (sides.low, sides.high))
         if low <= budget <= high:
             return None
-        return f"never trained at {budget} tokens, but at {low} to {high}"
+        return f"never trained at {_tokens(budget)}, but at {low} to {high}"
     if budget in trained.data.budgets:
         return None
     known = ", ".join(map(str, sorted({*trained.data.budgets})))
-    return f"never trained at {budget} tokens, but at {known}"
+    return f"never trained at {_tokens(budget)}, but at {known}"
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"

@@ -176,7 +176,7 @@ def test_an_evaluation_of_released_weights_needs_out(tmp_path, capsys):
     assert main(["eval", str(file)]) == 1
     assert "a.npz is not a work directory to write to" in capsys.readouterr().err
     assert main(["eval", "configs/quickstart.py"]) == 1
-    assert "is a config, and an evaluation is of a model" in capsys.readouterr().err
+    assert "is a config: name the work directory" in capsys.readouterr().err
     assert main(["eval", str(tmp_path / "b")]) == 1
     assert f"{tmp_path / 'b'} does not exist" in capsys.readouterr().err
     assert file.read_text() == ""
