@@ -41,7 +41,7 @@ else:
 # ```
 #
 # With `WEIGHTS = None`, the next cell trains a tiny model for 150 steps on navit's
-# drawn dataset, which takes a minute or less. Each image of that dataset has a large
+# drawn dataset, which takes one to two minutes. Each image of that dataset has a large
 # figure and, mostly, a few dots, and a caption says their colours. So this model knows
 # seven colours of figures and has begun to learn the dots. It knows nothing else: do
 # not ask it about photographs.

@@ -53,7 +53,7 @@ from navit import config
 experiment = config.load("configs/quickstart.py")
 source = navit.open_source(experiment.data.eval)
 task = source.tasks["coarse"]
-shown = np.unique(task.labels, return_index=True)[1][:6]  # one of each colour
+shown = np.unique(task.labels, return_index=True)[1]  # one of each colour
 figure, axes = plt.subplots(1, len(shown), figsize=(11, 2.9), layout="constrained")
 for axis, index in zip(axes, shown, strict=True):
     image, captions = source.record(index)
@@ -125,7 +125,7 @@ left.axhline(math.log(pairs), color="grey", linestyle=":")
 left.text(STEPS, math.log(pairs), "chance ", ha="right", va="bottom", color="grey")
 left.set(xlabel="step", ylabel="softmax loss", ylim=(0, 4.2))
 right.plot(steps, [100 * line["fill"] for line in metrics], color="#4477aa")
-right.set(xlabel="step", ylabel="fill (% of the tokens)", ylim=(0, 105))
+right.set(xlabel="step", ylabel="fill (% of the tokens)", ylim=(90, 100))
 for axis in (left, right):
     axis.spines[["top", "right"]].set_visible(False)
 print(f"{pairs:.1f} images a step; {fill:.1%} of the tokens are not padding")
@@ -161,9 +161,9 @@ Markdown("\n".join(lines))
 
 # %% [markdown]
 # The work directory also has the whole table (`budgets.md`, `.csv`, `.json`) and this
-# plot of accuracy against tokens and against compute. The dashed lines are cascades:
-# all images are answered at the small budget, and the uncertain ones again at the large
-# one.
+# plot of accuracy against tokens and against compute. The dashed lines are the cascades
+# of the last evaluation: all images are answered at the small budget, and the uncertain
+# ones again at the large one.
 
 # %%
 Image(RUN / "budgets.png", width=800)
