@@ -107,7 +107,7 @@ def evaluate(
         log.info(
             "this model takes %s, so it is evaluated once, not at each of "
             "eval.budgets=%s%s",
-            f"views by {config.data.strategy}"
+            f"views by {notes.strategy_of(config)}"
             if config.data.strategy
             else f"every image at {budgets[0]} tokens",
             ",".join(map(str, config.eval.budgets)),
@@ -146,6 +146,7 @@ def evaluate(
                     "model": name,
                     "weights": weights,
                     "budget": budget,
+                    "strategy": notes.strategy_of(config),
                     **row_parts.row(config, each, measured, held, budget),
                     "notes": [*about, *row_parts.notes(each)],
                     "date": datetime.date.today().isoformat(),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from navit.compare.candidates import label
 from navit.config import Config
 from navit.embed_batches import grids_of
 
@@ -49,12 +50,11 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
             "with each image's aspect"
         )
     elif config.data.strategy is not None:
-        lines.append(f"views by data.strategy={config.data.strategy}")
+        lines.append(f"views by {strategy_of(config)}")
         if trained.data.strategy != config.data.strategy:
-            was_by = trained.data.strategy or "budgets, without a strategy"
-            lines.append(f"trained by {was_by}")
+            lines.append(f"trained by {strategy_of(trained) or 'token budgets'}")
     elif trained.data.strategy is not None:
-        lines.append(f"trained by {trained.data.strategy}, and evaluated without it")
+        lines.append(f"trained by {strategy_of(trained)}, and evaluated without it")
     elif step == 0:
         lines.append("the weights do not say at which budgets they were trained")
     elif text := _untrained(trained, budget):
@@ -76,11 +76,14 @@ def notes(config: Config, trained: Config, budget: int, *, step: int) -> list[st
     return lines
 
 
+def strategy_of(config: Config) -> str | None:
+    """The config's strategy, as `navit embed --strategy` takes it."""
+    return label(config.data.strategy) if config.data.strategy else None
+
+
 def pages(config: Config, budget: int) -> list[Page]:
-    """What a few typical pages become at a budget; none by a strategy."""
+    """What a few typical pages become at a budget, without a strategy."""
     vision = config.model.vision
-    if config.data.strategy is not None:
-        return []
     sizes = np.array([size for _, size, _ in _PAGES])
     grids = grids_of(config, sizes, budget)
     return [

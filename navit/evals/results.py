@@ -33,7 +33,7 @@ def write(
     Several processes may add to one table. Returns all rows and all cascades.
 
     Args:
-      pages_at: what typical pages become at a budget.
+      pages_at: what typical pages become at a budget, without a strategy.
 
     Raises:
       ValueError: if budgets.json is not a table.
@@ -44,7 +44,8 @@ def write(
             _merged(before["rows"], rows),
             _merged(before["cascades"], cascades),
         )
-        budgets = sorted({row["budget"] for row in whole[0]})
+        plain = [row for row in whole[0] if not row.get("strategy")]
+        budgets = sorted({row["budget"] for row in plain})
         pages = [page for budget in budgets for page in pages_at(budget)]
         data = json.dumps({"rows": whole[0], "cascades": whole[1]}, indent=2)
         write_atomic(out / "budgets.json", f"{data}\n".encode())

@@ -25,8 +25,9 @@ def identity(row: Row) -> str:
 
 
 def origin(row: Row) -> str:
-    """The images of a row, and the files of its class names and prompts."""
-    named = [f"{x} {row[x]}" for x in ("classes", "prompts") if row.get(x)]
+    """The images of a row, its files of class names and prompts, and its strategy."""
+    names = ("classes", "prompts", "strategy")
+    named = [f"{x} {row[x]}" for x in names if row.get(x)]
     return ", ".join([row.get("source", "-"), *named])
 
 

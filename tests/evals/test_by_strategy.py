@@ -9,7 +9,8 @@ from helpers import tiny_config
 
 from navit.config import EvalTask, override
 from navit.embed import Embedder
-from navit.evals import budgets, vectors
+from navit.evals import budgets, results, vectors
+from navit.evals.row import origin, series
 from navit.evals.tasks import open_tasks
 from navit.model.two_tower import TwoTower
 from navit.sources.synthetic import SyntheticSource
@@ -55,7 +56,8 @@ def test_a_model_is_evaluated_once_by_its_strategy(embedder, tmp_path):
     for row in rows:
         assert row["budget"] == max(tokens)
         assert row["tokens_per_image"] == round(float(np.mean(tokens)), 1)
-        assert row["notes"][0].startswith("views by data.strategy=InternVL(tile=64")
+        assert row["strategy"] == "internvl:tile=64,max_tiles=4,patch=16"
+        assert row["notes"][0] == f"views by {row['strategy']}"
         assert row["settings"]["strategy"]["max_tiles"] == 4
     again = evaluate(embedder, cache=tmp_path)
     assert {row["images_per_second"] for row in again} == {None}  # all was kept
@@ -74,7 +76,21 @@ def test_its_vectors_are_those_of_embed_images(embedder):
 def test_another_way_of_evaluating_is_noted(embedder):
     for overrides, note in (
         (["data.strategy=none", "data.budgets=64"], "and evaluated without it"),
-        (["data.strategy.max_tiles=2"], "trained by InternVL("),
+        (["data.strategy.max_tiles=2"], "trained by internvl:tile=64,max_tiles=4"),
     ):
         rows = evaluate(embedder, *overrides)
         assert any(note in line for row in rows for line in row["notes"])
+
+
+def test_rows_by_a_strategy_are_lines_of_their_own_and_have_no_pages(
+    embedder, tmp_path
+):
+    rows = evaluate(embedder)
+    plain = evaluate(embedder, "data.strategy=none", "data.budgets=64")
+    for one in rows:
+        for other in plain:
+            assert series(one) != series(other)
+    assert origin(rows[0]).endswith("strategy internvl:tile=64,max_tiles=4,patch=16")
+    asked = []
+    results.write(tmp_path, [*rows, *plain], [], lambda b: asked.append(b) or [])
+    assert asked == sorted({row["budget"] for row in plain})
