@@ -148,5 +148,5 @@ def test_a_model_of_one_resolution_is_evaluated_once(caplog):
     assert {(row["budget"], row["tokens_per_image"]) for row in found} == {(25, 25)}
     for row in found:
         assert any("one fixed resolution" in note for note in row["notes"])
-    assert "25 tokens: it is evaluated once, not at" in caplog.text
+    assert "25 tokens, so it is evaluated once, not at each of" in caplog.text
     assert "eval.budgets=16,64,256" in caplog.text
