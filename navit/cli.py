@@ -199,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "model.vision.image_size=384",
     )
     _add_hosts(evaluate)
+    _add_raw(evaluate)
     evaluate.set_defaults(run="evaluate")
 
     embed = parsers.add_parser(
@@ -252,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key.path=value",
         help="a field of the config (repeatable), such as model.vision.image_size=384",
     )
+    _add_raw(embed)
     embed.set_defaults(run="embed")
 
     index = parsers.add_parser(
@@ -288,6 +290,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings that IN does not record, such as model.vision.image_size=384 or "
         "model.text.tokenizer=gemma.model",
     )
+    _add_raw(convert)
     convert.set_defaults(run="convert")
 
     compile_ = parsers.add_parser(
@@ -416,6 +419,15 @@ def _add_config(parser: argparse.ArgumentParser, example: str) -> None:
 def _add_overrides(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help=help
+    )
+
+
+def _add_raw(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="of a run with optim.ema, take the weights that training updates, not "
+        "their moving average",
     )
 
 

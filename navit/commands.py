@@ -50,6 +50,7 @@ def train(args: argparse.Namespace) -> int:
     from navit import stopping
     from navit.train import hosts, loop
     from navit.train.checkpoint import quiet_orbax
+    from navit.train.interruption import Outcome
     from navit.train.start import trained_model
     from navit.train.workdir import is_workdir
 
@@ -69,7 +70,9 @@ def train(args: argparse.Namespace) -> int:
                 config = starting_from(
                     config, trained, where=f"{workdir}", overrides=args.overrides
                 )
-        return 0 if loop.train(config, workdir, initial) else stopping.EXIT_CODE
+        outcome = loop.train(config, workdir, initial)
+        # After a platform's notice, 0: the job did what it was asked to.
+        return stopping.EXIT_CODE if outcome is Outcome.INTERRUPTED else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -108,7 +111,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model_overrides = [x for x in args.overrides if x.startswith(prefixes)]
     mesh, rules = make_mesh(config_lib.MeshConfig())
     with use_mesh(mesh):
-        embedder = load(weights, overrides=model_overrides, rules=rules)
+        embedder = load(weights, overrides=model_overrides, rules=rules, raw=args.raw)
         trained = embedder.config
         config = config_lib.override(trained, args.overrides)
         if args.budgets:
@@ -139,7 +142,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             args.out or weights,
             trained=trained,
             cache=None if args.no_cache else cache,
-            name=weights.resolve().name,
+            name=weights.resolve().name + (" (raw)" if args.raw else ""),
         )
 
 
@@ -170,7 +173,7 @@ def embed(args: argparse.Namespace) -> int:
         out = out.with_name(f"{out.name}.npz")
     mesh, rules = make_mesh(config_lib.MeshConfig())
     with use_mesh(mesh):
-        model = load(args.weights, overrides=args.set, rules=rules)
+        model = load(args.weights, overrides=args.set, rules=rules, raw=args.raw)
         patch = model.config.model.vision.patch_size
         count = embed_files(
             model,
@@ -201,7 +204,7 @@ def index(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     from navit.weights import read, write
 
-    weights = read(args.path, overrides=args.overrides)
+    weights = read(args.path, overrides=args.overrides, raw=args.raw)
     format = write(weights, args.out.expanduser(), args.format)
     print(f"wrote {args.out} ({format})")
     return 0

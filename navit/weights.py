@@ -45,6 +45,7 @@ def load(
     *,
     overrides: Sequence[str] = (),
     rules: Rules = Rules(),
+    raw: bool = False,
 ) -> Embedder:
     """Loads a model; its format is detected by content.
 
@@ -56,6 +57,8 @@ def load(
         `"model.text.tokenizer=gemma.model"`.
       rules: how to split the parameters over the current mesh; by default, on one
         device.
+      raw: of a run with `optim.ema`, the weights that training updates; by default,
+        their moving average.
 
     Raises:
       TypeError: if `path` is not a path, or `overrides` is one text.
@@ -68,16 +71,18 @@ def load(
         )
     path = _path(path)
     if is_workdir(path):
-        return _load_workdir(path, overrides, rules)
+        return _load_workdir(path, overrides, rules, raw=raw)
     weights, config = _read(path, overrides)
     return Embedder(build(weights, config.model, rules), config, step=0)
 
 
-def read(path: str | Path, *, overrides: Sequence[str] = ()) -> Weights:
+def read(
+    path: str | Path, *, overrides: Sequence[str] = (), raw: bool = False
+) -> Weights:
     """Opens what `load` takes, to read it tensor by tensor; raises the same errors."""
     path = _path(path)
     if is_workdir(path):
-        return weights_of(_load_workdir(path, overrides))
+        return weights_of(_load_workdir(path, overrides, raw=raw))
     return _read(path, overrides)[0]
 
 
@@ -240,7 +245,11 @@ def write(
 
 
 def _load_workdir(
-    path: Path, overrides: Sequence[str] = (), rules: Rules = Rules()
+    path: Path,
+    overrides: Sequence[str] = (),
+    rules: Rules = Rules(),
+    *,
+    raw: bool = False,
 ) -> Embedder:
     from navit.train.checkpoint import Checkpoints  # orbax is slow to import
 
@@ -249,7 +258,7 @@ def _load_workdir(
         config = config_lib.override(checkpoints.config(), overrides)
         make = functools.partial(TwoTower, config.model, rules)
         like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-        model, step = checkpoints.restore_model(like)
+        model, step = checkpoints.restore_model(like, raw=raw)
         return Embedder(model, config, step=step)
     finally:
         checkpoints.close()

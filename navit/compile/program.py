@@ -101,7 +101,7 @@ def train_program(config: Config, devices: list[Any]) -> Program:
         devices=mesh.size,
         device_kind=devices[0].device_kind,
         parameters=_bytes(state.model),
-        optimizer=_bytes(state.opt_state),
+        optimizer=_bytes((state.opt_state, state.ema)),
         batch=_bytes(batch),
     )
 

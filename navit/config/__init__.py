@@ -11,7 +11,6 @@ from navit.config.evaluation import EvalConfig as EvalConfig
 from navit.config.evaluation import EvalTask as EvalTask
 from navit.config.experiment import Config as Config
 from navit.config.experiment import MeshConfig as MeshConfig
-from navit.config.experiment import OptimConfig as OptimConfig
 from navit.config.experiment import TrainConfig as TrainConfig
 from navit.config.experiment import load as load
 from navit.config.experiment import run_file as run_file
@@ -23,6 +22,7 @@ from navit.config.model import ROUNDING as ROUNDING
 from navit.config.model import MergerConfig as MergerConfig
 from navit.config.model import ModelConfig as ModelConfig
 from navit.config.model import TextConfig as TextConfig
+from navit.config.optim import OptimConfig as OptimConfig
 from navit.config.overrides import differences as differences
 from navit.config.overrides import override as override
 from navit.config.overrides import to_json as to_json

@@ -18,45 +18,11 @@ from navit.config.data import DataConfig
 from navit.config.evaluation import EvalConfig
 from navit.config.losses import Loss, Need, Sigmoid
 from navit.config.model import ModelConfig
+from navit.config.optim import OptimConfig
 from navit.config.overrides import override, positive
 from navit.config.sources import Stream
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and a cosine to zero (SigLIP 2 section 2.1).
-
-    `weight_decay`: the share of every kernel that a step takes away at the schedule's
-    peak, and less during warm-up and cosine; as in big_vision, `lr`, `vision_lr` and
-    `text_lr` do not multiply it. (AdamW elsewhere multiplies it by `lr`: torch's 0.1 at
-    lr=1e-3 is 1e-4 here.) Biases, norms, embeddings, tables and the probe do not decay.
-    `start`: the run is the end of a longer schedule, after this share of it: SigLIP 2's
-    NaFlex stage resumes at 0.9 (section 2.4.2). `vision_lr`, `text_lr`: factors for the
-    towers; 0 freezes a tower.
-    """
-
-    lr: float = 1e-3
-    warmup_steps: int = 100
-    weight_decay: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_norm: float = 1.0
-    start: float = 0.0
-    vision_lr: float = 1.0
-    text_lr: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive(self, "lr", "clip_norm")
-        if not 0 <= self.start < 1:
-            raise ValueError(f"start must be a share in [0, 1), not {self.start}")
-        for name in ("warmup_steps", "weight_decay", "vision_lr", "text_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +37,9 @@ class TrainConfig:
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
     `check_kernels`: on an accelerator, compare the kernels with the plain path before
     the first step, and use the plain path in place of one that fails there.
+    `on_nonfinite`: "stop" ends the run at the first loss or gradient that is not
+    finite, before it reaches the weights; "skip:N" leaves out up to N such updates and
+    counts them in the log.
     `profile_steps`: "100:103" writes a trace of steps 100, 101 and 102 to
     WORKDIR/profile.
     """
@@ -91,10 +60,12 @@ class TrainConfig:
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile_steps: str | None = None
     check_kernels: bool = True
+    on_nonfinite: str = "stop"
 
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
         positive(self, "microbatches")
+        _ = self.skips  # checks its form
         names = [part.short for part in self.losses]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise ValueError(
@@ -118,6 +89,19 @@ class TrainConfig:
     def needs(self, what: Need) -> bool:
         """Whether a part of the loss needs this."""
         return any(what in part.needs for part in self.losses)
+
+    @property
+    def skips(self) -> int:
+        """How many updates that are not finite the run may leave out."""
+        word, _, number = self.on_nonfinite.partition(":")
+        if self.on_nonfinite == "stop":
+            return 0
+        if word == "skip" and number.isdecimal() and int(number) > 0:
+            return int(number)
+        raise ValueError(
+            f'on_nonfinite must be stop or skip:N, as "skip:10", not '
+            f"{self.on_nonfinite!r}"
+        )
 
     @property
     def profile_window(self) -> tuple[int, int] | None:

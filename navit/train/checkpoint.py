@@ -37,10 +37,10 @@ _PARTIAL = ".partial"
 class Checkpoints:
     """The checkpoints of one work directory.
 
-    Each holds the model, the optimizer state and the config, and checksums of its
-    files. Every read verifies the files that it needs. A folder is named after its step
-    only once all of it is written, so a run that is killed while saving keeps the
-    previous checkpoint.
+    Each holds the model, the optimizer state, the moving average of the weights if the
+    run has one, the config, and checksums of its files. Every read verifies the files
+    that it needs. A folder is named after its step only once all of it is written, so a
+    run that is killed while saving keeps the previous checkpoint.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -77,7 +77,11 @@ class Checkpoints:
             return
         config_json = config_lib.to_json(config)
         about = {"format": FORMAT, "config": config_json, "data": data}
-        self._write(step, about, model=state.model, opt_state=state.opt_state)
+        about["skipped"] = int(state.skipped)
+        average = {} if state.ema is None else {"ema": state.ema}
+        self._write(
+            step, about, model=state.model, opt_state=state.opt_state, **average
+        )
 
     def save_model(self, model: Any, config: Config) -> None:
         """Writes a model without an optimizer state, as step 0."""
@@ -220,28 +224,45 @@ class Checkpoints:
         Raises:
           ValueError: if a file is damaged, or a value is NaN or infinite.
         """
-        items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(_concrete(like.model)),
-            opt_state=ocp.args.StandardRestore(_concrete(like.opt_state)),
+        trees = {"model": like.model, "opt_state": like.opt_state}
+        if like.ema is not None:
+            trees["ema"] = like.ema
+        restored = self._restore_trees(trees)
+        step = _scalar(self._latest(), like.step)
+        skipped = _scalar(self._about(FORMAT).get("skipped", 0), like.skipped)
+        return TrainState(
+            step,
+            restored["model"],
+            restored["opt_state"],
+            skipped,
+            restored.get("ema"),
         )
-        restored = self._restore(items)
-        model, opt_state = restored["model"], restored["opt_state"]
-        self._check_finite({"model": model, "opt_state": opt_state})
-        counter = jax.device_put(
-            jnp.full((), self._latest(), like.step.dtype),
-            _concrete(like.step).sharding,
-        )
-        return TrainState(counter, model, opt_state)
 
-    def restore_model(self, like: Any) -> tuple[Any, int]:
+    def restore_model(self, like: Any, *, raw: bool = False) -> tuple[Any, int]:
         """The latest model and its step, without the optimizer state.
 
         Raises the same errors as `restore`.
+
+        Args:
+          raw: the weights that training updates, also if the run has a moving average
+            of them.
         """
-        items = ocp.args.Composite(model=ocp.args.StandardRestore(_concrete(like)))
-        model = self._restore(items)["model"]
-        self._check_finite({"model": model})
-        return model, self._latest()
+        name = "model" if raw or not self.has_average() else "ema"
+        return self._restore_trees({name: like})[name], self._latest()
+
+    def has_average(self) -> bool:
+        """Whether the latest checkpoint has a moving average of the weights."""
+        return (self._folder / str(self._latest()) / "ema").is_dir()
+
+    def _restore_trees(self, like: dict[str, Any]) -> dict[str, Any]:
+        items = {
+            name: ocp.args.StandardRestore(_concrete(tree))
+            for name, tree in like.items()
+        }
+        restored = self._restore(ocp.args.Composite(**items))
+        trees = {name: restored[name] for name in like}
+        self._check_finite(trees)
+        return trees
 
     def close(self) -> None:
         """Waits until everything is on disk; raises the same errors as `save`."""
@@ -312,6 +333,11 @@ def quiet_orbax() -> None:
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(is_other)
     sys.unraisablehook = hook
+
+
+def _scalar(value: int, like: Any) -> jax.Array:
+    place = _concrete(like).sharding
+    return jax.device_put(jnp.full((), value, like.dtype), place)
 
 
 def _concrete(tree: Any) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from navit.model.attention import misfit
 from navit.sharding import Rules, platform
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
-from navit.train.step import Metrics
 from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
@@ -39,12 +37,14 @@ _FREE = (
     "train.check_kernels",
     "init_towers",  # the towers themselves are compared
 )
-# Settings that affect only rounding: a resumed run may change them, and records it.
+# Settings that affect only rounding, or only a run that is about to end: a resumed run
+# may change them, and records it.
 _ROUNDING = (
     *ROUNDING,
     "mesh.",
     "train.microbatches",
     "train.losses.sigmoid.implementation",
+    "train.on_nonfinite",
 )
 # Data may move as well, and its fields may have other names: its fingerprint shows
 # whether it is the same. A stream's does not cover its captions.
@@ -219,19 +219,4 @@ def _check_rows(config: Config, devices: int) -> None:
             f"which train.microbatches={parts} cannot split into whole groups of "
             f"data.caption_rows={group or 1}: change one of them, or use fewer devices "
             "(mesh.data, mesh.fsdp)"
-        )
-
-
-def check_finite(metrics: Metrics, step: int, saved: int | None) -> None:
-    """Stops a run whose loss or gradient is not finite.
-
-    Args:
-      saved: the step of the latest checkpoint, if any.
-    """
-    last = "nothing was saved yet" if saved is None else f"step {saved} is saved"
-    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise FloatingPointError(
-            f"the loss is {loss} and its gradient norm {norm} at step {step}: lower "
-            f"optim.lr or model.init_scale; {last}"
         )

@@ -1,7 +1,14 @@
-"""Turns Ctrl-C into a request to save and stop, the same in all processes."""
+"""Turns Ctrl-C or SIGTERM into a request to save and stop, in all processes.
+
+SIGTERM is how platforms announce that they take a machine back: Kubernetes, Slurm,
+SkyPilot, and Google Cloud when it shuts down a spot machine. It is also all that jax's
+`reached_preemption_sync_point` listens to, and that could not tell a second signal from
+the first; so the processes ask one another instead (`Interruption.after`).
+"""
 
 from __future__ import annotations
 
+import enum
 import logging
 import signal
 import threading
@@ -22,10 +29,22 @@ _ASK_SECONDS = 5.0
 _ASK_STEPS = 10
 
 
+class Outcome(enum.Enum):
+    """How a run ended; true only if it is done. The values are for the log."""
+
+    DONE = "done"
+    INTERRUPTED = "interrupted"  # by Ctrl-C
+    PREEMPTED = "preempted"  # by SIGTERM
+
+    def __bool__(self) -> bool:
+        return self is Outcome.DONE
+
+
 class Interruption:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to save and stop."""
+    """Turns the first Ctrl-C or SIGTERM into a request to save and stop."""
 
     requested = False
+    preempted = False
 
     def __init__(self) -> None:
         self._ask_at = 0
@@ -58,9 +77,17 @@ class Interruption:
         self._asked, self._ask_at = (step, now), step + steps
         return stop
 
+    def outcome(self) -> Outcome:
+        """What the processes were asked to do; collective, and the same in each."""
+        if hosts.any_of(self.preempted):
+            return Outcome.PREEMPTED
+        if hosts.any_of(self.requested):
+            return Outcome.INTERRUPTED
+        return Outcome.DONE
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.preempted = True, number == signal.SIGTERM
         # A warning, because only process 0 logs lower levels.
         log.warning("stopping soon, after saving (interrupt again to stop at once)")

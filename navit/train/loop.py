@@ -25,13 +25,13 @@ from navit.train.checks import (
     check_captions,
     check_config,
     check_devices,
-    check_finite,
     check_split,
 )
 from navit.train.feed import Feed
-from navit.train.interruption import Interruption
+from navit.train.interruption import Interruption, Outcome
 from navit.train.kernel_check import replace_failed
 from navit.train.metrics import Meter, line
+from navit.train.nonfinite import Watch
 from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
 from navit.train.start import start
@@ -46,7 +46,7 @@ def train(
     config: Config,
     workdir: Path,
     initial: Callable[[ModelConfig, Rules], TwoTower] | None = None,
-) -> bool:
+) -> Outcome:
     """Trains to `config.train.steps`, from the latest checkpoint if there is one.
 
     Writes `config.json`, `metrics.jsonl` and `checkpoints/` to `workdir`, and then the
@@ -56,8 +56,8 @@ def train(
       initial: makes the model for step 0; None initializes one randomly.
 
     Returns:
-      True when training and evaluation are done; False after an interruption, when the
-      state is saved and the same call resumes from it.
+      How it ended; true when training and evaluation are done. After an interruption,
+      the state is saved, and the same call resumes from it.
 
     Raises:
       ValueError: if `workdir` holds a run with another config or other data, if another
@@ -109,16 +109,17 @@ def train(
         finally:
             checkpoints.close()
         step = int(state.step)
-        if hosts.any_of(interruption.requested):  # even after the last step
+        outcome = interruption.outcome()  # even after the last step
+        if not outcome:
             log.info(
-                "interrupted; saved step %d in %s. Run the same command again to "
-                "resume",
+                "%s; saved step %d in %s. Run the same command again to resume",
+                outcome.value,
                 step,
                 workdir,
             )
-            return False
+            return outcome
         measured = budgets.run(
-            Embedder(state.model, config, step=step),
+            Embedder(state.best, config, step=step),
             config,
             opened,
             workdir,
@@ -128,7 +129,7 @@ def train(
             for writer in open_writers(config, workdir, step):
                 writer.write({"step": step, **results.logged(measured.rows)})
                 writer.close()
-        return True
+        return outcome
 
 
 def _steps(
@@ -164,6 +165,7 @@ def _steps(
     writers = open_writers(config, workdir, first_step) if writes else []
     mesh = jax.sharding.get_mesh()
     meter = Meter(config, devices=1 if mesh.empty else mesh.size)
+    watch = Watch(config, data, workdir, int(state.skipped))
     if first_step < last_step:
         log.info("compiling the training step; on a CPU this takes up to a minute")
     with contextlib.ExitStack() as stack:
@@ -175,7 +177,9 @@ def _steps(
             with profile.step(step):
                 batch, on_device = feed.take()
                 state, metrics = train_step(state, on_device)
+                watch.add(step, metrics, batch)
                 meter.add(batch, feed.ahead(metrics))
+                watch.check(step - 1, state, checkpoints.latest_step())
             traced = profile.after(step, metrics)
 
             if traced or step == first_step + 1:  # traced or compiled: not in the rates
@@ -184,9 +188,12 @@ def _steps(
             stop = step == last_step or interruption.after(step)
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
-                check_finite(metrics, step, checkpoints.latest_step())
+                watch.check(step, state, checkpoints.latest_step())
             if step % config.train.log_every == 0 or step == last_step:
                 values = {name: float(value) for name, value in metrics.items()}
+                skipped = int(values.pop("skipped"))
+                if config.train.skips:
+                    values["skipped"] = skipped
                 values |= {"step": step, "lr": float(schedule(step - 1))}
                 values |= meter.read(step)
                 for writer in writers:
@@ -197,7 +204,7 @@ def _steps(
             if stop:
                 break
             if config.eval.every and step % config.eval.every == 0:
-                embedder = Embedder(state.model, config, step=step)
+                embedder = Embedder(state.best, config, step=step)
                 measured = budgets.run(embedder, config, opened, workdir)
                 for writer in writers:
                     writer.write({"step": step, **results.logged(measured.rows)})

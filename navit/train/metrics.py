@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -34,6 +35,8 @@ class MetricsWriter:
         self._path = path
 
     def write(self, metrics: Values) -> None:
+        """Leaves out what JSON cannot hold: the loss of an update that was left out."""
+        metrics = {name: x for name, x in metrics.items() if math.isfinite(x)}
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
@@ -172,6 +175,8 @@ def line(metrics: Values, total_steps: int) -> str:
         text += f"  ETA {clock(metrics['eta_seconds'])}"
     if metrics.get("input_wait", 0) >= 0.05:  # below, the device is busy
         text += f"  waiting for input {metrics['input_wait']:.0%}"
+    if metrics.get("skipped"):
+        text += f"  updates left out {metrics['skipped']}"
     if metrics["unreadable"]:
         text += f"  unreadable {metrics['unreadable']}"
     return text

@@ -10,34 +10,38 @@ import jax.numpy as jnp
 import optax
 
 from navit.config import OptimConfig
+from navit.train.directions import direction
+from navit.train.layer_decay import depths, layer_factor
+from navit.train.schedules import make_shape
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate against step: linear warm-up, then a cosine to 0 at `steps`.
+    """Learning rate against step: a linear warm-up, then `config.schedule`.
 
-    With `config.start`, only the last part of a longer schedule that ends at `steps`.
+    A cosine ends at 0 at `steps`. With `config.start`, only the last part of a longer
+    schedule that ends at `steps`.
     """
-    shape = _make_shape(config, steps)
+    shape = make_shape(config, steps)
     return lambda step: config.lr * shape(step)
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Adam on clipped gradients, with big_vision's weight decay.
+    """`config.name` on clipped gradients, with big_vision's weight decay.
 
     The decay is added after the learning rate and before the schedule, so each step
     shrinks a kernel by `weight_decay * schedule` of itself, with the schedule between 0
-    and 1, whatever the learning rate and the tower's factor (`make` in big_vision's
-    big_vision/optax.py). Only kernels decay: no bias, norm, embedding, position table
-    or probe. A frozen tower (factor 0) has no moments and no decay.
+    and 1, whatever the learning rate, the tower's factor and the layer's (`make` in
+    big_vision's big_vision/optax.py). Only kernels decay: no bias, norm, embedding,
+    position table or probe. A frozen tower (factor 0) has no moments and no decay.
     """
     trained = functools.partial(_trained, config)
-    shape = _make_shape(config, steps)
-    adam = optax.scale_by_adam(config.b1, config.b2)
+    shape = make_shape(config, steps)
+    steered = direction(config)
     if 0 in (config.vision_lr, config.text_lr):
-        adam = optax.masked(adam, trained)
+        steered = optax.masked(steered, trained)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        adam,
+        steered,
         optax.stateless(functools.partial(_scale, config)),
         optax.add_decayed_weights(
             config.weight_decay, functools.partial(_decayed, config)
@@ -46,23 +50,19 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     )
 
 
-def _make_shape(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The schedule as a factor of the learning rate, from 0 to 1."""
-    total = round(steps / (1 - config.start))
-    warmup = min(config.warmup_steps, total - 1)
-    whole = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, total)
-    return lambda step: whole(step + total - steps)
-
-
 def _scale(config: OptimConfig, updates: Any, params: Any) -> Any:
-    """Multiplies the updates by the learning rate and their tower's factor."""
+    """Multiplies updates by the learning rate, and their tower's and layer's factor."""
     del params
+    layers = depths(updates) if config.layer_decay != 1 else {}
 
     def scale(path: tuple, x: jax.Array) -> jax.Array:
         factor = _factor(config, path)
         if factor == 0:
             return jnp.zeros_like(x)  # even if x is NaN
-        return x * (config.lr * factor)
+        x = x * (config.lr * factor)
+        if layers:
+            x = x * layer_factor(config.layer_decay, path, x.ndim, layers)
+        return x
 
     return jax.tree_util.tree_map_with_path(scale, updates)
 

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from navit.batch import Batch, PackedImages
-from navit.config import Config, Sigmoid
+from navit.config import Config, OptimConfig, Sigmoid
 from navit.losses.parts import Classes, Pairs, weighted_sum
 from navit.model.two_tower import TwoTower, normalize
 from navit.sharding import Rules
@@ -171,7 +171,12 @@ def _grouped(x: Array, batch: Batch, rules: Rules) -> Array:
 def make_train_step(
     config: Config, optimizer: optax.GradientTransformation, rules: Rules
 ) -> Any:
-    """The jitted step (state, batch) -> (state, metrics); it donates the state."""
+    """The jitted step (state, batch) -> (state, metrics); it donates the state.
+
+    An update that is not finite changes nothing but the counters. Beyond
+    `config.train.skips` of these, no step changes anything: the state stays the one
+    before that update, for the host to save when it hears of it.
+    """
 
     losses = config.train.losses
     has_bias = any(isinstance(part, Sigmoid) for part in losses)
@@ -179,16 +184,45 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         value_and_grad = jax.value_and_grad(batch_loss, has_aux=True)
         (loss, parts), grads = value_and_grad(state.model, batch, config, rules)
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            ema = state.ema
+            if ema is not None:
+                ema = _averaged(ema, model, config.optim, state.step)
+            stopped = state.skipped > config.train.skips
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            skipped = state.skipped + (~finite & ~stopped).astype(jnp.int32)
+            stops = skipped > config.train.skips
+            new = TrainState(state.step + 1, model, opt_state, skipped, ema)
+            new = jax.tree.map(
+                functools.partial(jnp.where, finite & ~stops), new, state
+            )
+            step = jnp.where(stops, state.step, state.step + 1)
+            new = new._replace(step=step, skipped=skipped)
+        metrics = {"loss": loss, "grad_norm": norm, "skipped": skipped}
         if len(losses) > 1:
             metrics |= {f"loss_{name}": value for name, value in parts.items()}
-        if model.scale is not None:
-            metrics["scale"] = jnp.exp(model.scale[...])
-        if model.bias is not None and has_bias:
-            metrics["bias"] = model.bias[...]
-        return TrainState(state.step + 1, model, opt_state), metrics
+        if new.model.scale is not None:
+            metrics["scale"] = jnp.exp(new.model.scale[...])
+        if new.model.bias is not None and has_bias:
+            metrics["bias"] = new.model.bias[...]
+        return new, metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _averaged(
+    ema: TwoTower, model: TwoTower, config: OptimConfig, step: Array
+) -> TwoTower:
+    """The moving average after a step; early on, with less of what came before.
+
+    The decay after `t` steps is at most (1 + t) / (10 + t), as in TensorFlow's
+    ExponentialMovingAverage with `num_updates`.
+    """
+    assert config.ema is not None
+    t = step.astype(jnp.float32) + 1
+    rest = 1 - jnp.minimum(config.ema, (1 + t) / (10 + t))
+    # In this form, what does not change stays as it is, to the bit.
+    return jax.tree.map(lambda a, p: a + rest * (p - a), ema, model)

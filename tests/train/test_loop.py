@@ -71,12 +71,14 @@ def test_interrupted_and_resumed_equals_never_having_stopped(
     """By either signal, one after the other."""
     caplog.set_level("INFO", "navit")
     config = tiny_config()
-    for step, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
+    stops = (2, signal.SIGINT, "interrupted"), (4, signal.SIGTERM, "preempted")
+    for step, number, word in stops:
         handler = signal.getsignal(number)
         with pytest.MonkeyPatch.context() as patch:
             interrupt_at(patch, step, number)
-            assert not loop.train(config, tmp_path)
-        assert f"interrupted; saved step {step}" in caplog.text
+            outcome = loop.train(config, tmp_path)
+        assert not outcome and outcome.value == word
+        assert f"{word}; saved step {step}" in caplog.text
         assert signal.getsignal(number) == handler
     assert loop.train(config, tmp_path)
     for step in (2, 4):
@@ -454,7 +456,7 @@ def test_load_of_something_else_is_an_error(tmp_path):
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = override(tiny_config(), ["model.init_scale=1e39"])
-    with pytest.raises(FloatingPointError, match=r"at step 2: lower optim.lr"):
+    with pytest.raises(FloatingPointError, match=r"at step 1: lower optim.lr"):
         loop.train(config, tmp_path)
 
 
