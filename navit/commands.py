@@ -133,6 +133,11 @@ def _evaluate(args: argparse.Namespace) -> None:
         opened = open_tasks(
             config, names=args.task, classes=args.classes, prompts=args.prompts
         )
+        if not opened:
+            raise ValueError(
+                f"{weights} has neither a text tower nor classes, so there is nothing "
+                "to measure by itself: add eval.tasks=knn, or another probe"
+            )
         hosts.check_same("what is evaluated", budgets.describe(opened))
         budgets.check(config, opened)
         budgets.run(

@@ -214,7 +214,9 @@ def write(
       The format that was written.
     """
     family = native_towers.family_of(weights.model)
-    default = "timm" if family is timm_naflexvit else "huggingface"
+    model = weights.model
+    lone = model.text is None and model.vision.pool == "map"  # timm's SigLIP towers
+    default = "timm" if family is timm_naflexvit or lone else "huggingface"
     format = format or ("big_vision" if out.suffix == ".npz" else default)
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")

@@ -176,7 +176,8 @@ def _check_strategy(config: Config) -> None:
     strategy, vision = config.data.strategy, config.model.vision
     if strategy is None:
         return
-    if strategy.patch != vision.patch_size:
+    # With `init_towers`, the tower is not known yet; `train_batches` checks again.
+    if strategy.patch != vision.patch_size and not config.init_towers:
         raise ValueError(
             f"data.strategy cuts patches of {strategy.patch} pixels, and the model "
             f"takes {vision.patch_size}: set data.strategy.patch={vision.patch_size} "

@@ -192,10 +192,11 @@ class VisionConfig:
         positive(self, "patch_frames")
         divisible(self)
         for name in ("mean", "std"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 0:
+            values = getattr(self, name)
+            if len(values) != 3 or min(values) < 0 or max(values) > 1:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but should be three numbers "
-                    "from 0 to 1"
+                    f"{name} is {values}, but should be three numbers from 0 to 1, "
+                    "one for each colour"
                 )
         if not min(self.std):
             raise ValueError(f"std is {self.std}, but none may be 0")

@@ -34,10 +34,10 @@ def read(path: Path) -> Weights:
     config = read_json(path / "config.json")
     if config.get("model_type") not in ("siglip", "siglip2"):
         raise ValueError(
-            f"{path / 'config.json'} has model_type={config.get('model_type')!r}, but "
-            "navit reads 'siglip2' and 'siglip', and the image towers that "
-            "docs/weights.md lists, whose tensors it does not have: it has "
-            f"{_some(file_of)}"
+            f"{path} has no image tower that navit knows (docs/weights.md lists "
+            f"them): {path / 'config.json'} says "
+            f"{config.get('model_type') or config.get('architecture')!r}, and the "
+            f"tensors are {_some(file_of)}"
         )
     file_of = {
         name: file

@@ -95,7 +95,9 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
         text=None,
         merger=merger,
     )
+    file = path / "preprocessor_config.json"
     size = json.get("preprocessor_config.json", {}).get("size") or {}
+    size = member(file, {"size": size}, "size", dict, "an object")
     side = size.get("longest_edge") or number(path, vision, "image_size", 1024)
     return Tower(model, _table(model, prefix), Pixtral(patch, side))
 

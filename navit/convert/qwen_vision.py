@@ -187,16 +187,18 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
 def _strategy(path: Path, json: Json, patch: int, merge: int) -> QwenVL:
     """The processor's bounds of an image's area, under their older or newer names."""
     data = json.get("preprocessor_config.json", {})
-    size = data.get("size") or {}
+    file = path / "preprocessor_config.json"
+    size = member(file, {"size": data.get("size") or {}}, "size", dict, "an object")
     bounds = {}
     for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        value = data.get(key) or size.get(newer)
+        value = data.get(key)
+        value = size.get(newer) if value is None else value
         if value is not None:
             bounds[key] = value
     try:
         return QwenVL(patch, merge, **bounds)
     except ValueError as error:
-        raise ValueError(f"{path / 'preprocessor_config.json'}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _table(model: ModelConfig, prefix: str) -> Table:

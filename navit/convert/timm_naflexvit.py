@@ -7,6 +7,7 @@ config.json names the architecture, which implies settings that the tensors do n
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,9 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
     model = ModelConfig(vision=vision, text=None)
     strategy = None
     if not siglip:
-        # Trained on up to 576 patches; timm resizes its images like this.
-        most = 576 if "s576" in str(data.get("tag")) else 256
+        # The tag says the most patches in training; timm resizes its images like this.
+        tag = re.search(r"\bs(\d+)", str(data.get("tag")).replace("_", " "))
+        most = int(tag[1]) if tag else 256
         bicubic = data.get("interpolation") == "bicubic"
         strategy = NaFlex(
             vision.patch_size, most, resample="bicubic" if bicubic else "bilinear"

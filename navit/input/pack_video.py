@@ -50,10 +50,18 @@ def pack_video(
     for name, value in (
         ("patch_size", patch_size),
         ("frames_per_patch", frames_per_patch),
+        ("merge", merge),
+        ("min_pixels", min_pixels),
+        ("max_pixels", max_pixels),
+        ("total_pixels", total_pixels),
         ("row_tokens", row_tokens),
     ):
         if value is not None:
             check_count(name, value)
+    if min_pixels > max_pixels:
+        raise ValueError(
+            f"min_pixels={min_pixels} is more than max_pixels={max_pixels}"
+        )
     sizes = sizes_of(frames)
     if not len(sizes):
         raise ValueError("there are no frames to pack")

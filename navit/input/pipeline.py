@@ -142,6 +142,12 @@ def train_batches(
             "navit.open_source(source)"
         )
     data, vision = cfg.data, cfg.model.vision
+    if data.strategy is not None and data.strategy.patch != vision.patch_size:
+        raise ValueError(
+            f"data.strategy cuts patches of {data.strategy.patch} pixels, and the "
+            f"model takes {vision.patch_size}: set data.strategy.patch="
+            f"{vision.patch_size}"
+        )
     options: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "steps": cfg.train.steps,

@@ -166,7 +166,12 @@ class Vision(nnx.Module):
         p, channels = self.config.patch_size, np.shape(packed.patches)[-1]
         frames = self.config.patch_frames
         if channels not in (p**2 * 3, frames * p**2 * 3):
-            side = (channels / 3) ** 0.5
+            side, pair = (channels / 3) ** 0.5, (channels / 6) ** 0.5
+            if frames == 1 and pair == p:
+                raise ValueError(
+                    "each patch has two frames, and this model takes one: pack the "
+                    "clip with frames_per_patch=1"
+                )
             raise ValueError(
                 f"the patches are {side:g}x{side:g} pixels, but this model takes "
                 f"{p}x{p}: pack the images with patch_size={p}"
