@@ -48,6 +48,7 @@ def test_good_kernels_pass(capsys, tmp_path):
     assert {name for name in table if table[name] == "ok"} == {
         "vision attention xla",
         "vision attention unpack",
+        "vision attention blocks",
         "vision attention splash",
         "vision attention splash_skip",
         "vision fused_mlp",
@@ -86,6 +87,7 @@ def test_a_wrong_kernel_is_reported(capsys, monkeypatch, tmp_path):
     assert {name: table[name] for name in table if table[name] != "not"} == {
         "vision attention xla": "ok",
         "vision attention unpack": "differs",
+        "vision attention blocks": "ok",
         "vision attention splash": "differs",
         "vision attention splash_skip": "differs",
         "vision fused_mlp": "does",

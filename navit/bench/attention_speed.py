@@ -1,11 +1,14 @@
 """Times packed attention: every implementation, forward and with gradients.
 
   python -m navit.bench.attention_speed
-  python -m navit.bench.attention_speed --mixes 2x4096x16 --heads 16 --width 72
+  python -m navit.bench.attention_speed --mixes 2x4096x16,4x1024xnaflex
   python -m navit.bench.attention_speed --topology v6e:1x1
 
 On this machine, each line is one mix: rows x tokens in a row x images in a row, all
-images being as long as fits. Times are medians of interleaved rounds.
+images being as long as fits, or images of drawn lengths: of sides that are uniform in
+64 to 384 pixels ("navit"), of SigLIP 2's budgets ("naflex"), or of up to 729 tokens
+("native"). Times are medians of interleaved rounds, and "unpack" has the bounds that a
+plan would give it.
 
 With a TPU topology, nothing runs and no TPU is needed. The TPU compiler compiles
 forward and backward passes of 16,384 tokens, in images of 64 to 1024 tokens packed into
@@ -37,7 +40,18 @@ from navit.model.attention import attention, attention_qkvpacked
 from navit.plan.rows import pack_rows
 from navit.sharding import make_mesh
 
-IMPLEMENTATIONS = ("xla", "unpack")
+IMPLEMENTATIONS = ("xla", "unpack", "blocks")
+# Token counts of patches of 16 pixels, and the most that there can be.
+LENGTHS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], int]] = {
+    "navit": (lambda rng, n: (rng.uniform(64, 384, n) / 16) ** 2, 576),
+    "naflex": (
+        lambda rng, n: (
+            rng.choice([128, 256, 576, 784, 1024], n) * rng.uniform(0.93, 1, n)
+        ),
+        1024,
+    ),
+    "native": (lambda rng, n: np.minimum(rng.uniform(200, 900, n), 729), 729),
+}
 ROWS = {
     "xla": (1024,),
     "splash": (256, 512, 1024, 1152),
@@ -50,8 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--mixes",
-        default="8x256x1,2x1024x1,2x1024x2,2x1024x4,2x1024x8,1x4096x4,1x4096x16",
-        help="rows x row tokens x images in a row, comma-separated",
+        default="8x256x1,2x1024x1,2x1024x4,2x1024x16,1x4096x4,1x4096x16,"
+        "4x576xnavit,4x1024xnavit,1x4096xnavit,4x1024xnaflex,1x4096xnaflex,"
+        "4x1024xnative,1x4096xnative",
+        help="rows x row tokens x images in a row (or navit, naflex, native), "
+        "comma-separated",
     )
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64, help="channels of a head")
@@ -75,28 +92,37 @@ def main() -> None:
         f"{'rows x tokens x images':>24}{'':10}", *map("{:>10}".format, IMPLEMENTATIONS)
     )
     for mix in args.mixes.split(","):
-        rows, tokens, images = map(int, mix.split("x"))
-        _line(rows, tokens, images, args.heads, args.width, args.rounds)
+        rows, tokens, images = mix.split("x", 2)
+        _line(int(rows), int(tokens), images, args.heads, args.width, args.rounds)
 
 
 def _line(
-    rows: int, tokens: int, images: int, heads: int, width: int, rounds: int
+    rows: int, tokens: int, images: str, heads: int, width: int, rounds: int
 ) -> None:
     rng = np.random.default_rng(0)
     q, k, v = jnp.asarray(
         rng.standard_normal((3, rows, tokens, heads, width), np.float32)
     )
-    ids = np.repeat(np.arange(1, images + 1), tokens // images)
-    ids = np.pad(ids, (0, tokens - len(ids)))
-    segment_ids = jnp.asarray(np.broadcast_to(ids, (rows, tokens)), jnp.int32)
+    if images in LENGTHS:
+        draw, longest = LENGTHS[images]
+        lengths = draw(rng, 2 * rows * tokens // 100).astype(np.int64)
+    else:
+        longest = tokens // int(images)
+        lengths = np.full(rows * int(images), longest)
+    packed = pack_rows(np.stack([np.ones_like(lengths), lengths], -1), tokens, None)
+    each = [packed.slice(row, row + 1).lengths for row in range(rows)]
+    ids = np.zeros((rows, tokens), np.int32)
+    for row, own in zip(ids, each, strict=True):
+        row[: own.sum()] = np.repeat(np.arange(1, len(own) + 1), own)
+    segment_ids = jnp.asarray(ids)
     calls: dict[str, list[Callable[[], object]]] = {"forward": [], "gradients": []}
     for name in IMPLEMENTATIONS:
         attend = functools.partial(
             attention,
             segment_ids=segment_ids,
             implementation=name,
-            max_segments=images,
-            max_segment_tokens=tokens // images,
+            max_segments=int(ids.max()),
+            max_segment_tokens=longest,
         )
         forward = jax.jit(attend)
         total = jax.jit(

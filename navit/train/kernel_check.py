@@ -127,11 +127,11 @@ def _layer_cases(
     vision, text, n = config.model.vision, config.model.text, config.data.row_tokens
     most = min(config.data.most_tokens(vision.patch_size), n)
     ids = _segment_ids(config, devices, most)
-    names = ["xla", "unpack", *KERNELS]
+    names = ["xla", "unpack", "blocks", *KERNELS]
     if only_used:
         names = [config.model.attention]
         if names == ["auto"]:
-            names = [choice(platform(), n, vision.width // tensor, False)]
+            names = [choice(platform(), n, vision.width // tensor)]
     make = functools.partial(attention_case, config, tensor=tensor)
     if names != ["xla"]:
         yield make("vision", vision, ids, names, longest=most)
@@ -147,7 +147,7 @@ def _layer_cases(
         beside = captions_beside(LANES, text.length)
     if beside:
         ids = np.tile(np.repeat(np.arange(1, beside + 1), text.length), (3, 1))
-        name = choice(platform(), ids.shape[1], text.width // tensor, False)
+        name = choice(platform(), ids.shape[1], text.width // tensor)
         if name != "xla":
             yield make("text", text, ids, [name], longest=text.length)
     else:  # one caption in a row, in rows that fill blocks of 128 tokens

@@ -238,19 +238,17 @@ def test_errors_name_what_is_wrong():
 
 
 @pytest.mark.parametrize(
-    "platform, tokens, less, expected",
+    "platform, tokens, expected",
     [
-        ("cpu", 1024, True, "unpack"),
-        ("cpu", 1024, False, "xla"),
-        ("gpu", 1024, True, "xla"),
-        ("tpu", 256, True, "splash"),
-        ("tpu", 1024, False, "splash"),
-        ("tpu", 2048, False, "splash_skip"),
-        ("tpu", 729, False, "xla"),
+        ("gpu", 1024, "xla"),
+        ("tpu", 256, "splash"),
+        ("tpu", 1024, "splash"),
+        ("tpu", 2048, "splash_skip"),
+        ("tpu", 729, "xla"),
     ],
 )
-def test_the_platform_and_the_row_choose(platform, tokens, less, expected):
-    assert choice(platform, tokens, 768, less) == expected
+def test_the_platform_and_the_row_choose(platform, tokens, expected):
+    assert choice(platform, tokens, 768) == expected
 
 
 @pytest.mark.parametrize("devices, kernel", [(8, True), (16, False)])

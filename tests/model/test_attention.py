@@ -11,7 +11,7 @@ from navit.config import MeshConfig
 from navit.model.attention import attention, misfit
 from navit.sharding import make_mesh, split_rows, use_mesh
 
-IMPLEMENTATIONS = ["xla", "unpack"]
+IMPLEMENTATIONS = ["xla", "unpack", "blocks"]
 # Segments of up to 140 tokens, which "unpack" handles in two ways: all at once, or one
 # by one.
 BOUNDS = dict(max_segments=5, max_segment_tokens=140)

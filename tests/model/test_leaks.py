@@ -11,8 +11,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 FILES = ["test_attention.py", "test_heads.py", "test_vision.py"]
-# Both implementations of attention, on both paths of "unpack", and every head. In whole
-# towers two heads with the reference, and one with "unpack".
+# Every implementation of attention, on both paths of "unpack", and every head. In whole
+# towers two heads with the reference, and one with each of the others.
 PROOFS = (
     "leak and not 7-xla and not xla-mean"
     " and not unpack-map and not unpack-max and not unpack-none"

@@ -73,7 +73,10 @@ def image_tokens(out, packed, row, slot):
     return np.asarray(out.tokens)[row, np.asarray(packed.segment_ids)[row] == slot + 1]
 
 
-CASES = list(itertools.product(["xla", "unpack"], ["map", "mean", "max", "none"]))
+CASES = [
+    *itertools.product(["xla", "unpack"], ["map", "mean", "max", "none"]),
+    ("blocks", "mean"),
+]
 
 
 @pytest.mark.parametrize("implementation, pool", CASES)

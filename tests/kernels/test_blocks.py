@@ -1,0 +1,157 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from navit.kernels import blocks as module
+from navit.kernels.blocks import blocks
+from navit.kernels.splash import SAVED
+from navit.model.attention import attention, choice_on_cpu
+
+BLOCK = 32
+
+
+def segments_of(lengths, tokens):
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    return np.pad(ids, (0, tokens - len(ids))).astype(np.int32)
+
+
+ROWS = np.stack(
+    [
+        segments_of([5, 9, 18, 70, 31, 2, 2, 40], 200),
+        segments_of([200], 200),
+        segments_of([], 200),
+        segments_of([1] * 40, 200),
+        np.roll(segments_of([33, 65], 200), 60),
+    ]
+)
+
+
+def visits(ids, key_ids, own):
+    found = module._visits(jnp.asarray(ids), jnp.asarray(key_ids), BLOCK, own)
+    first, *lists = map(np.asarray, found[:5])
+    return [
+        list(zip(*(x[a:b] for x in lists), strict=True))
+        for a, b in itertools.pairwise(first)
+    ]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_every_query_is_in_one_block_that_visits_all_its_keys(own, rng):
+    ids = np.stack([*ROWS, rng.permutation(ROWS[0])])
+    keys = ids if own else rng.permuted(ids, axis=1)[:, :150]
+    for row, found in enumerate(visits(ids, keys, own)):
+        seen = np.zeros(ids.shape[1], int)
+        for start, end, key, key_end in found:
+            assert 0 < end - start <= BLOCK
+            seen[start:end] += 1
+            of_block = ids[row, start:end]
+            needed = np.isin(keys[row], of_block[of_block > 0])
+            assert not needed[:key].any() and not needed[key_end:].any()
+        assert (seen[ids[row] > 0] == 1).all() and seen.max(initial=0) <= 1
+
+
+def test_work_follows_the_squared_lengths(rng):
+    """Of a segment, whole blocks; short ones share a block; of padding, nothing."""
+    for _ in range(20):
+        lengths = rng.integers(1, 120, 6)
+        (found,) = visits(ids := segments_of(lengths, 800)[None], ids, True)
+        visited = sum(-(-(key_end - key) // BLOCK) for *_, key, key_end in found)
+        assert visited <= (np.ceil(lengths / BLOCK) ** 2).sum()
+    (found,) = visits(ids := segments_of([4] * 40, 800)[None], ids, True)
+    assert len(found) == 40 * 4 // BLOCK
+
+
+def test_a_segment_alone_has_the_same_bits_as_among_others(rng):
+    """Removing others changes no bit: nor of values, nor of gradients."""
+    arrays = rng.normal(size=(4, *ROWS.shape, 2, 8)).astype(np.float32)
+    q, k, v, weight = map(jnp.asarray, arrays)
+
+    @jax.jit
+    def both(ids):
+        def attend(*qkv):
+            return blocks(*qkv, ids, block=BLOCK)
+
+        out, back = jax.vjp(attend, q, k, v)
+        return out, *back(weight)
+
+    together = both(ROWS)
+    for segment in (1, 2, 3, 4, 5, 8):
+        own = segment == ROWS
+        for a, b in zip(together, both(ROWS * own), strict=True):
+            np.testing.assert_array_equal(np.asarray(a)[own], np.asarray(b)[own])
+            assert (np.asarray(b)[~own] == 0).all()
+
+
+@pytest.mark.parametrize("loops", [1, 2, 8])
+def test_values_and_gradients_in_any_number_of_loops(loops, monkeypatch, rng):
+    monkeypatch.setattr(module, "LOOPS", loops)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: loops)
+    q, k, v = rng.normal(size=(3, *ROWS.shape, 3, 8)).astype(np.float32)
+    weight = rng.normal(size=q.shape) * (ROWS > 0)[..., None, None]
+
+    def results(attend):
+        def total(q, k, v):
+            out = attend(q, k, v, jnp.asarray(ROWS))
+            return (out * weight).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+    found = results(lambda *x: blocks(*x, block=BLOCK))
+    expected = results(lambda *x: attention(*x, implementation="xla"))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_bfloat16_gradients_stay_close(rng):
+    q, k, v = rng.normal(size=(3, *ROWS.shape, 2, 8)).astype(np.float32)
+
+    @jax.jit
+    def gradients(*qkv):
+        def total(*qkv):
+            out = blocks(*qkv, jnp.asarray(ROWS), block=BLOCK)
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(total, (0, 1, 2))(*qkv)
+
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    high = gradients(*(x.astype(jnp.float32) for x in low))
+    for a, b in zip(gradients(*low), high, strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.05)
+
+
+def test_saved_values_spare_the_loops_of_the_forward_pass():
+    """All but the walk along the blocks, which is cheap."""
+    x = jnp.zeros((1, 200, 2, 8))
+
+    def loops(policy):
+        def attend(x):
+            return blocks(x, x, x, jnp.asarray(ROWS[:1])).sum()
+
+        if policy is not None:
+            attend = jax.checkpoint(attend, policy=policy)
+        both = jax.jit(jax.value_and_grad(attend))
+        return both.lower(x).as_text().count("stablehlo.while")
+
+    saved = loops(jax.checkpoint_policies.save_only_these_names(SAVED))
+    everything = loops(jax.checkpoint_policies.nothing_saveable)
+    assert saved <= loops(None) + 1 < everything
+
+
+@pytest.mark.parametrize(
+    "tokens, segments, longest, expected",
+    [
+        (1024, None, None, "blocks"),
+        (1024, 40, 576, "blocks"),
+        (1024, 20, 64, "unpack"),
+        (64, 1, None, "xla"),
+        (64, 20, 64, "xla"),  # bounds that say nothing
+        (256, 1, 256, "xla"),
+        (1024, 1, 1024, "blocks"),
+    ],
+)
+def test_rows_and_bounds_choose(tokens, segments, longest, expected):
+    assert choice_on_cpu(tokens, segments, longest) == expected
