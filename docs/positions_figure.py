@@ -94,9 +94,7 @@ def decay(ax) -> None:
         bound = np.abs(np.cumsum(turns, -1)).mean(-1)
         ax.plot(distance, bound / bound[0], label=f"bound, theta {theta:,.0f}")
         ax.plot(distance, turns.real.mean(-1), "--", label="equal q and k")
-    ax.set_xlabel(
-        "1-D RoPE: q·k at a distance of so many tokens, relative to distance 0"
-    )
+    ax.set_xlabel("distance between two tokens (1-D RoPE: q·k, relative to distance 0)")
     ax.set_xlim(0, 256)
     ax.axhline(0, color="gray", lw=0.5)
     ax.legend(ncols=4, fontsize=8, frameon=False)

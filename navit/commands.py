@@ -246,7 +246,6 @@ def check(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.plan import report as plan_report
-    from navit.plan.batches import BatchPlans
 
     config = _config(args)
     source = pipeline.open_source(config.data.train)
@@ -270,8 +269,7 @@ def plan(args: argparse.Namespace) -> int:
         f"{config.data.row_tokens} tokens"
     )
     print(plan_report.table(results, config.data.row_tokens), end="")
-    plans = BatchPlans(source.sizes, config.data, patch_size=patch_size, steps=1)
-    if line := pipeline.left_out(plans, source):
+    if line := pipeline.left_out(results.left_out, source):
         print(line)
     if args.out:
         plan_report.plot(results, args.out)

@@ -51,8 +51,8 @@ def load(
 
     Args:
       path: a work directory of `navit train`, a Hugging Face directory of a
-        `Siglip2Model` or `SiglipModel`, a big_vision `.npz`, or a directory with the
-        image tower of MoonViT, Kimi-VL, Qwen2-VL, Qwen2.5-VL or timm's NaFlexViT.
+        `Siglip2Model` or `SiglipModel`, a big_vision `.npz`, or a directory with one of
+        the other image towers in docs/weights.md.
       overrides: settings that decide how it runs, such as `"model.dtype=bfloat16"` or
         `"model.text.tokenizer=gemma.model"`.
       rules: how to split the parameters over the current mesh; by default, on one
@@ -183,8 +183,8 @@ def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
     Args:
       path: a directory, or an `.npz` for "big_vision".
       format: "huggingface", "big_vision", "timm" or "navit"; None means big_vision for
-        a path that ends in .npz, otherwise huggingface. An image tower of MoonViT or
-        Qwen-VL is written as its release is.
+        a path that ends in .npz, timm for one of its towers, otherwise huggingface. The
+        other image towers in docs/weights.md are written as their releases are.
 
     Raises:
       TypeError: if `model` is not a model, or `path` not a path.

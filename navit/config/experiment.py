@@ -21,6 +21,7 @@ from navit.config.model import ModelConfig
 from navit.config.optim import OptimConfig
 from navit.config.overrides import override, positive
 from navit.config.sources import Stream
+from navit.plan.strategies.views import check_patch
 
 T = TypeVar("T")
 
@@ -176,13 +177,8 @@ def _check_strategy(config: Config) -> None:
     strategy, vision = config.data.strategy, config.model.vision
     if strategy is None:
         return
-    # With `init_towers`, the tower is not known yet; `train_batches` checks again.
-    if strategy.patch != vision.patch_size and not config.init_towers:
-        raise ValueError(
-            f"data.strategy cuts patches of {strategy.patch} pixels, and the model "
-            f"takes {vision.patch_size}: set data.strategy.patch={vision.patch_size} "
-            f"or model.vision.patch_size={strategy.patch}"
-        )
+    if not config.init_towers:  # else the tower is not known yet
+        check_patch(strategy, vision.patch_size)
     if vision.fixed_grid:
         raise ValueError(
             "model.vision.fixed_grid takes every image at one grid, so it has no use "

@@ -20,10 +20,9 @@ from navit.config import (
 from navit.convert.codec import Table, Tensor
 from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
-from navit.convert.tensors import torch_layer
+from navit.convert.tensors import joined, torch_layer, torch_patch
 from navit.convert.tower import (
     HALF,
-    QKV,
     Files,
     Json,
     Shapes,
@@ -136,19 +135,11 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
 
 def _table(model: ModelConfig, prefix: str) -> Table:
     blocks, theirs = "vision.encoder.blocks", f"{prefix}encoder.blocks.{{}}"
-    kernels, biases = (
-        tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
-        for part in ("kernel", "bias")
-    )
+    kernels, biases = joined(f"{blocks}.attention")
     turned = "i (h pair xy f) -> (h f ~xy pair) i"
     turned_bias = "(h pair xy f) -> (h f ~xy pair)"
     table = [
-        Tensor(
-            f"{prefix}patch_embed.proj.weight",
-            ("vision.patch.kernel",),
-            "(rows columns rgb) d -> d rgb rows columns",
-        ),
-        Tensor(f"{prefix}patch_embed.proj.bias", ("vision.patch.bias",)),
+        *torch_patch(f"{prefix}patch_embed.proj"),
         Tensor(f"{prefix}patch_embed.pos_emb.weight", ("vision.position.table",)),
         *torch_layer(f"{blocks}.attention_norm", f"{theirs}.norm0"),
         Tensor(f"{theirs}.wqkv.weight", kernels, (turned, turned, "i o -> o i")),

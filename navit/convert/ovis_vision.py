@@ -14,10 +14,9 @@ from navit.config import ModelConfig, PositionConfig, RotaryConfig, VisionConfig
 from navit.convert.codec import Table, Tensor
 from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of, square_side
-from navit.convert.tensors import torch_layer
+from navit.convert.tensors import QKV, torch_layer, torch_patch
 from navit.convert.tower import (
     HALF,
-    QKV,
     Files,
     Json,
     Shapes,
@@ -133,12 +132,7 @@ def _table(model: ModelConfig, prefix: str) -> Table:
     names |= {"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"}
     embeddings = f"{prefix}embeddings"
     table = [
-        Tensor(
-            f"{embeddings}.patch_embedding.weight",
-            ("vision.patch.kernel",),
-            "(rows columns rgb) d -> d rgb rows columns",
-        ),
-        Tensor(f"{embeddings}.patch_embedding.bias", ("vision.patch.bias",)),
+        *torch_patch(f"{embeddings}.patch_embedding"),
         Tensor(
             f"{embeddings}.position_embedding.weight",
             ("vision.position.table",),

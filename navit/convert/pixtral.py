@@ -18,14 +18,13 @@ from navit.config import (
     RotaryConfig,
     VisionConfig,
 )
-from navit.convert.codec import Table, Tensor
+from navit.convert.codec import Table
 from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
-from navit.convert.tensors import torch_layer
+from navit.convert.tensors import QKV, torch_layer, torch_patch
 from navit.convert.tower import (
     CLIP_MEAN,
     CLIP_STD,
-    QKV,
     Files,
     Json,
     Shapes,
@@ -133,11 +132,7 @@ def _table(model: ModelConfig, prefix: str) -> Table:
     names |= {f"mlp.{x}": f"feed_forward.{x}_proj" for x in ("gate", "up", "down")}
     names |= {"attention_norm": "attention_norm", "mlp_norm": "ffn_norm"}
     table = [
-        Tensor(
-            f"{prefix}patch_conv.weight",
-            ("vision.patch.kernel",),
-            "(rows columns rgb) d -> d rgb rows columns",
-        ),
+        *torch_patch(f"{prefix}patch_conv"),
         *torch_layer("vision.pre_norm", f"{prefix}ln_pre"),
     ]
     for ours, name in names.items():

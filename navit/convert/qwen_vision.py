@@ -21,12 +21,11 @@ from navit.config import (
 from navit.convert.codec import Table, Tensor
 from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of, square_side
-from navit.convert.tensors import torch_layer
+from navit.convert.tensors import joined, torch_layer, torch_patch
 from navit.convert.tower import (
     CLIP_MEAN,
     CLIP_STD,
     HALF,
-    QKV,
     Files,
     Json,
     Shapes,
@@ -203,10 +202,7 @@ def _strategy(path: Path, json: Json, patch: int, merge: int) -> QwenVL:
 
 def _table(model: ModelConfig, prefix: str) -> Table:
     blocks, theirs = "vision.encoder.blocks", f"{prefix}blocks.{{}}"
-    kernels, biases = (
-        tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
-        for part in ("kernel", "bias")
-    )
+    kernels, biases = joined(f"{blocks}.attention")
     mlp, merger = {"up": "fc1", "down": "fc2"}, ("ln_q", "mlp.0", "mlp.2")
     if model.vision.position.kind == "siglip2":  # Qwen3-VL
         mlp = {"up": "linear_fc1", "down": "linear_fc2"}
@@ -214,12 +210,7 @@ def _table(model: ModelConfig, prefix: str) -> Table:
     if model.vision.gated:
         mlp = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     table = [
-        Tensor(
-            f"{prefix}patch_embed.proj.weight",
-            ("vision.patch.kernel",),
-            "(frames rows columns rgb) d -> d rgb frames rows columns",
-        ),
-        Tensor(f"{prefix}patch_embed.proj.bias", ("vision.patch.bias",)),
+        *torch_patch(f"{prefix}patch_embed.proj", frames=True),
         Tensor(
             f"{prefix}pos_embed.weight", ("vision.position.table",), "y x d -> (y x) d"
         ),

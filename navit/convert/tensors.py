@@ -22,7 +22,8 @@ _POOL = {
     "mlp.up": ("mlp.fc1", f"{_MLP}/Dense_0"),
     "mlp.down": ("mlp.fc2", f"{_MLP}/Dense_1"),
 }
-_QKV = ("query", "key", "value")
+# The layers of an attention, in the order in which formats join them.
+QKV = ("query", "key", "value")
 
 
 def huggingface(model: ModelConfig) -> Table:
@@ -56,9 +57,7 @@ def huggingface(model: ModelConfig) -> Table:
             table += torch_layer(f"{tower}.encoder.blocks.{ours}", to)
     for ours, (theirs, _) in _POOL.items():
         table += torch_layer(f"vision.head.{ours}", f"vision_model.head.{theirs}")
-    kernels, biases = (
-        tuple(f"vision.head.{x}.{part}" for x in _QKV) for part in ("kernel", "bias")
-    )
+    kernels, biases = joined("vision.head")
     return [
         *table,
         Tensor("vision_model.head.attention.in_proj_weight", kernels, "i o -> o i"),
@@ -102,10 +101,31 @@ def big_vision(
         for ours, (_, theirs) in _BLOCK.items():
             table += _linen(f"{tower}.encoder.blocks.{ours}", f"{block}/{theirs}")
     pool = {ours: theirs for ours, (_, theirs) in _POOL.items()}
-    pool |= {x: f"{_ATTENTION}/{x}" for x in _QKV}
+    pool |= {x: f"{_ATTENTION}/{x}" for x in QKV}
     for ours, theirs in pool.items():
         table += _linen(f"vision.head.{ours}", f"params/img/MAPHead_0/{theirs}")
     return table
+
+
+def joined(
+    attention: str, layers: tuple[str, ...] = QKV
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The kernels, and the biases, of layers that a format stores as one."""
+    kernels, biases = (
+        tuple(f"{attention}.{layer}.{part}" for layer in layers)
+        for part in ("kernel", "bias")
+    )
+    return kernels, biases
+
+
+def torch_patch(theirs: str, *, frames: bool = False) -> Table:
+    """The patch layer, stored as PyTorch's convolution of images, or of videos."""
+    time = "frames " if frames else ""
+    axes = f"({time}rows columns rgb) d -> d rgb {time}rows columns"
+    return [
+        Tensor(f"{theirs}.weight", ("vision.patch.kernel",), axes),
+        Tensor(f"{theirs}.bias", ("vision.patch.bias",)),
+    ]
 
 
 def torch_layer(ours: str, theirs: str) -> Table:
@@ -120,7 +140,7 @@ def torch_layer(ours: str, theirs: str) -> Table:
 def _linen(ours: str, theirs: str) -> Table:
     """A norm or a linear layer; around attention, linen keeps the heads apart."""
     kernel = bias = None
-    if ours.endswith(_QKV):
+    if ours.endswith(QKV):
         kernel, bias = "d (h k) -> d h k", "(h k) -> h k"
     elif ours.endswith("out"):
         kernel = "(h k) d -> h k d"

@@ -16,10 +16,9 @@ from navit.config import ModelConfig, PositionConfig, VisionConfig
 from navit.convert.codec import Table, Tensor
 from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
-from navit.convert.tensors import torch_layer
+from navit.convert.tensors import joined, torch_layer
 from navit.convert.tower import (
     HALF,
-    QKV,
     Files,
     Json,
     Shapes,
@@ -203,11 +202,9 @@ def _position(
 
 def _table(model: ModelConfig, prefix: str) -> Table:
     blocks, theirs = "vision.encoder.blocks", f"{prefix}blocks.{{}}"
-    kernels, biases = (
-        tuple(f"{blocks}.attention.{x}.{part}" for x in QKV)
-        for part in ("kernel", "bias")
-    )
-    pool, kv = f"{prefix}attn_pool", ("key", "value")
+    kernels, biases = joined(f"{blocks}.attention")
+    pool = f"{prefix}attn_pool"
+    pool_kernels, pool_biases = joined("vision.head", ("key", "value"))
     return present(
         [
             *torch_layer("vision.patch", f"{prefix}embeds.proj"),
@@ -240,12 +237,8 @@ def _table(model: ModelConfig, prefix: str) -> Table:
             *torch_layer("vision.pool_norm", f"{prefix}fc_norm"),
             Tensor(f"{pool}.latent", ("vision.head.probe",), "q d -> 1 q d"),
             *torch_layer("vision.head.query", f"{pool}.q"),
-            Tensor(
-                f"{pool}.kv.weight",
-                tuple(f"vision.head.{x}.kernel" for x in kv),
-                "i o -> o i",
-            ),
-            Tensor(f"{pool}.kv.bias", tuple(f"vision.head.{x}.bias" for x in kv)),
+            Tensor(f"{pool}.kv.weight", pool_kernels, "i o -> o i"),
+            Tensor(f"{pool}.kv.bias", pool_biases),
             *torch_layer("vision.head.out", f"{pool}.proj"),
             *torch_layer("vision.head.norm", f"{pool}.norm"),
             *torch_layer("vision.head.mlp.up", f"{pool}.mlp.fc1"),

@@ -15,9 +15,6 @@ from navit.plan.strategies import Strategy
 
 log = logging.getLogger("navit")
 
-# The parameters of a block, in the order in which these towers join them.
-QKV = ("query", "key", "value")
-
 # The mean and standard deviation of pixels from 0 to 1: SigLIP's, and CLIP's.
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -16,7 +16,7 @@ _EVERY = 15.0  # seconds
 
 
 class Progress:
-    """Reads images, and says every 15 seconds how many, how fast, and how long yet.
+    """Reads images, and logs every 15 seconds how many, how fast, and the time left.
 
     Images are read a few batches before they are embedded. Of several processes, each
     counts its own share, and the first speaks.

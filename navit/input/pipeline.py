@@ -18,10 +18,11 @@ from navit.input import memory
 from navit.input.make_batch import MakeBatch, MakeLaneBatch, MakeStreamBatch
 from navit.input.stream_plan import StreamPlans
 from navit.input.worker_batches import from_workers, start_worker
-from navit.plan.batches import BatchPlans
+from navit.plan.batches import BatchPlans, LeftOut
 from navit.plan.epoch import VERSION, grids_of
 from navit.plan.groups import host_rows
 from navit.plan.order import Part
+from navit.plan.strategies.views import check_patch
 from navit.plan.view_groups import room_of, shapes_of
 from navit.sources.kinds import Opener
 from navit.sources.kinds import open_source as open_source
@@ -32,9 +33,6 @@ from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
-
-# Of more images, those that do not fit are counted on a sample.
-_COUNTED = 100_000
 
 # Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
@@ -142,12 +140,8 @@ def train_batches(
             "navit.open_source(source)"
         )
     data, vision = cfg.data, cfg.model.vision
-    if data.strategy is not None and data.strategy.patch != vision.patch_size:
-        raise ValueError(
-            f"data.strategy cuts patches of {data.strategy.patch} pixels, and the "
-            f"model takes {vision.patch_size}: set data.strategy.patch="
-            f"{vision.patch_size}"
-        )
+    if data.strategy is not None:  # with `init_towers`, the config did not know it
+        check_patch(data.strategy, vision.patch_size)
     options: dict[str, Any] = {
         "patch_size": vision.patch_size,
         "steps": cfg.train.steps,
@@ -179,7 +173,7 @@ def train_batches(
         assert isinstance(plans, BatchPlans)
         if vision.position.has_limit:
             _check_positions(vision, source.sizes, data)
-        if (line := left_out(plans, source)) and process_index == 0:
+        if (line := left_out(plans.left_out(), source)) and process_index == 0:
             log.warning("%s", line)
         make_batch = make(source)
     if process_index == 0:
@@ -239,17 +233,16 @@ def _check_positions(
         vision.position.check(grids)
 
 
-def left_out(plans: BatchPlans, source: Source) -> str:
+def left_out(found: LeftOut | None, source: Source) -> str:
     """A line on the images whose views do not fit the plan; empty if all do.
 
     Raises:
       ValueError: if none is left.
     """
-    count, first, reason = plans.left_out()
-    if not count:
+    if found is None:
         return ""
-    name = f"{source.name(first)}: {reason}"
-    if count == len(source):
+    name = f"{source.name(found.first)}: {found.reason}"
+    if found.images == len(source):
         raise ValueError(f"no image of data.train fits; {name}")
-    about = "about " if len(source) > _COUNTED else ""
-    return f"{about}{count} of {len(source)} images do not fit, such as {name}"
+    about = "" if found.exact else "about "
+    return f"{about}{found.images} of {len(source)} images do not fit, such as {name}"

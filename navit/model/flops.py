@@ -22,7 +22,7 @@ class Counts(NamedTuple):
     Attributes:
       tokens: tokens of real images.
       squares: the sum over images of tokens squared.
-      images: real images.
+      images: real images; with `data.strategy` their views, as each is pooled.
       captions: their captions; 0 if the loss takes no text.
       pairs: (image, caption) pairs that the loss compares: the number of images in a
         global batch, squared. 0 if the loss takes no text.

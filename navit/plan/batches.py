@@ -48,6 +48,20 @@ class Statistics(NamedTuple):
     left_out: float
 
 
+class LeftOut(NamedTuple):
+    """The images whose views do not fit a group of rows.
+
+    Attributes:
+      images: how many there are; estimated from a sample unless `exact`.
+      first, reason: the record of one of them, and why it does not fit.
+    """
+
+    images: int
+    exact: bool
+    first: int
+    reason: str
+
+
 class BatchPlans(Sequence):
     """Step -> this host's rows of that step's global batch; random access.
 
@@ -166,26 +180,25 @@ class BatchPlans(Sequence):
         planned = int(self._counts[0]) / (self._data.lanes or 1)
         return used, 1 - used.images / max(1, planned)
 
-    def left_out(self) -> tuple[int, int, str]:
-        """How many images of some the strategy leaves out, and why the first.
+    def left_out(self) -> LeftOut | None:
+        """The images that a strategy leaves out; None if it leaves out none.
 
-        Returns:
-          The number, the record of the first (-1 if there is none), and the reason.
+        Of more than 100,000 images, they are counted on a sample.
         """
-        data = self._data
+        data, total = self._data, len(self._sizes)
         if data.strategy is None:
-            return 0, -1, ""
-        some = np.unique(np.linspace(0, len(self._sizes) - 1, _LOOKED_AT).astype(int))
+            return None
+        some = np.unique(np.linspace(0, total - 1, _LOOKED_AT).astype(int))
         room = room_of(data, self.slots)
         shapes, which = shapes_of(self._sizes[some], data.strategy, room)
         bad = left_out(shapes, which)
         if not len(bad):
-            return 0, -1, ""
-        share = len(bad) / len(some)
-        return (
-            round(share * len(self._sizes)),
-            int(some[bad[0]]),
-            shapes[which[bad[0]]].reason,
+            return None
+        return LeftOut(
+            images=round(len(bad) / len(some) * total),
+            exact=len(some) == total,
+            first=int(some[bad[0]]),
+            reason=shapes[which[bad[0]]].reason,
         )
 
     def statistics(self) -> Statistics:

@@ -13,7 +13,7 @@ import numpy as np
 
 from navit.config import DataConfig
 from navit.files import write_atomic
-from navit.plan.batches import BatchPlans, Statistics
+from navit.plan.batches import BatchPlans, LeftOut, Statistics
 from navit.plan.epoch import typical_tokens
 from navit.plan.order import Part
 
@@ -27,11 +27,13 @@ class Report(NamedTuple):
     alone: padding with one image per row, and rows as long as the largest budget; None
       with a strategy, which has no budget.
     lengths: `[m]` tokens of each image, or view, of an epoch's first block.
+    left_out: the images that a strategy leaves out at the config's row length.
     """
 
     lines: list[Statistics]
     alone: float | None
     lengths: np.ndarray
+    left_out: LeftOut | None
 
 
 def report(
@@ -64,23 +66,27 @@ def report(
             )
         own = row_tokens == data.row_tokens
         rows = max(1, data.rows * data.row_tokens // row_tokens)
+        lanes = math.gcd(data.lanes, rows) if data.lanes else 0
+        lane_rows = rows // (lanes or 1)
         changed = dataclasses.replace(
             data,
             row_tokens=row_tokens,
             rows=rows,
             slots=data.slots if own else None,
-            lanes=data.lanes and math.gcd(data.lanes, rows),
-            caption_rows=data.caption_rows and math.gcd(data.caption_rows, rows),
+            lanes=lanes,
+            workers=0,  # they change no plan
+            caption_rows=data.caption_rows and math.gcd(data.caption_rows, lane_rows),
             captions=data.captions if own else None,
         )
         plans = BatchPlans(sizes, changed, patch_size=patch_size, steps=1, parts=parts)
         lines.append(plans.statistics())
         if own:
             lengths = plans.first_block()[0].lengths
+            left_out = plans.left_out()
     alone = None
     if data.strategy is None:
         alone = 1 - typical_tokens(sizes, data, patch_size, count=100_000) / most
-    return Report(lines, alone, lengths)
+    return Report(lines, alone, lengths, left_out)
 
 
 def table(result: Report, row_tokens: int) -> str:

@@ -204,7 +204,8 @@ def _shape(height: int, width: int, strategy: Strategy, room: Room) -> Shape:
         return Shape(
             nothing,
             f"the {len(views)} views of {image} have {sum(tokens)} tokens, and do not "
-            f"fit in a group of {room.rows} rows of {room.row_tokens} tokens and "
+            f"fit in a group of {room.rows} row{'s' * (room.rows > 1)} of "
+            f"{room.row_tokens} tokens and "
             f"{room.slots} slots: raise data.caption_rows"
             f"{', or data.slots' if many else ''}",
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from navit.plan.rows import Rows, pack_rows
 from navit.plan.strategies import Strategy, View
-from navit.plan.strategies.views import BLACK
+from navit.plan.strategies.views import BLACK, check_patch
 
 # What `navit/input/fill_views.py` needs of a view, and its number in its image.
 VIEW = np.dtype(
@@ -83,12 +83,7 @@ def views_of(strategy: Strategy, sizes: np.ndarray, *, patch_size: int) -> Views
             f"strategy is {strategy!r}, but should be one of navit.strategies, such as "
             "strategies.InternVL(patch=16)"
         )
-    kind = type(strategy).__name__
-    if strategy.patch != patch_size:
-        raise ValueError(
-            f"{kind} cuts patches of {strategy.patch} pixels, and the model takes "
-            f"{patch_size}: pass {kind}(patch={patch_size})"
-        )
+    check_patch(strategy, patch_size)
     of_image: list[tuple[View, ...]] = []
     refused = []
     for i, (height, width) in enumerate(sizes.tolist()):

@@ -58,3 +58,15 @@ def test_a_row_shorter_than_an_image_is_refused(sizes):
     data = DataConfig(budgets=(256,), row_tokens=1024)
     with pytest.raises(ValueError, match=r"row of 128 tokens .* image of 256"):
         report(sizes, data, patch_size=16, row_lengths=(128,))
+
+
+def test_longer_rows_keep_whole_groups_in_each_lane():
+    """Half the rows are half a group for each lane: the groups shrink, not the plan."""
+    data = DataConfig(
+        budgets=(16,), row_tokens=64, rows=8, lanes=4, caption_rows=2, workers=4
+    )
+    sizes = np.full((400, 2), 64)
+    found = report(sizes, data, patch_size=16, row_lengths=(128, 256))
+    assert [line.row_tokens for line in found.lines] == [64, 128, 256]
+    assert all(line.steps_per_epoch > 0 for line in found.lines)
+    assert found.left_out is None

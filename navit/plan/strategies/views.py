@@ -99,6 +99,21 @@ def check(height: int, width: int, images: int = 1) -> None:
         raise ValueError(f"images must be at least 1, not {images}")
 
 
+def check_patch(strategy: Any, patch_size: int) -> None:
+    """Raises ValueError if a model takes patches of another size.
+
+    Args:
+      patch_size: the model's.
+    """
+    kind = type(strategy).__name__
+    if strategy.patch != patch_size:
+        raise ValueError(
+            f"{kind} cuts patches of {strategy.patch} pixels, and the model takes "
+            f"{patch_size}: pass {kind}(patch={patch_size}), or in a config "
+            f"data.strategy.patch={patch_size}"
+        )
+
+
 def check_fields(strategy: object, *names: str) -> None:
     """Raises ValueError unless each of these fields is a whole number above 0."""
     for name in names:
