@@ -117,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--workdir", type=_local, help="where to write (default: runs/NAME_OF_CONFIG)"
     )
+    train.add_argument(
+        "--fail-on-sigterm",
+        action="store_true",
+        help="after SIGTERM, save and exit with 143 instead of 0, for launchers that "
+        "restart only what failed (docs/launching.md)",
+    )
     _add_hosts(train)
     train.set_defaults(run="train")
 

@@ -71,8 +71,11 @@ def train(args: argparse.Namespace) -> int:
                     config, trained, where=f"{workdir}", overrides=args.overrides
                 )
         outcome = loop.train(config, workdir, initial)
+        if outcome is Outcome.INTERRUPTED:
+            return stopping.EXIT_CODE
         # After a platform's notice, 0: the job did what it was asked to.
-        return stopping.EXIT_CODE if outcome is Outcome.INTERRUPTED else 0
+        is_failure = outcome is Outcome.PREEMPTED and args.fail_on_sigterm
+        return stopping.PREEMPTED if is_failure else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:

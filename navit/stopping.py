@@ -13,6 +13,10 @@ from typing import NoReturn
 
 EXIT_CODE = 130
 
+# With `navit train --fail-on-sigterm`: what a shell reports of a process that SIGTERM
+# ended (128 + 15).
+PREEMPTED = 143
+
 # How many seconds the main thread has to stop after the first Ctrl-C.
 _GRACE = 5.0
 

@@ -13,7 +13,7 @@ from helpers import tiny_config
 from test_loop import interrupt_at, logged, restored
 
 import navit
-from navit import commands, stopping
+from navit import commands
 from navit.config import override
 from navit.evals import vectors
 from navit.input import pipeline
@@ -154,14 +154,14 @@ def test_on_nonfinite_may_change_and_is_recorded():
 
 
 @pytest.mark.parametrize(
-    "outcome, status",
+    "outcome, status, status_if_sigterm_fails",
     [
-        (Outcome.DONE, 0),
-        (Outcome.PREEMPTED, 0),
-        (Outcome.INTERRUPTED, stopping.EXIT_CODE),
+        (Outcome.DONE, 0, 0),
+        (Outcome.PREEMPTED, 0, 143),
+        (Outcome.INTERRUPTED, 130, 130),
     ],
 )
-def test_exit_codes(outcome, status, monkeypatch, tmp_path):
+def test_exit_codes(outcome, status, status_if_sigterm_fails, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "train", lambda *_: outcome)
     args = argparse.Namespace(
         config="configs/quickstart.py",
@@ -172,8 +172,11 @@ def test_exit_codes(outcome, status, monkeypatch, tmp_path):
         coordinator=None,
         processes=1,
         process=None,
+        fail_on_sigterm=False,
     )
     assert commands.train(args) == status
+    args.fail_on_sigterm = True
+    assert commands.train(args) == status_if_sigterm_fails
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
