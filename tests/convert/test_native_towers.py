@@ -164,17 +164,18 @@ def test_the_merger_joins_blocks_of_each_frame_and_refuses_odd_grids():
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_angles_and_windows_equal_transformers(name):
+def test_positions_turns_and_windows_equal_transformers(name):
+    """Cosines and sines to a bit's rounding: angles are equal (`test_rotary.py`)."""
     want, vision = expected(name), read(GOLDEN / name).model.vision
     for i, grid in enumerate(want["grids"]):
         coords = np.indices(tuple(grid)).reshape(2, -1).T[None].astype(np.int32)
         np.testing.assert_array_equal(coords[0], want[f"positions_{i}"])
         width = vision.width // vision.num_heads
         coords, own = jnp.asarray(coords), jnp.broadcast_to(grid, coords.shape)
-        angles = np.asarray(rotary.angles(vision.rotary, coords, own, width))[0]
-        for part, turn in (("cos", np.cos), ("sin", np.sin)):
-            got = np.tile(turn(angles), 2)
-            np.testing.assert_allclose(got, want[f"{part}_{i}"], atol=2e-7)
+        turn = rotary.rotation(vision.rotary, coords, own, width)
+        for part in ("cos", "sin"):
+            got = np.tile(getattr(turn, part)[0], 2)
+            np.testing.assert_array_max_ulp(got, want[f"{part}_{i}"], maxulp=1)
         if vision.window:
             ids = jnp.ones(coords.shape[:2], jnp.int32)
             got = window_ids(ids, coords, jnp.array(grid[None, None]), vision.window)[0]

@@ -3,13 +3,21 @@
   pip install torch transformers timm safetensors && \\
       python tests/golden/make_encoders.py
 
-Qwen2-VL and Qwen2.5-VL are transformers' classes, NaFlexViT is timm's. MoonViT, which
-neither has, is restated here from its published layout (arXiv 2504.07491, and
-moonshotai/MoonViT-SO-400M's names and shapes). Every norm and bias is random too.
+Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Pixtral are transformers' classes, NaFlexViT is
+timm's. MoonViT and Ovis2.5, which neither has, are restated here from their published
+layouts (arXiv 2504.07491 and moonshotai/MoonViT-SO-400M; AIDC-AI/Ovis2.5). Every norm
+and bias is random too.
 
-Each folder holds a release's files, and `expected.npz`: for image i its float patches
-in navit's order (`patches_i`), its tokens row by row (`tokens_i`), and what a language
-model gets (`merged_i`).
+Each folder holds a release's files, and `expected.npz`: for image i of grid `grids[i]`
+its float patches in navit's order (`patches_i`), its tokens row by row (`tokens_i`),
+and, where the tower has them, what a language model gets (`merged_i`), the pooled
+vector and class logits (`pooled_i`, `logits_i`). Qwen2-VL and Qwen2.5-VL also have
+each patch's position, cosines, sines and window (`positions_i`, `cos_i`, `sin_i`,
+`windows_i`), and a clip of frame pairs with its merged tokens (`clip`, `clip_merged`).
+`image`, `image_tokens` and `image_merged` are of one picture in the processor's pixels.
+
+`rotary.npz` has `positions` (row, column), and for each released head width the float32
+angles there, their cosines and sines: one for each pair of channels.
 """
 
 import json
@@ -23,6 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from transformers import PixtralVisionConfig, PixtralVisionModel, Qwen2VLImageProcessor
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
@@ -32,9 +41,13 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
+    Qwen2VLVisionRotaryEmbedding,
 )
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLVisionModel,
+    Qwen3VLVisionRotaryEmbedding,
+)
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 HERE = pathlib.Path(__file__).parent
@@ -549,7 +562,33 @@ def naflexvit(name, architecture, options, rng):
     np.savez_compressed(folder / "expected.npz", **out)
 
 
+def rotary():
+    """Angles, cosines and sines by transformers' own modules, at released sizes."""
+    places = np.random.default_rng(0).integers(0, 512, (12, 2))
+    places = torch.from_numpy(np.concatenate([[[0, 0], [1, 0], [0, 1]], places]))
+    out = {"positions": places.numpy().astype(np.int32)}
+    for name, Module, config in (
+        ("qwen_80", Qwen2VLVisionRotaryEmbedding, Qwen2VLVisionConfig()),
+        ("qwen_72", Qwen3VLVisionRotaryEmbedding, Qwen3VLVisionConfig()),
+        ("pixtral_64", PixtralVisionRotaryEmbedding, PixtralVisionConfig()),
+        (
+            "pixtral_88",
+            PixtralVisionRotaryEmbedding,
+            PixtralVisionConfig(hidden_size=1408),
+        ),
+    ):
+        module = Module(config)
+        angles = places[..., None].float() * module.inv_freq
+        angles = module.recomposition_frequencies(angles)
+        cos, sin = module(torch.zeros(1), places)
+        assert (cos == angles.cos()).all() and (sin == angles.sin()).all()
+        for part, value in (("angles", angles), ("cos", cos), ("sin", sin)):
+            out[f"{name}_{part}"] = value.chunk(2, -1)[0].numpy()
+    np.savez_compressed(HERE / "rotary.npz", **out)
+
+
 if __name__ == "__main__":
+    rotary()
     moonvit(np.random.default_rng(1))
     qwen2(np.random.default_rng(2))
     qwen2_5(np.random.default_rng(3))

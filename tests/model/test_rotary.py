@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from navit.train.optim import make_optimizer
 from navit.train.state import init_state
 from navit.train.step import make_train_step
 
+GOLDEN = Path(__file__).parents[1] / "golden/rotary.npz"
 KINDS = ("qwen", "moonvit", "pixtral", "eva", "axial", "mixed", "dinov3")
 K = 16  # channels of a head: 8 pairs
 
@@ -53,6 +55,25 @@ def test_angles_as_published(kind):
             position = restated_position(kind, place[axis], grid[axis])
             expected = position * frequency
             assert found[token, j] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen_80", "qwen_72", "pixtral_64", "pixtral_88"])
+def test_angles_equal_transformers_to_the_bit(name):
+    """At the released head widths, up to 511 patches from the corner.
+
+    Of equal angles, two libraries' cosines and sines may round differently: by one unit
+    in the last place.
+    """
+    kind, _, width = name.partition("_")
+    with np.load(GOLDEN) as found:
+        want = {part: found[f"{name}_{part}"] for part in ("angles", "cos", "sin")}
+        coords = jnp.asarray(found["positions"])[None]
+    config, grid = RotaryConfig(kind), jnp.full_like(coords, 512)
+    angles = rotary.angles(config, coords, grid, int(width))
+    np.testing.assert_array_equal(angles[0], want["angles"])
+    turn = rotary.rotation(config, coords, grid, int(width))
+    np.testing.assert_array_max_ulp(np.asarray(turn.cos[0]), want["cos"], maxulp=1)
+    np.testing.assert_array_max_ulp(np.asarray(turn.sin[0]), want["sin"], maxulp=1)
 
 
 def test_padding_and_registers_do_not_turn():
