@@ -52,11 +52,7 @@ def test_the_clip_shares_its_pixels(rng):
     many = clip(rng, 8, (64, 64))
     for total, side in ((10**9, 16), (8 * 2048, 16), (8 * 512, 8), (8, 2)):
         packed = navit.pack_video(many, total_pixels=total, **options)
-        rows, columns = packed.grids[0, 0]
-        assert rows == columns == min(side, rows), (total, rows)
-        area = rows * columns * 16
-        assert area <= max(min(10_000, total / 8 * 2), 64 * 1.05)
-    assert (navit.pack_video(many, total_pixels=8 * 512, **options).grids == 8).all()
+        assert packed.grids.tolist() == [[[side, side]]] * 4, total
 
 
 def test_a_tower_takes_clips_and_stills(rng):

@@ -1,6 +1,5 @@
 """Rotary positions: the formula, and what towers with them can and cannot see."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import make_vision, pack_grids, random_patches, tiny_config
 
-from navit.batch import Batch
-from navit.config import PositionConfig, RotaryConfig, override
+from navit.config import OptimConfig, PositionConfig, RotaryConfig, load, override
+from navit.input import pipeline
 from navit.model import rotary
 from navit.sharding import Rules
 from navit.train.optim import make_optimizer
@@ -19,6 +18,7 @@ from navit.train.state import init_state
 from navit.train.step import make_train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden/rotary.npz"
+slow = pytest.mark.slow
 KINDS = ("qwen", "moonvit", "pixtral", "eva", "axial", "mixed", "dinov3")
 K = 16  # channels of a head: 8 pairs
 
@@ -181,46 +181,65 @@ def test_rotary_from_the_command_line():
     assert override(config, ["model.vision.rotary=none"]) == tiny_config()
 
 
-# Not "moonvit", whose program is that of "qwen".
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "moonvit"])
-def test_a_training_step_with_each_kind(kind, rng):
-    """Learned frequencies move, and no weight decay pulls on them."""
-    config = override(
-        tiny_config(),
-        [
-            f"model.vision.rotary.kind={kind}",
-            "model.vision.position.kind=none",
-            "model.vision.num_classes=3",
-            "model.vision.pool=mean",
-            "train.losses=classification",
-        ],
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows of the quickstart's images."""
+    config = quickstart()
+    source = pipeline.open_source(config.data.train)
+    return next(iter(pipeline.train_batches(config, source)))
+
+
+def quickstart(*options):
+    """The quickstart's model, loss and optimizer, on fewer images and tokens."""
+    path = Path(__file__).parents[2] / "configs/quickstart.py"
+    fewer = ["data.rows=2", "data.row_tokens=160", "data.train.size=40", "mesh.data=1"]
+    return override(load(path), [*fewer, *options])
+
+
+# The two whose programs differ most; each takes seconds to compile.
+FIRST = ("moonvit", "mixed")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in FIRST else pytest.param(kind, marks=slow) for kind in KINDS],
+)
+def test_a_training_step_of_the_quickstart_with_each_kind(kind, batch):
+    """Every parameter of the tower gets a gradient, and the loss falls."""
+    table = ["model.vision.position.kind=none"]
+    if kind == "moonvit":
+        table = ["model.vision.position.resize=bicubic"]
+    config = quickstart(
+        f"model.vision.rotary.kind={kind}",
+        *table,
+        "optim.warmup_steps=0",
+        "optim.lr=1e-4",
     )
-    model = dataclasses.replace(config.model, text=None)
-    config = dataclasses.replace(config, model=model)
     optimizer = make_optimizer(config.optim, 10)
     state = init_state(config, optimizer, Rules())
-    before = jax.tree.map(np.asarray, state.model)
-    grids = [(2, 3), (3, 2)]
-    layout = [{0: (0, grids[0]), 1: (1, grids[1])}]
-    images = pack_grids(layout, 16, 2, np.zeros((2, 6, 48), np.uint8))
-    pixels = rng.integers(0, 256, (1, 16, 16 * 16 * 3)).astype(np.uint8)
-    ids = np.int32([[0, 1]])
-    batch = Batch(
-        images._replace(patches=pixels),
-        text=np.zeros((1, 2, 24), np.int32),
-        owner=ids,
-        label=ids,
-        id=None,
-        size=np.full((1, 2, 2), 48, np.int32),
-    )
+    before = jax.tree.map(np.asarray, state.model.vision)
     step = make_train_step(config, optimizer, Rules())
-    for _ in range(2):  # the first step of the warm-up has a rate of 0
+    losses = []
+    for _ in range(3):
         state, metrics = step(state, batch)
-    assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
-    if kind == "mixed":
-        learned = [
-            tree.vision.encoder.blocks.attention.frequencies[...]
-            for tree in (before, state.model)
-        ]
-        assert learned[0].shape == (2, 2, 2, 4)
-        assert np.abs(learned[0] - learned[1]).max() > 0
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state.model.vision)
+    for path, some in jax.tree_util.tree_leaves_with_path(moved):
+        assert some, jax.tree_util.keystr(path)
+    learned = before.encoder.blocks.attention.frequencies
+    assert (learned is None) == (kind != "mixed")
+
+
+def test_only_kernels_decay():
+    """Without gradients, learned frequencies and the like stay to the bit."""
+    model = make_vision(
+        rotary=RotaryConfig("mixed"), registers=2, layer_scale=0.1, gated=True
+    )
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.5, warmup_steps=0), 10)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(model), model)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        name = jax.tree_util.keystr(path)
+        assert bool(update.any()) == ("kernel" in name), name
+    assert not updates.encoder.blocks.attention.frequencies[...].any()
