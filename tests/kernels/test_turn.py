@@ -11,12 +11,13 @@ from navit.model import rotary
 
 
 # Heads along sublanes, and along lanes: in pairs, and alone.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads, width", [(4, 24), (2, 64), (1, 128)])
-def test_the_kernel_turns_as_the_formula(heads, width, rng):
+def test_the_kernel_turns_as_the_formula(heads, width, dtype, rng):
     assert takes(128, heads, width)
     shape = (2, 128, 3 * heads * width)
-    qkv = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    above = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    qkv = jnp.asarray(rng.normal(size=shape), dtype)
+    above = jnp.asarray(rng.normal(size=shape), dtype)
     angles = jnp.asarray(rng.normal(size=(2, 128, width // 2)), jnp.float32)
     own = tables(jnp.cos(angles), jnp.sin(angles), heads)
 
