@@ -216,10 +216,14 @@ def _parser() -> argparse.ArgumentParser:
         "file; a folder, for all images in and below it, sorted; a .csv, .jsonl or\n"
         ".parquet table, for the files it names; a .tar or a pattern of tars, such as\n"
         "'x/{000..010}.tar', whose images are named TAR: KEY; or - for names from\n"
-        "standard input, one per line.",
+        "standard input, one per line.\n\nWith --tokens or --merged, OUT has `names`, "
+        "and for the image names[i] an array\n`i`, float32 [rows, columns, width] "
+        "(`i/k` for each view k, if a strategy makes\nseveral). It is written while "
+        "images are read, and numpy reads one array at a time.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
         "  navit embed runs/photos ~/photos --out z.npz\n"
+        "  navit embed Qwen2.5-VL-7B-Instruct ~/photos --merged --out tokens.npz\n"
         "  find ~/photos -name '*.jpg' | navit embed runs/photos - --out z.npz",
     )
     embed.add_argument(
@@ -240,6 +244,18 @@ def _parser() -> argparse.ArgumentParser:
         help="embed the views that this strategy makes of an image, in place of a "
         "budget, such as internvl:max_tiles=6 (docs/strategies.md); a vector is the "
         "mean of an image's views",
+    )
+    wanted = embed.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--tokens",
+        action="store_true",
+        help="write the tokens of each image, not one vector",
+    )
+    wanted.add_argument(
+        "--merged",
+        action="store_true",
+        help="write the tokens that the tower's language model gets, after its merger "
+        "(docs/weights.md)",
     )
     embed.add_argument(
         "--out",

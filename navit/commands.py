@@ -165,7 +165,7 @@ def _by_budgets(config: config_lib.Config) -> config_lib.Config:
 
 def embed(args: argparse.Namespace) -> int:
     from navit.compare.candidates import parse_one
-    from navit.embed_files import embed_files
+    from navit.embed_files import embed_files, embed_tokens
     from navit.input.image_list import images_of
     from navit.sharding import make_mesh, use_mesh
     from navit.weights import load
@@ -183,14 +183,16 @@ def embed(args: argparse.Namespace) -> int:
     with use_mesh(mesh):
         model = load(args.weights, overrides=args.set, rules=rules, raw=args.raw)
         patch = model.config.model.vision.patch_size
-        count = embed_files(
-            model,
-            images,
-            out,
+        options: dict[str, Any] = dict(
             max_tokens=args.max_tokens,
             strategy=parse_one(args.strategy, patch=patch) if args.strategy else None,
             skip_unreadable=args.skip_unreadable,
         )
+        if args.tokens or args.merged:
+            count = embed_tokens(model, images, out, merged=args.merged, **options)
+            print(f"wrote the tokens of {count} image{'s' * (count != 1)} to {out}")
+            return 0
+        count = embed_files(model, images, out, **options)
     print(f"wrote {count} embedding{'s' if count > 1 else ''} to {out}")
     return 0
 

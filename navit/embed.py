@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -12,16 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from navit import embed_views
+from navit import embed_features, embed_views
 from navit.config import Config
-from navit.embed_batches import (
-    batches,
-    budget_of,
-    rows_at_once,
-    shared_by_devices,
-    slots_of,
-)
-from navit.embed_rows import tokens_of, vectors_of
+from navit.embed_batches import batches, budget_of, shared_by_devices
+from navit.embed_rows import vectors_of
 from navit.embed_views import ViewFeatures
 from navit.input import fill, tokens
 from navit.model.merger import Merger
@@ -75,7 +68,7 @@ class Embedder:
     def merger(self) -> Merger:
         """Tokens of the image tower -> what its language model gets."""
         if self.model.merger is None:
-            raise ValueError("this model has no merger")
+            raise ValueError("this model has no merger: take its own tokens")
         return self.model.merger
 
     @property
@@ -239,38 +232,54 @@ class Embedder:
           merged: yield what the tower's language model gets: the tokens after
             `merger`, `[rows / 2, columns / 2, e]`.
         """
+        sizes = sizes_of(images)
+        found = self.features_source(
+            lambda i: Record(images[i]),
+            sizes,
+            max_tokens,
+            strategy=strategy,
+            merged=merged,
+        )
+
+        def each() -> Iterator[Any]:
+            for i, own in enumerate(found):
+                if isinstance(own, ValueError | OSError):
+                    raise ValueError(
+                        f"{image_name(images, i)} cannot be read: {own}"
+                    ) from own
+                yield own
+
+        return each()
+
+    def features_source(
+        self,
+        read: Callable[[int], Record],
+        sizes: np.ndarray,
+        max_tokens: int | None = None,
+        *,
+        strategy: Strategy | None = None,
+        merged: bool = False,
+    ) -> Iterator[np.ndarray | list[ViewFeatures] | ValueError | OSError]:
+        """Yields what `features` does, but reads images on demand, as `embed_source`.
+
+        In place of an image that cannot be read, or that the strategy refuses, yields
+        the error.
+
+        Args:
+          read, sizes: as in `embed_source`.
+          max_tokens, strategy, merged: as in `features`.
+        """
         merger = self.merger if merged else None
         max_tokens, rule = self._rule(max_tokens, strategy)
         if rule is not None:
-            views = embed_views.features(self.vision, self.config, images, rule, merger)
+            views = embed_views.features(
+                self.vision, self.config, read, sizes, rule, merger
+            )
             if strategy is None and isinstance(rule, NativeStrategy):
-                return (view.tokens for (view,) in views)
+                return (x[0].tokens if isinstance(x, list) else x for x in views)
             return views
-        max_tokens = budget_of(self.config, max_tokens)
-        sizes = sizes_of(images)
-        window = slots_of(self.config) * rows_at_once(
-            self.config, max_tokens, max(len(sizes), 1)
-        )
-
-        def few(start: int) -> Iterator[np.ndarray]:
-            features_of: dict[int, np.ndarray] = {}
-            for part, filled in batches(
-                self.config,
-                lambda i: Record(images[start + i]),
-                sizes[start : start + window],
-                max_tokens,
-            ):
-                for index, error in filled.errors:
-                    raise ValueError(
-                        f"{image_name(images, start + index)} cannot be read: {error}"
-                    ) from error
-                tokens = tokens_of(self.vision, part, filled, max_tokens, merger)
-                features_of |= zip(part.index.tolist(), tokens, strict=True)
-            for i in range(len(features_of)):
-                yield features_of.pop(i)
-
-        return itertools.chain.from_iterable(
-            few(start) for start in range(0, len(sizes), window)
+        return embed_features.by_budget(
+            self.vision, self.config, read, sizes, max_tokens, merger
         )
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:

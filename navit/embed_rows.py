@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from navit.batch import PackedImages
 from navit.input.fill import Filled
@@ -40,11 +40,13 @@ def tokens_of(
     filled: Filled,
     max_tokens: int,
     merger: Merger | None = None,
-) -> Iterator[np.ndarray]:
+) -> Iterator[np.ndarray | None]:
     """Yields the tokens of each planned segment, float32 `[rows, columns, d]`.
 
+    None for a segment that could not be filled.
+
     Args:
-      part, filled, max_tokens: as in `vectors_of`; no segment may be missing.
+      part, filled, max_tokens: as in `vectors_of`.
       merger: what merges the tokens, so that there are fewer rows and columns.
 
     Raises:
@@ -53,13 +55,14 @@ def tokens_of(
     side = 1 if merger is None else merger.config.side
     check_grids(part.grids, side)
     placed = split_rows(filled.images, vision.rules)
-    tokens = np.asarray(_packed_tokens(vision, merger, placed, max_tokens))
+    out = _packed_tokens(vision, merger, placed, max_tokens)
+    tokens, segment_ids = (np.asarray(x) for x in out)
     for row in range(len(part)):
-        stop = 0
-        for i in range(part.offsets[row], part.offsets[row + 1]):
-            start, stop = stop, stop + int(part.lengths[i]) // side**2
-            # A copy, so that the batch does not live as long as a segment.
-            yield tokens[row, start:stop].reshape(*part.grids[i] // side, -1).copy()
+        planned = range(part.offsets[row], part.offsets[row + 1])
+        for slot, i in enumerate(planned):
+            # Found by id: a merger moves tokens forward if a segment is missing.
+            own = tokens[row, segment_ids[row] == slot + 1]
+            yield own.reshape(*part.grids[i] // side, -1) if len(own) else None
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "normalized"))
@@ -75,8 +78,12 @@ def embed_packed(
 @functools.partial(jax.jit, static_argnames="max_tokens")
 def _packed_tokens(
     vision: Vision, merger: Merger | None, packed: PackedImages, max_tokens: int
-) -> Float[Array, "b n d"]:
-    """The tokens, merged if there is a merger, in float32 and on every device."""
+) -> tuple[Float[Array, "b n d"], Int[Array, "b n"]]:
+    """The tokens, merged if there is a merger, in float32, and their segment ids.
+
+    Both are on every device.
+    """
     out = vision(packed, max_image_tokens=max_tokens).packed
-    tokens = out.tokens if merger is None else merger(out).tokens
-    return vision.rules.replicate(tokens.astype(jnp.float32))
+    out = out if merger is None else merger(out)
+    replicate = vision.rules.replicate
+    return replicate(out.tokens.astype(jnp.float32)), replicate(out.segment_ids)

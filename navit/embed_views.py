@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from navit.model.vision import Vision
 from navit.plan.rows import Rows
 from navit.plan.strategies import Strategy, View
 from navit.plan.view_rows import Views, views_of
-from navit.sources.images import ArrayLike, ImageLike, image_name, sizes_of
 from navit.sources.source import Record
 
 # The most views in a row.
@@ -105,38 +103,38 @@ def add_views(out: np.ndarray, part: Rows, views: Views, vectors: np.ndarray) ->
 def features(
     vision: Vision,
     config: Config,
-    images: Sequence[ImageLike] | ArrayLike,
+    read: Callable[[int], Record],
+    sizes: np.ndarray,
     strategy: Strategy,
     merger: Merger | None = None,
-) -> Iterator[list[ViewFeatures]]:
-    """Yields each image's views with their tokens, merged or not, in order."""
-    for start in range(0, len(images), _AT_ONCE):
-        some = range(start, min(start + _AT_ONCE, len(images)))
+) -> Iterator[list[ViewFeatures] | ValueError | OSError]:
+    """Yields each image's views with their tokens, merged or not, in order.
+
+    In place of an image that is refused or unreadable, yields the error.
+
+    Args:
+      read, sizes: as in `batches`.
+    """
+    for start in range(0, len(sizes), _AT_ONCE):
         views, row_tokens, planned = batches(
             config,
-            functools.partial(_record, images, start),
-            sizes_of([images[i] for i in some]),
+            lambda i, start=start: read(start + i),  # type: ignore[misc]
+            sizes[start : start + _AT_ONCE],
             strategy,
         )
-        views.check(functools.partial(_name, images, start))
-        of_view: dict[int, np.ndarray] = {}
+        errors: dict[int, ValueError | OSError] = dict(views.refused)
+        of_view: dict[int, np.ndarray | None] = {}
         for part, filled in planned:
-            for index, error in filled.errors:
-                raise ValueError(
-                    f"{_name(images, start, index)} cannot be read: {error}"
-                ) from error
+            errors |= dict(filled.errors)
             tokens = tokens_of(vision, part, filled, row_tokens, merger)
             of_view |= zip(views.numbers(part), tokens, strict=True)
-        for first, own_views in zip(views.first.tolist(), views.of_image, strict=False):
-            yield [
-                ViewFeatures(view, of_view.pop(first + k))
-                for k, view in enumerate(own_views)
-            ]
-
-
-def _record(images: Sequence[ImageLike] | ArrayLike, start: int, index: int) -> Record:
-    return Record(images[start + index])
-
-
-def _name(images: Sequence[ImageLike] | ArrayLike, start: int, index: int) -> str:
-    return image_name(images, start + index)
+        for image, own_views in enumerate(views.of_image):
+            if image in errors:
+                yield errors[image]
+                continue
+            found = []
+            for k, view in enumerate(own_views):
+                own = of_view.pop(int(views.first[image]) + k)
+                assert own is not None
+                found.append(ViewFeatures(view, own))
+            yield found

@@ -34,6 +34,7 @@ FORBIDDEN = {
     "navit.evals": ("navit.train", "navit.losses"),
     "navit.embed": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_batches": ("navit.train", "navit.evals", "navit.losses"),
+    "navit.embed_features": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_files": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_rows": ("navit.train", "navit.evals", "navit.losses"),
     "navit.embed_views": ("navit.train", "navit.evals", "navit.losses"),
