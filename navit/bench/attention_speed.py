@@ -2,13 +2,15 @@
 
   python -m navit.bench.attention_speed
   python -m navit.bench.attention_speed --mixes 2x4096x16,4x1024xnaflex
+  python -m navit.bench.attention_speed --mixes 1x4096x1 --windows 8
   python -m navit.bench.attention_speed --topology v6e:1x1
 
 On this machine, each line is one mix: rows x tokens in a row x images in a row, all
 images being as long as fits, or images of drawn lengths: of sides that are uniform in
 64 to 384 pixels ("navit"), of SigLIP 2's budgets ("naflex"), or of up to 729 tokens
 ("native"). Times are medians of interleaved rounds, and "unpack" has the bounds that a
-plan would give it.
+plan would give it. With --windows, images are nearly square, and attention is within
+squares of that many patches, as in most blocks of Qwen2.5-VL.
 
 With a TPU topology, nothing runs and no TPU is needed. The TPU compiler compiles
 forward and backward passes of 16,384 tokens, in images of 64 to 1024 tokens packed into
@@ -37,6 +39,7 @@ from navit.compile.program import visited_blocks
 from navit.config import MeshConfig
 from navit.kernels import splash
 from navit.model.attention import attention, attention_qkvpacked
+from navit.model.windows import window_ids
 from navit.plan.rows import pack_rows
 from navit.sharding import make_mesh
 
@@ -73,6 +76,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--width", type=int, default=64, help="channels of a head")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--windows", type=int, metavar="SIDE", help="attend within windows of patches"
+    )
     parser.add_argument("--topology", help="one chip: v6e:1x1, v5e:1x1, v5p:1x1x1")
     parser.add_argument(
         "--only",
@@ -93,11 +99,18 @@ def main() -> None:
     )
     for mix in args.mixes.split(","):
         rows, tokens, images = mix.split("x", 2)
-        _line(int(rows), int(tokens), images, args.heads, args.width, args.rounds)
+        sizes = args.heads, args.width, args.rounds, args.windows
+        _line(int(rows), int(tokens), images, *sizes)
 
 
 def _line(
-    rows: int, tokens: int, images: str, heads: int, width: int, rounds: int
+    rows: int,
+    tokens: int,
+    images: str,
+    heads: int,
+    width: int,
+    rounds: int,
+    window: int | None,
 ) -> None:
     rng = np.random.default_rng(0)
     q, k, v = jnp.asarray(
@@ -115,13 +128,16 @@ def _line(
     for row, own in zip(ids, each, strict=True):
         row[: own.sum()] = np.repeat(np.arange(1, len(own) + 1), own)
     segment_ids = jnp.asarray(ids)
+    if window is not None:
+        segment_ids = _windows(ids, each, window)
+        longest = min(longest, window**2)
     calls: dict[str, list[Callable[[], object]]] = {"forward": [], "gradients": []}
     for name in IMPLEMENTATIONS:
         attend = functools.partial(
             attention,
             segment_ids=segment_ids,
             implementation=name,
-            max_segments=int(ids.max()),
+            max_segments=int(segment_ids.max()),
             max_segment_tokens=longest,
         )
         forward = jax.jit(attend)
@@ -140,6 +156,25 @@ def _line(
                     milliseconds.append(1000 * (time.perf_counter() - start))
         medians = [f"{statistics.median(x):10.1f}" for x in times]
         print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *medians, flush=True)
+
+
+def _windows(ids: np.ndarray, lengths: list[np.ndarray], window: int) -> jax.Array:
+    """The window of each token, if images are as wide as they are high or wider.
+
+    Args:
+      ids: the image of each token, `[b, n]`.
+      lengths: of each row's images; the last row of an image may be short.
+    """
+    coords = np.zeros((*ids.shape, 2), np.int32)
+    grids = np.zeros((len(ids), ids.max(), 2), np.int32)
+    for row, own in enumerate(lengths):
+        columns = np.ceil(np.sqrt(own)).astype(np.int32)
+        place = np.concatenate([np.arange(length) for length in own])
+        across = np.repeat(columns, own)
+        tokens = np.s_[row, : len(place)]
+        coords[tokens] = np.stack([place // across, place % across], -1)
+        grids[row, : len(own)] = np.stack([-(-own // columns), columns], -1)
+    return window_ids(jnp.asarray(ids), jnp.asarray(coords), jnp.asarray(grids), window)
 
 
 def _scheduled(name: str, only: str | None, heads: int, width: int) -> None:

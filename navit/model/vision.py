@@ -268,17 +268,17 @@ class Vision(nnx.Module):
                 "windows are of single frames: pack the video with together=False"
             )
         windows = prepared(window_ids(segment_ids, coords, grids, c.window))
+        # One program for both kinds of block, so the bounds are those of both: far more
+        # segments than a row has, which only "unpack" needs, and which would slow it.
+        bounds: dict[str, int | None] = {}
+        if self.implementation == "unpack":
+            bounds["max_segments"] = most_windows(n, slots, c.window)
+            bounds["max_segment_tokens"] = longest
 
         def attend_within(qkv, *, width, full):  # type: ignore[no-untyped-def]
-            # One program for both kinds of block, so the bounds are those of both.
             ids = jax.tree.map(lambda a, b: jnp.where(full, a, b), segments, windows)
             return attention_qkvpacked(
-                qkv,
-                ids,
-                width=width,
-                implementation=self.implementation,
-                max_segments=most_windows(n, slots, c.window),
-                max_segment_tokens=longest,
+                qkv, ids, width=width, implementation=self.implementation, **bounds
             )
 
         full = np.isin(np.arange(c.depth), c.full_blocks)
