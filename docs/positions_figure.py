@@ -54,7 +54,7 @@ def main() -> None:
         ax.plot(AT[1], AT[0], "k+")
         ax.set_title(name, size=9)
         ax.set(xticks=[], yticks=[])
-    decay(below.add_subplot())
+    decay(*below.subplots(1, 2))
     figure.savefig(Path(__file__).with_name("positions.png"), dpi=100)
 
 
@@ -85,20 +85,28 @@ def turned(config: RotaryConfig) -> np.ndarray:
     return np.cos((at - at[AT]) @ frequency).mean(-1)
 
 
-def decay(ax) -> None:
-    """RoFormer's bound on q·k by distance (section 3.4.3, figure 2)."""
+def decay(bounds, products) -> None:
+    """RoFormer's bound on q·k by distance (section 3.4.3, figure 2), and q·k itself.
+
+    The bound is the mean length of the partial sums, in RoFormer's unit: it is known
+    only up to a factor that depends on q and k, so it has a panel of its own.
+    """
     distance = np.arange(257)
     for theta in (10_000.0, 100.0):
         frequency = theta ** (-2 * np.arange(HEAD // 2) / HEAD)
         turns = np.exp(1j * distance[:, None] * frequency)
         bound = np.abs(np.cumsum(turns, -1)).mean(-1)
-        ax.plot(distance, bound / bound[0], label=f"bound, theta {theta:,.0f}")
-        ax.plot(distance, turns.real.mean(-1), "--", label="equal q and k")
-    ax.set_xlabel("distance between two tokens (1-D RoPE: q·k, relative to distance 0)")
-    ax.set_xlim(0, 256)
-    ax.axhline(0, color="gray", lw=0.5)
-    ax.legend(ncols=4, fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
+        bounds.plot(distance, bound, label=f"theta {theta:,.0f}")
+        products.plot(distance, turns.real.mean(-1), label=f"theta {theta:,.0f}")
+    bounds.set_title("1-D RoPE: RoFormer's bound, up to a factor", size=9)
+    products.set_title("1-D RoPE: q·k of equal q and k, of 1 at distance 0", size=9)
+    products.axhline(0, color="gray", lw=0.5)
+    bounds.set_ylim(0)
+    for ax in (bounds, products):
+        ax.set_xlabel("distance between two tokens")
+        ax.set_xlim(0, 256)
+        ax.legend(fontsize=8, frameon=False)
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":

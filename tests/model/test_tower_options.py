@@ -20,6 +20,7 @@ from navit.config import (
     to_json,
 )
 from navit.model import encoder, flops, rotary
+from navit.model import vision as tower
 from navit.model.attention import attention_qkvpacked
 from navit.model.block import Block, BlockOptions
 from navit.model.flops import Counts
@@ -289,6 +290,25 @@ def test_windows_select_the_blocks_that_see_the_whole_image(rng):
     np.testing.assert_allclose(same, whole, atol=1e-6)
     assert np.abs(some - whole).max() > 1e-3
     assert np.abs(some - tokens(window=2, full_blocks=(1,))).max() > 1e-3
+
+
+def test_windows_do_not_choose_by_a_bound_that_no_row_reaches(monkeypatch):
+    """Of short images, "unpack" would make room for several times the windows."""
+    given = []
+
+    def attend(qkv, ids, *, width, **options):
+        given.append(options)
+        return attention_qkvpacked(qkv, ids, width=width, **options)
+
+    monkeypatch.setattr(tower, "attention_qkvpacked", attend)
+    packed = pack_grids([{0: (0, (4, 5))}], 24, 1, [np.zeros((20, 48), np.uint8)])
+    for implementation in ("auto", "unpack"):
+        vision = vision_config(pool="none", window=2, full_blocks=(0,))
+        model = ModelConfig(vision=vision, text=None, attention=implementation)
+        run = functools.partial(Vision(model), max_image_tokens=20)
+        jax.eval_shape(run, packed)
+    assert given[0] == {"implementation": None}
+    assert given[-1]["max_segments"] == most_windows(24, 1, 2)
 
 
 @pytest.mark.parametrize(
