@@ -303,9 +303,18 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", type=_local, metavar="OUT")
     convert.add_argument(
         "--format",
-        choices=("huggingface", "big_vision", "timm", "navit"),
-        help="format of OUT (default: big_vision for an .npz, timm for its NaFlexViT "
-        "with registers, otherwise huggingface)",
+        choices=(
+            "huggingface",
+            "big_vision",
+            "navit",
+            "moonvit",
+            "qwen_vl",
+            "ovis",
+            "pixtral",
+            "timm",
+        ),
+        help="format of OUT (default: big_vision for an .npz, otherwise that of the "
+        "release that the image tower was read from)",
     )
     _add_overrides(
         convert,

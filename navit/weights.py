@@ -27,8 +27,8 @@ from navit.config import (
     TrainConfig,
 )
 from navit.config.towers import check_towers
-from navit.convert import big_vision, huggingface, native_towers, timm_naflexvit
-from navit.convert.stored import Weights, build, name_of
+from navit.convert import big_vision, huggingface, native_towers
+from navit.convert.stored import Weights, build, name_of, shapes_of
 from navit.embed import Embedder
 from navit.files import replacing
 from navit.model.two_tower import TwoTower
@@ -37,7 +37,8 @@ from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")
 
-FORMATS = ("huggingface", "big_vision", "timm", "navit")
+FORMATS = ("huggingface", "big_vision", "navit", *native_towers.FAMILIES)
+_FAMILY = "model.vision.family="
 
 
 def load(
@@ -99,7 +100,11 @@ def _path(path: str | Path) -> Path:
 
 def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
     """Released weights, and the config that they run with."""
-    weights = _with_tokenizer(_open(path))
+    family = None
+    for assignment in overrides:
+        if assignment.startswith(_FAMILY):
+            family = assignment.removeprefix(_FAMILY)
+    weights = _with_tokenizer(_open(path, family))
     data = DataConfig(train=Folder(), eval=Folder(), strategy=weights.strategy)
     train = TrainConfig(losses=_losses(weights.model))
     config = Config(model=weights.model, data=data, train=train)
@@ -108,7 +113,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
         weights.model,
         config.model,
         where=weights.where,
-        remedy="leave model.vision and model.text to the weights",
+        remedy="leave the model to the weights",
     )
     v, text = config.model.vision, config.model.text
     if v.fixed_grid and not v.image_size and path.is_file():
@@ -122,7 +127,10 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[Weights, Config]:
     if text != weights.model.text:  # another tokenizer: the sizes are the same
         assert text is not None
         weights = dataclasses.replace(weights, files=_files(text))
-    return dataclasses.replace(weights, model=config.model), config
+    weights = dataclasses.replace(
+        weights, model=config.model, strategy=config.data.strategy
+    )
+    return weights, config
 
 
 def _losses(model: ModelConfig) -> tuple[Loss, ...]:
@@ -132,10 +140,11 @@ def _losses(model: ModelConfig) -> tuple[Loss, ...]:
     return (Classification(),) if model.vision.num_classes else ()
 
 
-def _open(path: Path) -> Weights:
+def _open(path: Path, family: str | None = None) -> Weights:
+    """Opens released weights; `family` chooses one of several towers."""
     if huggingface.is_huggingface(path):
-        native = native_towers.holds_tower(path)
-        return native_towers.read(path) if native else huggingface.read(path)
+        native = native_towers.find(path, family)
+        return native_towers.read(path, native) if native else huggingface.read(path)
     if path.suffix == ".safetensors" and path.is_file():
         raise ValueError(
             f"{path} is one file of a Hugging Face directory: name the directory, "
@@ -182,9 +191,11 @@ def save(model: Embedder, path: str | Path, format: str | None = None) -> None:
 
     Args:
       path: a directory, or an `.npz` for "big_vision".
-      format: "huggingface", "big_vision", "timm" or "navit"; None means big_vision for
-        a path that ends in .npz, timm for one of its towers, otherwise huggingface. The
-        other image towers in docs/weights.md are written as their releases are.
+      format: "huggingface", "big_vision", "navit", or the family of an image tower:
+        "moonvit", "qwen_vl", "ovis", "pixtral" or "timm". None means big_vision for a
+        path that ends in .npz; else the family that the tower was read from
+        (`model.vision.family`), without the text tower that training may have added;
+        else huggingface.
 
     Raises:
       TypeError: if `model` is not a model, or `path` not a path.
@@ -213,11 +224,8 @@ def write(
     Returns:
       The format that was written.
     """
-    family = native_towers.family_of(weights.model)
-    model = weights.model
-    lone = model.text is None and model.vision.pool == "map"  # timm's SigLIP towers
-    default = "timm" if family is timm_naflexvit or lone else "huggingface"
-    format = format or ("big_vision" if out.suffix == ".npz" else default)
+    layout = native_towers.layout_of(weights.model)
+    format = format or ("big_vision" if out.suffix == ".npz" else layout)
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     if out.suffix in (".safetensors", ".bin", ".pt"):
@@ -229,10 +237,10 @@ def write(
         raise FileExistsError(
             f"{out} already exists: choose another path, or delete it"
         )
-    if format == "timm":
-        native_towers.write(weights, out, timm_naflexvit)
-    elif format == "huggingface" and family not in (None, timm_naflexvit):
-        native_towers.write(weights, out, family)
+    if format == "huggingface" and layout != "timm":
+        format = layout
+    if format in native_towers.FAMILIES:
+        native_towers.write(weights, out, format)
     elif format == "huggingface":
         huggingface.write(weights, out)
     elif format == "big_vision":
@@ -257,7 +265,15 @@ def _load_workdir(
 
     checkpoints = Checkpoints(path)
     try:
-        config = config_lib.override(checkpoints.config(), overrides)
+        saved = checkpoints.config()
+        config = config_lib.override(saved, overrides)
+        if shapes_of(config.model) != shapes_of(saved.model):
+            check_towers(
+                saved.model,
+                config.model,
+                where=str(path),
+                remedy="leave the sizes of the model to the weights",
+            )
         make = functools.partial(TwoTower, config.model, rules)
         like = jax.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
         model, step = checkpoints.restore_model(like, raw=raw)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from navit.config.overrides import positive
-from navit.config.vision import VisionConfig, divisible
+from navit.config.vision import VisionConfig, check_heads
 
 # Settings of `ModelConfig` that change how a model is computed, but change its numbers
 # only by rounding.
@@ -38,7 +38,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         positive(self, "vocab_size", "length", "width", "depth", "mlp_dim")
         positive(self, "num_heads")
-        divisible(self)
+        check_heads(self)
         if self.tokenizer == "bytes" and self.vocab_size < 258:
             raise ValueError(
                 f"the byte tokenizer needs vocab_size 258, not {self.vocab_size}"

@@ -169,7 +169,12 @@ def _changed(value: Any, change: dict[str, Any], hint: Any, path: str) -> Any:
         return value
     elif value is None:  # an unset option: change its defaults
         made: Any = [o for o in typing.get_args(hint) if dataclasses.is_dataclass(o)]
-        value = made[0]() if len(made) == 1 else None
+        try:
+            value = made[0]() if len(made) == 1 else None
+        except TypeError:  # some fields have no default
+            raise ValueError(
+                f"{path} is none, so it has no field {next(iter(parts))!r} to set"
+            ) from None
     return _apply(value, parts, path)
 
 
@@ -263,6 +268,14 @@ def _parse(text: str, hint: Any, path: str) -> Any:
     for candidate in (_fit(value, hint), text, (text,), tuple(text.split(","))):
         if _matches(candidate, hint):
             return candidate
+    parts: list[Any] = [
+        x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)
+    ]
+    if len(parts) == 1:
+        first = dataclasses.fields(parts[0])[0].name
+        first_hint = typing.get_type_hints(parts[0])[first]
+        if typing.get_origin(first_hint) is Literal and _matches(text, first_hint):
+            raise ValueError(f"{path} has fields: set {path}.{first}={text}")
     raise ValueError(f"{path}: expected {_expected(hint, text)}, got {text!r}")
 
 
@@ -271,10 +284,12 @@ def _expected(hint: Any, text: str) -> str:
     literals = [x for x in inner if typing.get_origin(x) is Literal]
     words = [str(word) for x in literals for word in typing.get_args(x)]
     words = words or [option.short for option in _choices(hint)]
-    if not words and dataclasses.is_dataclass(hint):
-        first = dataclasses.fields(hint)[0].name
-        expected = _expected(typing.get_type_hints(hint)[first], text)
-        return f"a field of {_name(hint)}, such as .{first} ({expected})"
+    parts: list[Any] = [x for x in inner if dataclasses.is_dataclass(x)]
+    if not words and len(parts) == 1:
+        first = dataclasses.fields(parts[0])[0].name
+        expected = _expected(typing.get_type_hints(parts[0])[first], text)
+        none = "none, or " if type(None) in inner else ""
+        return f"{none}a field of {_name(parts[0])}, such as .{first} ({expected})"
     if not words:
         return _name(hint)
     near = nearest(text.partition(":")[0], words)

@@ -19,6 +19,7 @@ _FREE = (
     "model.text.tokenizer",
     "model.vision.fixed_grid",
     "model.vision.image_size",
+    "model.vision.family",
 )
 
 
@@ -65,7 +66,12 @@ def starting_from(
             trained.vision.position.size,
             trained.vision.position.size,
         )
-    vision = dataclasses.replace(config.model.vision, fixed_grid=False, image_size=None)
+    vision = dataclasses.replace(
+        config.model.vision,
+        fixed_grid=False,
+        image_size=None,
+        family=trained.vision.family,
+    )
     model = dataclasses.replace(config.model, vision=vision)
     check_towers(trained, model, where=where, remedy=remedy)
     return dataclasses.replace(config, model=model)

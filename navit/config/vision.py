@@ -10,7 +10,7 @@ import numpy as np
 from navit.config.overrides import positive
 
 
-def divisible(config: Any) -> None:
+def check_heads(config: Any) -> None:
     """Raises ValueError unless heads divide the width."""
     if config.width % config.num_heads:
         raise ValueError(
@@ -57,6 +57,11 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         positive(self, "size")
+        if self.frame != "own" and self.kind != "siglip2":
+            raise ValueError(
+                f"frame={self.frame} has no effect on kind={self.kind}: set frame=own, "
+                "or kind=siglip2"
+            )
 
     @property
     def has_limit(self) -> bool:
@@ -155,6 +160,8 @@ class VisionConfig:
     2309.16588). They are not pooled, not returned, and do not turn.
     `window`: patches a side of the windows within which tokens attend; 0 has none.
     Tokens attend to their whole image in the blocks of `full_blocks`, counted from 0.
+    `family`: the release whose layout the tower was read from. It decides only the
+    format in which the tower is written; None writes SigLIP's.
     """
 
     patch_size: int = 16
@@ -186,11 +193,12 @@ class VisionConfig:
     registers: int = 0
     window: int = 0
     full_blocks: tuple[int, ...] = ()
+    family: Literal["moonvit", "qwen_vl", "ovis", "pixtral", "timm"] | None = None
 
     def __post_init__(self) -> None:
         positive(self, "patch_size", "width", "depth", "mlp_dim", "num_heads", "eps")
         positive(self, "patch_frames")
-        divisible(self)
+        check_heads(self)
         for name in ("mean", "std"):
             values = getattr(self, name)
             if len(values) != 3 or min(values) < 0 or max(values) > 1:

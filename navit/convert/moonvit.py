@@ -1,7 +1,8 @@
-"""MoonViT (moonshotai/MoonViT-SO-400M), by itself or inside Kimi-VL.
+"""MoonViT (moonshotai/MoonViT-SO-400M), by itself or inside Kimi-VL and Kimi-K2.5.
 
 It stores the pairs of channels that rotary positions turn side by side, column before
 row, where navit has all first channels before all second ones, row before column.
+Kimi-K2.5's tower has the same tensors and adds nothing to still images.
 """
 
 from __future__ import annotations
@@ -18,47 +19,54 @@ from navit.config import (
     VisionConfig,
 )
 from navit.convert.codec import Table, Tensor
-from navit.convert.huggingface_config import member
+from navit.convert.settings import Settings
 from navit.convert.stored import depth_of, shape_of
 from navit.convert.tensors import joined, torch_layer, torch_patch
 from navit.convert.tower import (
-    HALF,
+    SIGLIP_COLOURS,
     Files,
     Json,
+    Owned,
     Shapes,
     Tower,
+    begins_any,
+    check_pixels,
     colours,
-    number,
-    prefix_of,
     present,
-    projector_of,
+    stated_theta,
+    theta,
 )
 from navit.plan.strategies import Kimi, Strategy
 
 NAME = "MoonViT"
+MARKERS = (
+    ("patch_embed.proj.weight",),
+    ("patch_embed.pos_emb.weight",),
+    ("encoder.blocks.0.wqkv.weight",),
+    ("encoder.blocks.0.wo.weight",),
+    ("encoder.final_layernorm.weight",),
+)
+NEEDS = {"rotary.kind": "moonvit", "position.kind": "siglip2", "pool": "mean"}
 _TOWER = "vision_tower."
+# The projectors of Kimi-VL and Kimi-K2.5: how their names begin, and their layers.
+_PROJECTORS = {
+    "multi_modal_projector.": ("pre_norm", "linear_1", "linear_2"),
+    "mm_projector.": ("pre_norm", "proj.0", "proj.2"),
+}
 
 
-def find(names: Collection[str]) -> str | None:
-    return prefix_of(names, "encoder.blocks.0.wqkv.weight")
-
-
-def owned(names: Collection[str], prefix: str) -> list[str]:
-    projector = projector_of(prefix)
+def owned(names: Collection[str], prefix: str) -> Owned:
+    projector = _projector(names, prefix)
     begins = (prefix, projector) if projector else (prefix,)
-    return [name for name in names if name.startswith(begins)]
-
-
-def is_like(model: ModelConfig) -> bool:
-    rotary = model.vision.rotary
-    return rotary is not None and rotary.kind == "moonvit"
+    own = [name for name in names if name.startswith(begins)]
+    outer = prefix.removesuffix(_TOWER)
+    other = any(begins_any(names, outer + each) for each in _PROJECTORS)
+    return Owned(own, "its projector" if other and not projector else None)
 
 
 def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
-    config = json["config.json"]
-    vision = member(
-        path / "config.json", config, "vision_config", dict, "an object", config
-    )
+    config, processor = json
+    vision = config.part("vision_config") if "vision_config" in config.data else config
 
     def shape(name: str, *axes: int) -> tuple[int, ...]:
         return shape_of(path, stored, name, *axes)
@@ -71,36 +79,80 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
             "positions, which is not a square"
         )
     mlp_dim, _ = shape(f"{prefix}encoder.blocks.0.mlp.fc0.weight", 2)
-    if (merge := vision.get("merge_kernel_size", [2, 2])) != [2, 2]:
-        raise ValueError(
-            f"{path / 'config.json'}: merge_kernel_size={merge!r} is not supported; "
-            "MoonViT's is [2, 2]"
-        )
-    merger, projector = None, projector_of(prefix)
-    if projector and any(name.startswith(projector) for name in stored):
-        out_dim, _ = shape(f"{projector}linear_2.weight", 2)
-        merger = MergerConfig(out_dim=out_dim, side=2, eps=1e-5)
-    mean, std = colours(path, json, HALF, HALF)
-    model = ModelConfig(
-        vision=VisionConfig(
+    depth = depth_of(stored, rf"{prefix}encoder\.blocks\.(\d+)\.")
+    k25 = "vt_" if "vt_num_attention_heads" in vision.data else ""
+    sizes = dict(hidden_size=width, intermediate_size=mlp_dim, num_hidden_layers=depth)
+    vision.agree(
+        patch_size=patch,
+        init_pos_emb_height=rows,
+        init_pos_emb_width=rows,
+        **{k25 + key: size for key, size in sizes.items()},
+    )
+    _expect_blocks_of_2(vision)
+    merger, projector = None, _projector(stored, prefix)
+    if projector:
+        _, _, last = _PROJECTORS[projector.removeprefix(prefix.removesuffix(_TOWER))]
+        out_dim, _ = shape(f"{projector}{last}.weight", 2)
+        eps = vision.positive("projector_ln_eps", 1e-5)
+        merger = MergerConfig(out_dim=out_dim, side=2, eps=eps)
+    with config.naming():
+        v = VisionConfig(
+            family="moonvit",
             patch_size=patch,
             width=width,
-            depth=depth_of(stored, rf"{prefix}encoder\.blocks\.(\d+)\."),
+            depth=depth,
             mlp_dim=mlp_dim,
-            num_heads=number(path, vision, "num_attention_heads", 16),
+            num_heads=vision.whole(f"{k25}num_attention_heads", 16),
             position=PositionConfig(size=rows, resize="bicubic"),
-            rotary=RotaryConfig("moonvit"),
+            rotary=RotaryConfig("moonvit", theta=theta(vision)),
             eps=1e-5,
             pool="mean",
-            mean=mean,
-            std=std,
-        ),
-        text=None,
-        merger=merger,
-    )
-    limit = json.get("preprocessor_config.json", {}).get("in_token_limit", 4096)
-    strategy = Kimi(patch=patch, max_tokens=limit, merge=2)
-    return Tower(model, _table(model, prefix), strategy)
+            **colours(_pixels(processor), SIGLIP_COLOURS),
+        )
+    model = ModelConfig(vision=v, text=None, merger=merger)
+    limit = _limit(processor, patch, 16384 if k25 else 4096)
+    return Tower(model, _table(model, prefix, projector), Kimi(patch, limit, merge=2))
+
+
+def _pixels(processor: Settings) -> Settings:
+    """The settings of pixels, which Kimi-K2.5's file has in an object of their own."""
+    inner = processor.part("media_proc_cfg", optional=True)
+    return inner if inner.data else processor
+
+
+def _limit(processor: Settings, patch: int, default: int) -> int:
+    """The most patches of an image."""
+    pixels = _pixels(processor)
+    check_pixels(pixels, patch_size=patch, merge_size=2)
+    _expect_blocks_of_2(pixels)
+    pixels.expect(pad_input=True, resample=3, fixed_output_tokens=None)
+    # Kimi-K2.5's, in the release and as transformers writes it; or Kimi-VL's.
+    stated = (x for x in ("in_patch_limit", "max_patches") if x in pixels.data)
+    return pixels.whole(next(stated, "in_token_limit"), default)
+
+
+def _expect_blocks_of_2(settings: Settings) -> None:
+    kernel = settings.data.get("merge_kernel_size", 2)
+    if kernel not in (2, [2, 2]):
+        raise ValueError(
+            f"{settings.file}: merge_kernel_size={kernel!r} is not supported; "
+            "MoonViT's is [2, 2]"
+        )
+
+
+def _projector(names: Collection[str], prefix: str) -> str | None:
+    """How the names of the projector begin; None if there is none that navit knows.
+
+    Kimi-K3's has a norm at its end.
+    """
+    if not prefix.endswith(_TOWER):
+        return None
+    for begin, layers in _PROJECTORS.items():
+        begin = prefix.removesuffix(_TOWER) + begin
+        known = f"{begin}post_norm.weight" not in names
+        if known and any(f"{begin}{layer}.weight" in names for layer in layers):
+            return begin
+    return None
 
 
 def written(model: ModelConfig, strategy: Strategy | None) -> Files:
@@ -116,8 +168,11 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
         "init_pos_emb_height": v.position.size,
         "init_pos_emb_width": v.position.size,
         "merge_kernel_size": [2, 2],
+        **stated_theta(v),
     }
     prefix = "" if model.merger is None else _TOWER
+    if model.merger is not None:
+        vision["projector_ln_eps"] = model.merger.eps
     config = {"model_type": "kimi_vl", "vision_config": vision} if prefix else vision
     limit = strategy.max_tokens if isinstance(strategy, Kimi) else 4096
     preprocessor = {
@@ -130,10 +185,11 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
         "image_std": list(v.std),
     }
     json = {"config.json": config, "preprocessor_config.json": preprocessor}
-    return Files(json, _table(model, prefix), prefix)
+    projector = "multi_modal_projector." if prefix else None
+    return Files(json, _table(model, prefix, projector), prefix)
 
 
-def _table(model: ModelConfig, prefix: str) -> Table:
+def _table(model: ModelConfig, prefix: str, projector: str | None) -> Table:
     blocks, theirs = "vision.encoder.blocks", f"{prefix}encoder.blocks.{{}}"
     kernels, biases = joined(f"{blocks}.attention")
     turned = "i (h pair xy f) -> (h f ~xy pair) i"
@@ -150,9 +206,8 @@ def _table(model: ModelConfig, prefix: str) -> Table:
         *torch_layer(f"{blocks}.mlp.down", f"{theirs}.mlp.fc1"),
         *torch_layer("vision.encoder.norm", f"{prefix}encoder.final_layernorm"),
     ]
-    if model.merger is not None:
-        projector = projector_of(prefix)
-        table += torch_layer("merger.norm", f"{projector}pre_norm")
-        table += torch_layer("merger.up", f"{projector}linear_1")
-        table += torch_layer("merger.down", f"{projector}linear_2")
+    if projector:
+        layers = _PROJECTORS[projector.removeprefix(prefix.removesuffix(_TOWER))]
+        for ours, name in zip(("norm", "up", "down"), layers, strict=True):
+            table += torch_layer(f"merger.{ours}", projector + name)
     return present(table, model)

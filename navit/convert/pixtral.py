@@ -19,92 +19,117 @@ from navit.config import (
     VisionConfig,
 )
 from navit.convert.codec import Table
-from navit.convert.huggingface_config import member
 from navit.convert.stored import depth_of, shape_of
 from navit.convert.tensors import QKV, torch_layer, torch_patch
 from navit.convert.tower import (
-    CLIP_MEAN,
-    CLIP_STD,
+    CLIP_COLOURS,
     Files,
     Json,
+    Owned,
     Shapes,
     Tower,
+    begins_any,
+    check_pixels,
     colours,
-    number,
-    prefix_of,
     present,
-    projector_of,
+    stated_theta,
+    theta,
 )
 from navit.plan.strategies import Pixtral, Strategy
 
 NAME = "Pixtral"
+_LAYER = "transformer.layers.0"
+MARKERS = (
+    ("patch_conv.weight",),
+    ("ln_pre.weight",),
+    (f"{_LAYER}.attention.q_proj.weight",),
+    (f"{_LAYER}.feed_forward.gate_proj.weight",),
+)
+NEEDS = {"rotary.kind": "pixtral", "position.kind": "none", "pool": "mean"}
 _TOWER = "vision_tower."
 
 
-def find(names: Collection[str]) -> str | None:
-    first = "transformer.layers.0.attention.q_proj.weight"
-    return prefix_of(names, "patch_conv.weight", first)
-
-
-def owned(names: Collection[str], prefix: str) -> list[str]:
-    projector = projector_of(prefix)
-    merges = any(projector and x.startswith(f"{projector}patch_merger") for x in names)
-    begins = (prefix,) if merges or not projector else (prefix, projector)
-    return [name for name in names if name.startswith(begins)]
-
-
-def is_like(model: ModelConfig) -> bool:
-    rotary = model.vision.rotary
-    return rotary is not None and rotary.kind == "pixtral"
+def owned(names: Collection[str], prefix: str) -> Owned:
+    projector = _projector(prefix)
+    if projector and begins_any(names, f"{projector}patch_merger."):
+        kept = [name for name in names if name.startswith(prefix)]
+        return Owned(kept, "its projector, which merges patches in another way")
+    begins = (prefix, projector) if projector else (prefix,)
+    return Owned([name for name in names if name.startswith(begins)])
 
 
 def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
-    config = json["config.json"]
-    vision = member(
-        path / "config.json", config, "vision_config", dict, "an object", config
-    )
+    config, processor = json
+    vision = config.part("vision_config") if "vision_config" in config.data else config
     width, _, patch, _ = shape_of(path, stored, f"{prefix}patch_conv.weight", 4)
     layers = f"{prefix}transformer.layers"
     mlp_dim, _ = shape_of(path, stored, f"{layers}.0.feed_forward.gate_proj.weight", 2)
-    merger, projector = None, projector_of(prefix)
-    if projector and f"{projector}linear_1.weight" in stored:
+    depth, heads = depth_of(stored, rf"{layers}\.(\d+)\."), 16
+    if "head_dim" in vision.data:
+        heads = max(1, width // vision.whole("head_dim"))
+    heads = vision.whole("num_attention_heads", heads)
+    vision.agree(
+        hidden_size=width,
+        intermediate_size=mlp_dim,
+        num_hidden_layers=depth,
+        num_channels=3,
+        patch_size=patch,
+        head_dim=width // heads,
+    )
+    # The first releases' configs say "gelu", and were corrected.
+    vision.choice("hidden_act", {"silu": True, "gelu": True}, "silu")
+    merger, projector = None, _projector(prefix)
+    if projector and begins_any(stored, projector):
         out_dim, hidden = shape_of(path, stored, f"{projector}linear_2.weight", 2)
+        config.expect(vision_feature_layer=-1, projector_hidden_act="gelu")
         merger = MergerConfig(out_dim=out_dim, side=1, norm="none", hidden_dim=hidden)
-    mean, std = colours(path, json, CLIP_MEAN, CLIP_STD)
-    model = ModelConfig(
-        vision=VisionConfig(
+    with vision.naming():
+        v = VisionConfig(
+            family="pixtral",
             patch_size=patch,
             width=width,
-            depth=depth_of(stored, rf"{layers}\.(\d+)\."),
+            depth=depth,
             mlp_dim=mlp_dim,
-            num_heads=number(path, vision, "num_attention_heads", 16),
+            num_heads=heads,
             position=PositionConfig(kind="none"),
-            rotary=RotaryConfig("pixtral"),
+            rotary=RotaryConfig("pixtral", theta=theta(vision)),
             norm="rms",
             eps=1e-5,
-            act="silu",  # the first releases' configs say "gelu", and were corrected
+            act="silu",
             gated=True,
             use_bias=False,
             pre_norm=True,
             final_norm=False,
             pool="mean",
-            mean=mean,
-            std=std,
-        ),
-        text=None,
-        merger=merger,
+            **colours(processor, CLIP_COLOURS),
+        )
+    model = ModelConfig(vision=v, text=None, merger=merger)
+    check_pixels(processor, patch_size=patch)
+    processor.expect(resample=3)
+    size = processor.part("size", optional=True)
+    side = (
+        size.whole("longest_edge")
+        if "longest_edge" in size.data
+        else vision.whole("image_size", 1024)
     )
-    file = path / "preprocessor_config.json"
-    size = json.get("preprocessor_config.json", {}).get("size") or {}
-    size = member(file, {"size": size}, "size", dict, "an object")
-    side = size.get("longest_edge") or number(path, vision, "image_size", 1024)
-    return Tower(model, _table(model, prefix), Pixtral(patch, side))
+    merges = "spatial_merge_size" in config.data  # Mistral Small's
+    merge = config.whole("spatial_merge_size") if merges else 1
+    strategy = Pixtral(patch, side, merge=merge)
+    return Tower(model, _table(model, prefix), strategy)
+
+
+def _projector(prefix: str) -> str | None:
+    """How the names of the projector begin, if the tower is part of a whole model."""
+    if not prefix.endswith(_TOWER):
+        return None
+    return prefix.removesuffix(_TOWER) + "multi_modal_projector."
 
 
 def written(model: ModelConfig, strategy: Strategy | None) -> Files:
     v = model.vision
-    side = strategy.side if isinstance(strategy, Pixtral) else 1024
-    vision = {
+    if not isinstance(strategy, Pixtral):
+        strategy = Pixtral(v.patch_size)
+    vision: dict[str, Any] = {
         "model_type": "pixtral",
         "patch_size": v.patch_size,
         "hidden_size": v.width,
@@ -112,13 +137,16 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
         "num_hidden_layers": v.depth,
         "num_attention_heads": v.num_heads,
         "hidden_act": "silu",
-        "image_size": side,
+        "image_size": strategy.side,
+        **stated_theta(v),
     }
     config: dict[str, Any] = {"model_type": "llava", "vision_config": vision}
+    if strategy.merge > 1:
+        config["spatial_merge_size"] = strategy.merge
     preprocessor = {
         "image_processor_type": "PixtralImageProcessor",
         "patch_size": {"height": v.patch_size, "width": v.patch_size},
-        "size": {"longest_edge": side},
+        "size": {"longest_edge": strategy.side},
         "image_mean": list(v.mean),
         "image_std": list(v.std),
     }
@@ -137,6 +165,6 @@ def _table(model: ModelConfig, prefix: str) -> Table:
     ]
     for ours, name in names.items():
         table += torch_layer(f"{blocks}.{ours}", f"{theirs}.{name}")
-    table += torch_layer("merger.up", f"{projector_of(prefix)}linear_1")
-    table += torch_layer("merger.down", f"{projector_of(prefix)}linear_2")
+    table += torch_layer("merger.up", f"{_projector(prefix)}linear_1")
+    table += torch_layer("merger.down", f"{_projector(prefix)}linear_2")
     return present(table, model)

@@ -8,32 +8,65 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from navit.config import ModelConfig, PositionConfig, VisionConfig
 from navit.convert.codec import Table, Tensor
-from navit.convert.huggingface_config import member
+from navit.convert.settings import Settings
 from navit.convert.stored import depth_of, shape_of
 from navit.convert.tensors import joined, torch_layer
 from navit.convert.tower import (
-    HALF,
+    SIGLIP_COLOURS,
+    Act,
     Files,
     Json,
+    Owned,
     Shapes,
     Tower,
-    choice,
-    number,
-    prefix_of,
+    act_name,
     present,
+    ratio_of,
 )
 from navit.plan.strategies import NaFlex, Strategy
 
 NAME = "NaFlexViT"
-_ACTS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick", "silu": "silu"}
+MARKERS = (
+    ("embeds.proj.weight",),
+    ("embeds.pos_embed", "embeds.pos_embed_y"),
+    ("blocks.0.attn.qkv.weight",),
+    ("blocks.0.mlp.fc1.weight",),
+)
+NEEDS = {"rotary": None, "norm": "layer", "qk_norm": False, "embed_dim": None}
+_NOT_SUPPORTED = (
+    "rope_type",
+    "pool_include_prefix",
+    "pos_embed_use_grid_sample",
+    "norm_layer",
+    "mlp_layer",
+    "block_fn",
+)
+Resize = Literal[
+    "linear-antialias", "bicubic", "bicubic-antialias", "linear-align-corners"
+]
+_FILTERS: Mapping[str, Literal["bilinear", "bicubic"]] = {
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+}
+_POOLS: Mapping[str, Literal["map", "mean", "max"]] = {
+    "map": "map",
+    "avg": "mean",
+    "max": "max",
+}
+_ACTS: Mapping[str, Act] = {
+    "gelu": "exact",
+    "gelu_tanh": "tanh",
+    "quick_gelu": "quick",
+    "silu": "silu",
+}
 # (mode, antialias, align_corners) -> how the position table is resized.
-_RESIZES = {
+_RESIZES: Mapping[tuple[str, bool, bool], Resize] = {
     ("bilinear", True, False): "linear-antialias",
     ("bilinear", False, True): "linear-align-corners",
     ("bicubic", False, False): "bicubic",
@@ -41,75 +74,77 @@ _RESIZES = {
 }
 
 
-def find(names: Collection[str]) -> str | None:
-    return prefix_of(names, "embeds.proj.weight", "blocks.0.attn.qkv.weight")
-
-
-def owned(names: Collection[str], prefix: str) -> list[str]:
-    return [name for name in names if name.startswith(prefix)]
-
-
-def is_like(model: ModelConfig) -> bool:
-    v = model.vision
-    return v.rotary is None and (v.pool_norm or v.registers > 0)
+def owned(names: Collection[str], prefix: str) -> Owned:
+    return Owned([name for name in names if name.startswith(prefix)])
 
 
 def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
-    config, file = json["config.json"], path / "config.json"
-    name = member(file, config, "architecture", str, "timm's name of the model")
-    args = member(file, config, "model_args", dict, "an object", {})
+    config = json.config
+    name = config.text("architecture")
+    args = config.part("model_args", optional=True)
+    data = config.part("pretrained_cfg", optional=True)
     siglip = "siglip" in name
 
     def shape(part: str, *axes: int) -> tuple[int, ...]:
         return shape_of(path, stored, f"{prefix}{part}", *axes)
 
-    for key in ("rope_type", "pool_include_prefix", "pos_embed_use_grid_sample"):
-        if args.get(key) not in (None, "", "none", False):
-            raise ValueError(f"{file}: {key}={args[key]!r} is not supported")
+    for key in _NOT_SUPPORTED:
+        if args.data.get(key) not in (None, "", "none", False):
+            raise ValueError(
+                f"{config.file}: {key}={args.data[key]!r} is not supported"
+            )
     width, pixels = shape("embeds.proj.weight", 2)
+    patch = math.isqrt(pixels // 3)
     mlp_dim, _ = shape("blocks.0.mlp.fc1.weight", 2)
-    registers = f"{prefix}embeds.reg_token" in stored
+    depth = depth_of(stored, rf"{prefix}blocks\.(\d+)\.")
+    has_registers = f"{prefix}embeds.reg_token" in stored
+    registers = shape("embeds.reg_token", 3)[1] if has_registers else 0
     classes = f"{prefix}head.weight" in stored
+    num_classes = shape("head.weight", 2)[0] if classes else 0
+    args.agree(
+        embed_dim=width,
+        depth=depth,
+        patch_size=patch,
+        in_chans=3,
+        reg_tokens=registers,
+        num_classes=num_classes,
+    )
     attends = f"{prefix}attn_pool.latent" in stored
-    pool = "map" if attends else config.get("global_pool", "avg")
-    scale = args.get("init_values", 1e-5)
-    heads = 16 if "so400m" in name else width // 64
-    data = member(file, config, "pretrained_cfg", dict, "an object", {})
-    mean, std = (
-        tuple(float(x) for x in data.get(key, HALF)) for key in ("mean", "std")
-    )
-    vision = VisionConfig(
-        patch_size=math.isqrt(pixels // 3),
-        width=width,
-        depth=depth_of(stored, rf"{prefix}blocks\.(\d+)\."),
-        mlp_dim=mlp_dim,
-        num_heads=number(path, {"num_heads": heads} | args, "num_heads", heads),
-        position=_position(path, args, stored, prefix, name),
-        act=choice(path, args, "act_layer", _ACTS, "gelu_tanh" if siglip else "gelu"),
-        final_norm=f"{prefix}norm.weight" in stored,
-        pool_norm=f"{prefix}fc_norm.weight" in stored,
-        layer_scale=scale if f"{prefix}blocks.0.ls1.gamma" in stored else None,
-        registers=shape("embeds.reg_token", 3)[1] if registers else 0,
-        pool=choice(
-            path,
-            {"global_pool": pool},
-            "global_pool",
-            {"map": "map", "avg": "mean", "max": "max"},
-            "avg",
-        ),
-        num_classes=shape("head.weight", 2)[0] if classes else 0,
-        mean=mean,
-        std=std,
-    )
+    pools = args if "global_pool" in args.data else config
+    pool = pools.choice("global_pool", _POOLS, "avg")
+    heads = 16 if "so400m" in name else max(1, width // 64)
+    if "num_heads" in args.data:
+        heads = args.whole("num_heads")
+    acts = "gelu_tanh" if siglip else "gelu"
+    scaled = f"{prefix}blocks.0.ls1.gamma" in stored
+    with config.naming():
+        vision = VisionConfig(
+            family="timm",
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            mlp_dim=mlp_dim,
+            num_heads=heads,
+            position=_position(path, args, stored, prefix, name),
+            act=args.choice("act_layer", _ACTS, acts),
+            final_norm=f"{prefix}norm.weight" in stored,
+            pool_norm=f"{prefix}fc_norm.weight" in stored,
+            layer_scale=args.positive("init_values", 1e-5) if scaled else None,
+            registers=registers,
+            pool="map" if attends else pool,
+            num_classes=num_classes,
+            mean=data.colours("mean", SIGLIP_COLOURS[0], zero=True),
+            std=data.colours("std", SIGLIP_COLOURS[1], zero=False),
+        )
     model = ModelConfig(vision=vision, text=None)
     strategy = None
     if not siglip:
         # The tag says the most patches in training; timm resizes its images like this.
-        tag = re.search(r"\bs(\d+)", str(data.get("tag")).replace("_", " "))
-        most = int(tag[1]) if tag else 256
-        bicubic = data.get("interpolation") == "bicubic"
+        tag = re.search(r"\bs(\d+)", data.text("tag", "").replace("_", " "))
         strategy = NaFlex(
-            vision.patch_size, most, resample="bicubic" if bicubic else "bilinear"
+            patch,
+            int(tag[1]) if tag else 256,
+            resample=data.choice("interpolation", _FILTERS, "bicubic"),
         )
     return Tower(model, _table(model, prefix), strategy)
 
@@ -124,18 +159,16 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
         kind = "siglip"  # whose images SigLIP 2's own rule resizes
     if kind == "gap" and (factorized or square):
         kind = f"par{'fac' if factorized else ''}_gap"
-    side, ratio = position.size, v.mlp_dim / v.width
-    while int(v.width * ratio) < v.mlp_dim:
-        ratio = math.nextafter(ratio, math.inf)
+    side = position.size
     (resize,) = (x for x, name in _RESIZES.items() if name == position.resize)
     pool = {"map": "map", "mean": "avg", "max": "max"}.get(v.pool, v.pool)
     args: dict[str, Any] = {
         "embed_dim": v.width,
         "depth": v.depth,
         "num_heads": v.num_heads,
-        "mlp_ratio": ratio,
+        "mlp_ratio": ratio_of(v.mlp_dim, v.width),
         "patch_size": v.patch_size,
-        "act_layer": next(name for name, act in _ACTS.items() if act == v.act),
+        "act_layer": act_name(v, _ACTS, NAME),
         "init_values": v.layer_scale,
         "reg_tokens": v.registers,
         "pos_embed": "factorized" if factorized else "learned",
@@ -172,11 +205,14 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
 
 
 def _position(
-    path: Path, args: dict[str, Any], stored: Shapes, prefix: str, name: str
+    path: Path, args: Settings, stored: Shapes, prefix: str, name: str
 ) -> PositionConfig:
-    square = args.get("pos_embed_ar_preserving", "_par" in name)
+    square = args.choice(
+        "pos_embed_ar_preserving", {True: True, False: False}, "_par" in name
+    )
     if f"{prefix}embeds.pos_embed_y" in stored:
         _, size, _ = shape_of(path, stored, f"{prefix}embeds.pos_embed_y", 3)
+        args.agree(pos_embed_grid_size=size)
         return PositionConfig(
             "factorized",
             size=size,
@@ -188,13 +224,15 @@ def _position(
             f"{path}: {prefix}embeds.pos_embed has {size}x{columns} positions, which "
             "is not a square"
         )
-    mode = args.get(
+    args.agree(pos_embed_grid_size=size)
+    mode = args.text(
         "pos_embed_interp_mode", "bilinear" if "siglip" in name else "bicubic"
     )
-    antialias = args.get("pos_embed_antialias", True)
-    corners = args.get("pos_embed_align_corners", False)
-    settings = {"pos_embed_interp_mode": (mode, antialias, corners)}
-    resize = choice(path, settings, "pos_embed_interp_mode", _RESIZES, None)
+    antialias = args.data.get("pos_embed_antialias", True)
+    corners = args.data.get("pos_embed_align_corners", False)
+    three = "pos_embed_interp_mode, pos_embed_antialias, pos_embed_align_corners"
+    stated = Settings(args.file, {three: (mode, antialias, corners)})
+    resize = stated.choice(three, _RESIZES, None)
     return PositionConfig(
         "siglip2", size=size, resize=resize, frame="square" if square else "own"
     )

@@ -268,6 +268,13 @@ def test_a_word_in_place_of_a_part_gets_its_first_field():
     assert ".kind" in message and "factorized" in message and "'learned'" in message
 
 
+def test_a_part_set_as_a_whole_is_answered_with_its_first_field():
+    message = error_of("model.vision.rotary=qwen")
+    assert message.endswith("has fields: set model.vision.rotary.kind=qwen")
+    message = error_of("model.vision.rotary=3d")
+    assert "expected none, or a field of RotaryConfig, such as .kind (one" in message
+
+
 @pytest.mark.parametrize("assignment", ["optim.lr", "", "optim.lr.x=1", "=3"])
 def test_text_that_is_not_an_assignment_is_refused(assignment):
     error_of(assignment)

@@ -21,7 +21,10 @@ _KIMI_SIDE = 512
 class QwenVL:
     """Rounds both sides to a multiple of `patch * merge`, within bounds of the area.
 
-    The bounds are not strict: rounding may exceed either. Qwen3-VL has `patch=16`.
+    The bounds are not strict: rounding may exceed either. Qwen3-VL has `patch=16`,
+    `min_pixels=65536` and `max_pixels=16777216`; Ovis2.5 has `patch=16`,
+    `min_pixels=200704`, `max_pixels=2408448`, `temporal_patch=1` and
+    `resample="bilinear"`.
 
     `temporal_patch`: frames of a video that share their tokens; a still image counts as
     two equal frames.
@@ -38,9 +41,11 @@ class QwenVL:
     max_pixels: int = dataclasses.field(default=28 * 28 * 1280, kw_only=True)
     temporal_patch: int = dataclasses.field(default=2, kw_only=True)
     qwen_vl_utils: bool = dataclasses.field(default=False, kw_only=True)
+    resample: Literal["bilinear", "bicubic"] = dataclasses.field(
+        default="bicubic", kw_only=True
+    )
 
     short: ClassVar[str] = "qwen"
-    resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
         fields = ("patch", "merge", "min_pixels", "max_pixels", "temporal_patch")
@@ -162,20 +167,21 @@ class Kimi:
 
 @dataclasses.dataclass(frozen=True)
 class Pixtral:
-    """Shrinks to `side` pixels a side, never enlarges, and rounds up to whole patches.
+    """Shrinks to `side` pixels a side, never enlarges, and rounds up to whole tokens.
 
     From transformers' image_processing_pixtral.py (arXiv 2410.07073). Mistral Small 3.1
-    has `patch=14` and `side=1540`.
+    has `patch=14`, `side=1540` and `merge=2`, patches a side of a token.
     """
 
     patch: int = 16
     side: int = 1024
+    merge: int = dataclasses.field(default=1, kw_only=True)
 
     short: ClassVar[str] = "pixtral"
     resample: ClassVar[Literal["bilinear", "bicubic"]] = "bicubic"
 
     def __post_init__(self) -> None:
-        views.check_fields(self, "patch", "side")
+        views.check_fields(self, "patch", "side", "merge")
 
     def views(self, height: int, width: int, *, images: int = 1) -> tuple[View, ...]:
         views.check(height, width, images)
@@ -184,26 +190,29 @@ class Pixtral:
             size = (math.floor(height / ratio), math.floor(width / ratio))
         else:
             size = (height, width)
-        rows, columns = ((side - 1) // self.patch + 1 for side in size)
+        unit = self.patch * self.merge
+        rows, columns = ((side - 1) // unit + 1 for side in size)
         if not rows or not columns:
             raise ValueError(
                 f"nothing is left of an image of {height}x{width} pixels on "
                 f"{self.side} pixels a side: crop it, or leave it out"
             )
-        size = (rows * self.patch, columns * self.patch)
+        size = (rows * unit, columns * unit)
         return (views.whole(height, width, size, self.patch),)
 
     def layout(self, height: int, width: int, *, images: int = 1) -> Layout:
         (view,) = self.views(height, width, images=images)
-        return (Block(0, *view.grid, newlines=True),)
+        rows, columns = (side // self.merge for side in view.grid)
+        return (Block(0, rows, columns, newlines=True),)
 
     def tokens(self, height: int, width: int, *, images: int = 1) -> int:
-        """One token a patch, and one after each row: [IMG_BREAK], at last [IMG_END]."""
+        """One token a block, and one after each row: [IMG_BREAK], at last [IMG_END]."""
         return views.count(self.layout(height, width, images=images))
 
     def within(self, max_tokens: int) -> Pixtral:
         """The same rule with at most this many patches an image."""
-        side = max(1, math.isqrt(max_tokens)) * self.patch
+        unit = self.patch * self.merge
+        side = max(1, math.isqrt(max_tokens) // self.merge) * unit
         return dataclasses.replace(self, side=min(self.side, side))
 
 
