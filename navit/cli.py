@@ -283,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
         help="read and store the sizes of a config's images",
         description="Reads the header of every image of data.train and data.eval, "
         "stores the sizes beside the data (or in ~/.cache/navit), and prints a "
-        "summary. Training does this too; an interrupted pass resumes.",
+        "summary. Training does this too; an interrupted pass resumes. Several "
+        "processes, on one host or many, can share the work.",
     )
     _add_config(index, "data.train.path=~/photos")
     index.add_argument(
@@ -291,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read every header again, even if its size is stored",
     )
+    _add_shares(index)
     index.set_defaults(run="index")
 
     convert = parsers.add_parser(
@@ -468,11 +470,15 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="with several processes: the address that process 0 listens on",
     )
+    _add_shares(parser, " (1: do not look for others)")
+
+
+def _add_shares(parser: argparse.ArgumentParser, note: str = "") -> None:
     parser.add_argument(
         "--processes",
         type=int,
         metavar="N",
-        help="how many processes there are (1: do not look for others)",
+        help=f"how many processes there are{note}",
     )
     parser.add_argument(
         "--process", type=int, metavar="I", help="the index of this process, from 0"

@@ -200,10 +200,34 @@ def embed(args: argparse.Namespace) -> int:
 def index(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.sources import summary
+    from navit.sources.index import Share, Unfinished
     from navit.sources.kinds import Opener
+    from navit.sources.overlap import singles
 
     data = config_lib.load(args.config, args.overrides).data
-    opener = Opener(again=args.again)
+    processes = 1 if args.processes is None else args.processes
+    if (args.process is None) != (args.processes is None) or not (
+        0 <= (args.process or 0) < processes
+    ):
+        raise ValueError(
+            f"--process {args.process} of --processes {args.processes}: name both, as "
+            "--process 0 --processes 2 and --process 1 --processes 2"
+        )
+    opener = Opener(Share(args.again, args.process or 0, processes))
+    parts = [functools.partial(opener.open, one) for one in singles(data.train)]
+    if isinstance(data.eval, config_lib.Mixture):
+        parts += [functools.partial(opener.open, one) for one in singles(data.eval)]
+    elif data.eval is not None:
+        parts.append(functools.partial(pipeline.open_eval_source, data, opener))
+    unfinished = []
+    for opened in parts if processes > 1 else ():
+        try:
+            opened()
+        except Unfinished as error:
+            unfinished.append(f"{error}")
+    if unfinished:
+        print("\n".join(dict.fromkeys(unfinished)))
+        return 0
     print(summary.describe("data.train", opener.open(data.train)))
     if data.eval is not None:
         source = pipeline.open_eval_source(data, opener)

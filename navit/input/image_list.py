@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from navit import config
 from navit.sources import storage, table, tar
+from navit.sources.tar_fields import IMAGES
 
 
 class Named(NamedTuple):
@@ -42,7 +43,7 @@ def images_of(
         elif os.path.isdir(argument):
             images += _in_folder(argument)
         elif suffix == "tar":
-            reader = tar.TarReader(config.TarShards(argument, label=""))
+            reader = tar.TarReader(config.TarShards(argument), texts=False)
             for i in range(len(reader)):
                 opened = functools.partial(reader.open_image, i)
                 images.append(Named(reader.name(i), opened))
@@ -51,7 +52,7 @@ def images_of(
             with _open(argument) as file:
                 names = table.read_files(file, argument, root)
             images += [_file(_joined(root, name)) for name in names]
-        elif remote and suffix not in tar.IMAGES:
+        elif remote and suffix not in IMAGES:
             images += _in_folder(argument)
         elif must_exist and not remote and not os.path.exists(argument):
             raise FileNotFoundError(f"there is no file {argument}")
@@ -67,10 +68,10 @@ def _in_folder(folder: str) -> list[Named]:
         for where, _, names in (os.walk(folder) if listing is None else ())
         for name in names
     ]
-    images = sorted(x for x in listing or local if _suffix(x) in tar.IMAGES)
+    images = sorted(x for x in listing or local if _suffix(x) in IMAGES)
     if not images:
         raise ValueError(
-            f"{folder} has no image file ({', '.join(tar.IMAGES)}); name tars "
+            f"{folder} has no image file ({', '.join(IMAGES)}); name tars "
             "themselves, as FOLDER/*.tar"
         )
     return [_file(_joined(folder, name)) for name in images]

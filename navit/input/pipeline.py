@@ -34,6 +34,9 @@ from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 
+# Sizes that are checked at the same time.
+_AT_ONCE = 2**20
+
 # Batches that grain prepares ahead, in this process or in each worker.
 _AHEAD, _AHEAD_PER_WORKER = 4, 2
 
@@ -172,7 +175,9 @@ def train_batches(
     else:
         assert isinstance(plans, BatchPlans)
         if vision.position.has_limit:
-            _check_positions(vision, source.sizes, data)
+            for start in range(0, len(source), _AT_ONCE):
+                some = source.sizes[start : start + _AT_ONCE]
+                _check_positions(vision, np.asarray(some), data)
         if (line := left_out(plans.left_out(), source)) and process_index == 0:
             log.warning("%s", line)
         make_batch = make(source)

@@ -15,7 +15,9 @@ import numpy as np
 from navit import config
 from navit.sources import karpathy, records, storage
 from navit.sources.cache import Place, digest
-from navit.sources.index import Entry, Index, measure
+from navit.sources.index import ALL, Share, measure
+from navit.sources.index_join import Index
+from navit.sources.index_part import Entry
 from navit.sources.missing import check_missing
 from navit.sources.source import Record, Task
 from navit.sources.table import Listed, inside, is_table, read_table
@@ -45,7 +47,7 @@ class FolderSource:
         `folder.missing` allows, or nothing is left to read.
     """
 
-    def __init__(self, folder: config.Folder, *, again: bool = False) -> None:
+    def __init__(self, folder: config.Folder, *, share: Share = ALL) -> None:
         path = _path(folder)
         self._storage = storage.open_storage(path)
         remote = storage.is_remote(path)
@@ -79,7 +81,7 @@ class FolderSource:
             lambda i: self._path(listed[i].file),
             len(listed),
             place,
-            again=again,
+            share=share,
         )
         number = {name: i for i, name in enumerate(names)} | {"": -1}
         ids = [number[labels[entry.file]] for entry in listed]
@@ -97,7 +99,9 @@ class FolderSource:
     def _choose(self, folder: config.Folder) -> None:
         table, listed, lengths, measured, (names, ids) = self._all
         split = {i for i, e in enumerate(listed) if _is_in(folder, e.file)}
-        kept = [i for i in measured.kept.tolist() if i in split]
+        usable = measured.records(np.arange(len(measured.sizes))).tolist()
+        places = [place for place, i in enumerate(usable) if i in split]
+        kept = [usable[place] for place in places]
         if not kept:
             what = f"{len(split)} unreadable images" if split else "no image"
             raise ValueError(
@@ -107,7 +111,7 @@ class FolderSource:
         self.left_out, self.damaged = len(split) - len(kept), 0
         self._listed = [listed[i] for i in kept]
         self._lengths = [lengths[i] for i in kept]
-        self.sizes = measured.sizes[kept]
+        self.sizes = np.array(measured.sizes[places])
         self.tasks = {"label": Task(names, ids[kept])} if names else {}
 
     def __len__(self) -> int:

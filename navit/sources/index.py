@@ -1,85 +1,68 @@
 """The sizes index: one pass over a dataset's headers, saved for the next run.
 
-An index is two files: `sizes-ID.npz` and, if something could not be read,
-`unreadable-ID.txt` (see `navit/sources/cache.py` for where they are).
+The pass goes part by part, by ranges of records or by shards. Each finished part is
+saved, so that a pass resumes, and several processes share one. The parts become one
+file, `sizes-ID.arrays`, which is mapped into memory, so that even 10^9 images open at
+once. If something could not be read, `unreadable-ID.txt` lists it (see
+`navit/sources/cache.py` for where they are).
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from navit.sources.cache import (
-    Place,
-    find_beside,
-    read_arrays,
-    write_arrays,
-    write_beside,
-)
-from navit.sources.images import ImageLike, size_of
-from navit.sources.transient import is_exhausted, is_transient
+from navit.sources import cache
+from navit.sources.cache import Place, Stored, find_beside, write_beside
+from navit.sources.index_join import Index, join
+from navit.sources.index_part import Entry, Part, State, is_whole, read_entries
 
 log = logging.getLogger("navit")
 
 # Reading fewer headers than this takes about a second: not worth a file.
 MIN_KEPT = 1000
-# Progress is saved after at least this many records.
-SAVE_EVERY = 20_000
+# A part has at least this many records, if there are not more parts than that.
+SAVE_EVERY, _PARTS = 20_000, 1000
+# Records of a part that are read at the same time.
+_THREADS = 32
 
 
-class Entry(NamedTuple):
-    """One record in the index."""
+class Share(NamedTuple):
+    """The parts that a process reads: every `processes`-th; `again` even if saved."""
 
-    height: int
-    width: int
-    label: str = ""
-    text: int = 0  # crc32 of the captions
-
-    @staticmethod
-    def of(image: ImageLike, label: str = "", captions: Iterable[str] = ()) -> Entry:
-        """Makes the entry; raises ValueError if `image` is not an image."""
-        height, width = size_of(image)
-        text = "\0".join(captions)
-        check = zlib.crc32(text.encode(errors="replace"))  # half a surrogate pair
-        return Entry(height, width, label, check)
+    again: bool = False
+    process: int = 0
+    processes: int = 1
 
 
-class Index(NamedTuple):
-    """One entry per record.
+ALL = Share()
+
+
+class Unfinished(Exception):
+    """This process is done, and others are not."""
+
+
+class Pass(NamedTuple):
+    """How to read a dataset's headers.
 
     Attributes:
-      sizes: `[m, 2]` int32 (height, width), upright; (0, 0) if unreadable.
-      labels: `[m]` bytes, empty if there is none.
-      texts: `[m]` uint32, checksums of the captions.
-      unreadable: record -> reason, for each that cannot be used.
+      part: makes a part by its number; it should give up if the event is set.
+      counts: the number of units in each part.
+      unit: what the progress bar counts.
+      ahead: parts that are made at the same time.
     """
 
-    sizes: np.ndarray
-    labels: np.ndarray
-    texts: np.ndarray
-    unreadable: dict[int, str]
-
-    @property
-    def kept(self) -> np.ndarray:
-        """The usable records, in order."""
-        return np.flatnonzero(self.sizes[:, 0])
-
-    def describe(self) -> str:
-        """`N images (... digest)` of the usable records: the same wherever they are."""
-        kept = self.kept
-        digest = hashlib.sha256()
-        for column, dtype in ((self.sizes, "<i4"), (self.texts, "<u4")):
-            digest.update(np.ascontiguousarray(column[kept], dtype).tobytes())
-        digest.update(b"\0".join(self.labels[kept].tolist()))
-        return f"{len(kept)} images (sizes and texts {digest.hexdigest()[:16]})"
+    part: Callable[[int, threading.Event], Part]
+    counts: Sequence[int]
+    unit: str = "images"
+    ahead: int = 1
 
 
 def measure(
@@ -88,9 +71,34 @@ def measure(
     count: int,
     place: Place,
     *,
-    again: bool = False,
+    share: Share = ALL,
 ) -> Index:
-    """The index of `count` records: read from its file, or made and saved there.
+    """The index of `count` records, as `build` makes it, in ranges of records.
+
+    Raises:
+      ValueError: if there is no record, and as `build`.
+    """
+    size = max(SAVE_EVERY, -(-count // _PARTS))
+    counts = [min(size, count - start) for start in range(0, count, size)]
+
+    def part(number: int, stopped: threading.Event) -> Part:
+        del stopped
+        start = number * size
+        return Part(counts[number], lambda i: inspect(start + i), count - 1 - start)
+
+    if not count:
+        raise ValueError(f"{place.identity} has no records")
+    return build(Pass(part, counts), lambda _, i: name(i), place, share=share)
+
+
+def build(
+    work: Pass,
+    name: Callable[[Index, int], str] | None,
+    place: Place,
+    *,
+    share: Share = ALL,
+) -> Index:
+    """The index of all parts: read from its file, or made and saved there.
 
     A record whose `inspect` raises ValueError or OSError is left out, listed and
     counted. A transient error, such as a server's, must come twice, and a later record
@@ -101,174 +109,172 @@ def measure(
     then show that there is a connection.
 
     Args:
-      again: read every record even if there is an index.
+      name: names a record; None if records that cannot be used are no matter.
+      share: which parts to read. The process that finds those of all joins them.
 
     Raises:
       ValueError: if no record can be used.
       OSError: for too many open files, no connection, and the like.
+      Unfinished: if parts of other processes are not there yet.
     """
-    state = None if again else _load(place, count)
-    if state is None:
-        state = _State(count)
-    keep, made = again or count >= MIN_KEPT, state.done < count
-    if state.done and made:
-        log.info("indexing resumes from image %d of %d", state.done, count)
+    stored = None if share.again else cache.read_arrays(place, "sizes")
+    made = stored is None
+    if stored is None:
+        stored = _made(work, place, share)
+    index = Index.of(stored)
+    if name is None:
+        return index
     if made:
-        _fill(state, inspect, count, place, keep=keep)
-    index = state.index()
-    if made:
-        _report(index, name, place, keep)
-    listed, bad = find_beside(place, "unreadable", ".txt"), len(index.unreadable)
+        _report(index, name, place, stored.path is not None)
+    listed, bad = find_beside(place, "unreadable", ".txt"), index.left_out
     if bad > 10 or (bad and listed):  # fewer were named one by one
         remedy = "navit index --again reads them again"
         where = f", listed in {listed} ({remedy})" if listed else ""
-        log.warning("%d of %d records are left out%s", bad, count, where)
-    if not count:
-        raise ValueError(f"{place.identity} has no records")
-    if not len(index.kept):
-        reason = next(iter(index.unreadable.values()))
+        log.warning("%d of %d records are left out%s", bad, index.count, where)
+    if index.count and not len(index.sizes):
         raise ValueError(
-            f"not one of the {count} records of {place.identity} is readable; the "
-            f"first: {reason}"
+            f"not one of the {index.count} records of {place.identity} is readable; "
+            f"the first: {index.reason(0)}"
         )
     return index
 
 
-class _State:
-    """An unfinished index, of the first `done` records."""
-
-    def __init__(self, count: int) -> None:
-        self.done = 0
-        self.sizes = np.zeros((count, 2), np.int32)
-        self.texts = np.zeros(count, np.uint32)
-        self.labels: list[bytes] = []
-        self.unreadable: dict[int, str] = {}
-
-    def add(self, records: Iterable[Entry | str]) -> None:
-        for record in records:
-            if isinstance(record, str):
-                self.unreadable[self.done] = record
-                self.labels.append(b"")
+def _made(work: Pass, place: Place, share: Share) -> Stored:
+    """Reads this process's parts and joins all."""
+    numbers = range(share.process, len(work.counts), share.processes)
+    whole: set[int] = set()
+    states: dict[int, State] = {}
+    before = 0
+    for n in () if share.again else numbers:
+        if part := cache.read_arrays(place, "sizes", part=n):
+            before += part.facts["done"]
+            if is_whole(part):
+                whole.add(n)
             else:
-                self.sizes[self.done] = record.height, record.width
-                self.texts[self.done] = record.text
-                self.labels.append(record.label.encode(errors="replace"))
-            self.done += 1
+                states[n] = State.of(part)
+    if before:
+        log.info("indexing resumes after %d images", before)
+    keep = share.again or share.processes > 1 or before > 0
+    writer = _Writer(place, keep)
+    _read(work, [n for n in numbers if n not in whole], states, writer, len(numbers))
+    return _joined(work, place, share, writer)
 
-    def index(self) -> Index:
-        labels = np.array(self.labels, "S")
-        return Index(self.sizes, labels, self.texts, self.unreadable)
 
+class _Writer:
+    """Saves parts, once there are enough records or the index is asked for.
 
-def _fill(
-    state: _State,
-    inspect: Callable[[int], Entry],
-    count: int,
-    place: Place,
-    *,
-    keep: bool,
-) -> None:
-    def one(record: int) -> Entry | str | BaseException:
-        """A transient error is returned as it is, and of others the reason."""
-        try:
-            return inspect(record)
-        except (ValueError, OSError, RecursionError) as error:
-            if is_exhausted(error):
-                raise error.__cause__ or error from None
-            return (error.__cause__ or error) if is_transient(error) else _reason(error)
+    Attributes:
+      parts: those that are not saved, by number.
+    """
 
-    def read(batch: range) -> Iterator[Entry | str]:
-        """Yields the records up to the last readable one; the next step has the rest.
+    def __init__(self, place: Place, keep: bool) -> None:
+        self._place, self.keep = place, keep
+        self.parts: dict[int, tuple[State, dict[str, np.ndarray]]] = {}
+        self._seen = 0
 
-        Failed records before it are tried again, and left out if they fail again. If a
-        whole step failed, the dataset's last record must be readable instead.
-        """
-        results = pool.map(one, batch)
-        for result in results:
-            if isinstance(result, BaseException):
+    def expect(self, count: int) -> None:
+        self._seen += count
+        self.keep = self.keep or self._seen >= MIN_KEPT
+
+    def add(self, number: int, state: State, columns: dict[str, np.ndarray]) -> None:
+        self.parts[number] = state, columns
+        for other, (state, columns) in [*self.parts.items()]:
+            if not self.keep:
                 break
-            yield result
-        else:
-            return
-        record = state.done  # the one that failed, as all before it are added
-        rest = dict(zip(range(record, batch.stop), [result, *results], strict=True))
-        good = [i for i, x in rest.items() if isinstance(x, Entry)]
-        end = good[-1] + 1 if good else batch.stop
-        if batch.stop == count:  # no record comes later: an earlier one must do
-            good += np.flatnonzero(state.sizes[: state.done, 0])[-1:].tolist()
-            end = count
-        elif not good and record > batch.start:
-            return
-        failed = [i for i in range(record, end) if isinstance(rest[i], BaseException)]
-        rest |= zip(failed, pool.map(one, failed), strict=True)
-        if not isinstance(one(good[0] if good else count - 1), Entry):
-            raise result  # there is no connection: resume later
-        for x in [*rest.values()][: end - record]:
-            yield _reason(x) if isinstance(x, BaseException) else x
-
-    chunk = max(SAVE_EVERY, count // 50)
-    threads = min(32, 4 * (os.cpu_count() or 1))
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(
-            total=count,
-            initial=state.done,
-            desc="indexing",
-            unit=" images",
-            delay=2,
-        ) as bar,
-    ):
-        saved = state.done
-        try:
-            while state.done < count:
-                # In steps, so that the bar moves and Ctrl-C takes effect.
-                batch = range(state.done, min(count, state.done + 256))
-                state.add(read(batch))
-                bar.update(state.done - batch.start)
-                if keep and state.done - saved >= chunk:
-                    _save(state, place)
-                    saved = state.done
-        finally:  # also if interrupted
-            if keep and state.done > saved:
-                _save(state, place)
+            if state.save(self._place, other, columns, keep=True).path is None:
+                self.keep = False  # no folder can be written to
+            else:
+                del self.parts[other]
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _read(
+    work: Pass, todo: list[int], states: dict[int, State], writer: _Writer, total: int
+) -> None:
+    queue, stopped = iter(todo), threading.Event()
+    waiting: dict[Future[Part], int] = {}
+    by_part, images = work.unit != "images", 0
+    begun = sum(state.done for state in states.values())
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(
+                total=total if by_part else sum(work.counts),
+                initial=total - len(todo) if by_part else begun,
+                desc="indexing",
+                unit=f" {work.unit}",
+                delay=2,
+            )
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
+        makers = stack.enter_context(ThreadPoolExecutor(work.ahead))
+        stack.callback(makers.shutdown, wait=False, cancel_futures=True)
+        stack.callback(stopped.set)
+        while True:
+            while len(waiting) < work.ahead and (n := next(queue, None)) is not None:
+                waiting[makers.submit(work.part, n, stopped)] = n
+            if not waiting:
+                return
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                n, part = waiting.pop(future), future.result()
+                state = states.pop(n, None) or State(part.count)
+                writer.expect(part.count)
+                try:
+                    for step in read_entries(state, part, pool):
+                        images += step
+                        bar.update(0 if by_part else step)
+                finally:  # also if interrupted
+                    # Columns are of the whole part, and those of a shard quickly read.
+                    if state.done == state.count or (state.done and not part.columns):
+                        writer.add(n, state, part.columns)
+                if by_part:
+                    bar.set_postfix(images=images, refresh=False)
+                    bar.update(1)
 
 
-def _report(index: Index, name: Callable[[int], str], place: Place, keep: bool) -> None:
+def _joined(work: Pass, place: Place, share: Share, writer: _Writer) -> Stored:
+    """The index of all parts.
+
+    Raises:
+      Unfinished: if some are missing.
+    """
+
+    def part(number: int) -> Stored:
+        if number in writer.parts:
+            state, columns = writer.parts[number]
+            return state.save(place, number, columns, keep=False)
+        found = cache.read_arrays(place, "sizes", part=number)
+        if found is None or not is_whole(found):
+            raise LookupError(number)
+        return found
+
+    count = len(work.counts)
+    try:
+        stored = join(part, count, place, keep=writer.keep)
+    except LookupError:
+        # Another process may have joined them meanwhile, and removed the parts.
+        if whole := cache.read_arrays(place, "sizes"):
+            return whole
+        missing = 0
+        for number in range(count):
+            try:
+                part(number)
+            except LookupError:
+                missing += 1
+        what = "shards" if work.unit == "shards" else "parts"
+        raise Unfinished(
+            f"{place.identity}: process {share.process} of {share.processes} is done; "
+            f"{missing} of {count} {what} are not yet indexed by the others (all must "
+            f"share the folder {cache.folder_of(place)})"
+        ) from None
+    cache.remove_parts(place, "sizes")
+    return stored
+
+
+def _report(
+    index: Index, name: Callable[[Index, int], str], place: Place, keep: bool
+) -> None:
     bad = index.unreadable
-    lines = [f"{name(i)}: {reason}" for i, reason in bad.items()]
+    lines = [f"{name(index, i)}: {reason}" for i, reason in bad.items()]
     for line in lines[:10]:
         log.warning("left out, unreadable: %s", line)
     if keep and (bad or find_beside(place, "unreadable", ".txt")):
         write_beside(place, "unreadable", ".txt", "\n".join(lines).encode())
-
-
-def _save(state: _State, place: Place) -> None:
-    done = state.done
-    unreadable = {i: reason for i, reason in state.unreadable.items() if i < done}
-    write_arrays(
-        place,
-        "sizes",
-        done=np.array(done),
-        sizes=state.sizes,
-        texts=state.texts,
-        labels=np.array(state.labels[:done], "S"),
-        bad=np.array(list(unreadable), np.int64),
-        reasons=np.array(list(unreadable.values()), "U"),
-    )
-
-
-def _load(place: Place, count: int) -> _State | None:
-    arrays = read_arrays(place, "sizes")
-    if arrays is None or len(arrays["sizes"]) != count:
-        return None
-    state = _State(count)
-    state.done = int(arrays["done"])
-    state.sizes, state.texts = arrays["sizes"], arrays["texts"]
-    state.labels = arrays["labels"].tolist()
-    reasons = arrays["reasons"].tolist()
-    state.unreadable = dict(zip(arrays["bad"].tolist(), reasons, strict=True))
-    return state

@@ -6,6 +6,7 @@ import dataclasses
 
 from navit import config
 from navit.sources.folder import FolderSource
+from navit.sources.index import ALL, Share
 from navit.sources.mixture import MixtureSource
 from navit.sources.records import Reader, RecordSource
 from navit.sources.source import Source
@@ -18,11 +19,11 @@ class Opener:
     The splits of a folder share one reading of its table and files.
 
     Args:
-      again: read all headers again and save the index, even if there is one.
+      share: which headers to read, and whether again if there is an index.
     """
 
-    def __init__(self, *, again: bool = False) -> None:
-        self._again = again
+    def __init__(self, share: Share = ALL) -> None:
+        self._share = share
         self._opened: dict[config.AnySource, Source] = {}
         self._folders: dict[config.Folder, FolderSource] = {}
 
@@ -60,11 +61,11 @@ class Opener:
             whole = dataclasses.replace(source, split="all", holdout=0.5)
             if whole in self._folders:
                 return self._folders[whole].part(source)
-            self._folders[whole] = FolderSource(source, again=self._again)
+            self._folders[whole] = FolderSource(source, share=self._share)
             return self._folders[whole]
         if isinstance(source, config.Mixture):
             return MixtureSource([*map(self.open, source.sources)], source.weights)
-        return RecordSource(_open_reader(source, self._again), again=self._again)
+        return RecordSource(_open_reader(source, self._share), share=self._share)
 
 
 def open_source(source: config.TrainSource) -> Source:
@@ -85,11 +86,11 @@ def open_train_source(source: config.TrainSource) -> Source | StreamSource:
     return Opener().open_train(source)
 
 
-def _open_reader(source: config.TrainSource, again: bool) -> Reader:
+def _open_reader(source: config.TrainSource, share: Share) -> Reader:
     if isinstance(source, config.TarShards):
         from navit.sources.tar import TarReader
 
-        return TarReader(source, again=again)
+        return TarReader(source, share=share)
     if isinstance(source, config.ArrayRecords):
         from navit.sources.array_record import ArrayRecordReader
 

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from navit.sources.cache import Place, digest, read_arrays, write_arrays
 from navit.sources.source import InPieces, Record, Source, Task
 
 log = logging.getLogger("navit")
+
+# Records whose sizes are held in memory, at 8 bytes each.
+_IN_MEMORY = 10_000_000
 
 
 class MixtureSource:
@@ -31,20 +35,25 @@ class MixtureSource:
         shares = np.array(weights or self.counts, np.float64)
         self.shares: list[float] = (shares / shares.sum()).tolist()
         self._offsets = np.cumsum([0, *self.counts[:-1]])
-        self.sizes = np.concatenate([source.sizes for source in sources])
+        self.sizes = self._joined("sizes", [source.sizes for source in sources])
         self.left_out = sum(source.left_out for source in sources)
         self.damaged = sum(source.damaged for source in sources)
         self.tasks = {}
         for name in dict.fromkeys(name for s in sources for name in s.tasks):
-            task = _shared(name, sources)
-            if task is None:
+            tasks = [source.tasks.get(name) for source in sources]
+            if len({task.class_names for task in tasks if task}) > 1:
                 log.warning(
                     "the sources name the classes of %r differently, so the mixture "
                     "has no such task",
                     name,
                 )
-            else:
-                self.tasks[name] = task
+                continue
+            labels = [
+                task.labels if task else np.broadcast_to(np.int32(-1), count)
+                for task, count in zip(tasks, self.counts, strict=True)
+            ]
+            names = next(task.class_names for task in tasks if task)
+            self.tasks[name] = Task(names, self._joined(f"labels-{name}", labels))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -75,19 +84,27 @@ class MixtureSource:
     def version(self) -> str:
         return " ".join(source.version() for source in self._sources)
 
+    def _joined(self, kind: str, arrays: list[np.ndarray]) -> np.ndarray:
+        """One int32 array of all sources: in memory, or in the cache if it is large."""
+        if sum(map(len, arrays)) < _IN_MEMORY:
+            return np.concatenate(arrays).astype(np.int32)
+        versions = [
+            [source.fingerprint(), source.version()] for source in self._sources
+        ]
+        place = Place(None, digest(versions), "")
+        if stored := read_arrays(place, f"mixture-{kind}"):
+            return stored.arrays["joined"]
+
+        def fill(whole: dict[str, np.ndarray]) -> dict:
+            np.concatenate(arrays, out=whole["joined"], casting="unsafe")
+            return {}
+
+        shape = (sum(map(len, arrays)), *arrays[0].shape[1:])
+        shapes = {"joined": (np.dtype(np.int32), shape)}
+        return write_arrays(place, f"mixture-{kind}", shapes, fill).arrays["joined"]
+
     def _at(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         part = int(np.searchsorted(self._offsets, index, "right")) - 1
         return self._sources[part], index - int(self._offsets[part])
-
-
-def _shared(name: str, sources: Sequence[Source]) -> Task | None:
-    class_names = {s.tasks[name].class_names for s in sources if name in s.tasks}
-    if len(class_names) != 1:
-        return None
-    labels = [
-        s.tasks[name].labels if name in s.tasks else np.full(len(s), -1, np.int32)
-        for s in sources
-    ]
-    return Task(class_names.pop(), np.concatenate(labels).astype(np.int32))

@@ -20,8 +20,8 @@ def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> No
     """
     shared = {
         _images(other): None
-        for one in _singles(train)
-        for other in _singles(evaluation)
+        for one in singles(train)
+        for other in singles(evaluation)
         if _overlap(one, other)
     }
     if shared:
@@ -33,7 +33,8 @@ def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> No
         )
 
 
-def _singles(source: config.TrainSource) -> tuple[Single | config.Stream, ...]:
+def singles(source: config.TrainSource) -> tuple[Single | config.Stream, ...]:
+    """The sources of a mixture, or this one."""
     return source.sources if isinstance(source, config.Mixture) else (source,)
 
 

@@ -9,7 +9,9 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from navit.sources.cache import Place, digest
-from navit.sources.index import Entry, measure
+from navit.sources.index import ALL, Share, measure
+from navit.sources.index_join import Index
+from navit.sources.index_part import Entry
 from navit.sources.source import Record, Task
 
 _MAX_UNNAMED = 1_000_000
@@ -39,6 +41,13 @@ class Reader(Protocol):
 
 
 @runtime_checkable
+class Indexed(Protocol):
+    """A reader that makes the sizes index itself, as it finds its records."""
+
+    index: Index
+
+
+@runtime_checkable
 class PieceReader(Protocol):
     """A reader that reads neighbouring records in one piece."""
 
@@ -54,28 +63,28 @@ class RecordSource:
       ValueError: if nothing is readable, or a label has no name in `reader.classes`.
     """
 
-    def __init__(self, reader: Reader, *, again: bool = False) -> None:
+    def __init__(self, reader: Reader, *, share: Share = ALL) -> None:
         self._reader = reader
-        index = measure(
-            lambda i: _inspect(reader, i),
-            reader.name,
-            len(reader),
-            reader.place,
-            again=again,
-        )
-        self._kept = index.kept
-        self._described = index.describe()
-        self.left_out, self.damaged = len(index.unreadable), len(reader.damaged)
-        self.sizes = index.sizes[self._kept]
-        labels = index.labels[self._kept]
-        task = _task(labels, reader.classes, reader.place.identity)
+        if isinstance(reader, Indexed):
+            self._index = reader.index
+        else:
+            self._index = measure(
+                lambda i: entry_of(reader.record(i)),
+                reader.name,
+                len(reader),
+                reader.place,
+                share=share,
+            )
+        self.left_out, self.damaged = self._index.left_out, len(reader.damaged)
+        self.sizes = self._index.sizes
+        task = _task(self._index, reader.classes, reader.place.identity)
         self.tasks = {} if task is None else {"label": task}
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self.sizes)
 
     def record(self, index: int) -> Record:
-        raw = self._reader.record(int(self._kept[index]))
+        raw = self._reader.record(self._stored(index))
         captions = raw.captions or (self.tasks["label"].name(index),)
         return Record(raw.image, captions)
 
@@ -87,17 +96,24 @@ class RecordSource:
         """
         if not isinstance(self._reader, PieceReader):
             return [self.record(index) for index in indices]
-        raws = self._reader.neighbours(self._kept[np.asarray(indices)].tolist())
+        stored = self._index.records(np.asarray(indices))
+        raws = self._reader.neighbours(stored.tolist())
         return [
             Record(raw.image, raw.captions or (self.tasks["label"].name(index),))
             for index, raw in zip(indices, raws, strict=True)
         ]
 
     def name(self, index: int) -> str:
-        return self._reader.name(int(self._kept[index]))
+        return self._reader.name(self._stored(index))
+
+    def _stored(self, index: int) -> int:
+        """The record of this image, counting unusable ones."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return int(self._index.records(np.asarray([index]))[0])
 
     def fingerprint(self) -> str:
-        return self._described
+        return self._index.described
 
     def version(self) -> str:
         return digest(self._reader.place[1:])
@@ -223,37 +239,47 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _inspect(reader: Reader, index: int) -> Entry:
-    raw = reader.record(index)
-    if not raw.captions and not raw.label:
-        raise ValueError("it has no caption and no label")
+def entry_of(raw: Raw) -> Entry:
+    """What the index keeps of a record.
+
+    Raises:
+      ValueError: if it has no image, or neither a caption nor a label.
+    """
+    check_texts(raw.label, raw.captions)
     return Entry.of(raw.image, raw.label, raw.captions)
 
 
-def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None:
-    """The task of `labels` `[m]`: integers index the names, and words are looked up.
+def check_texts(label: str, captions: tuple[str, ...]) -> None:
+    """Raises ValueError if a record has neither."""
+    if not captions and not label:
+        raise ValueError("it has no caption and no label")
+
+
+def _task(index: Index, names: tuple[str, ...], where: str) -> Task | None:
+    """The task of the labels: integers index the names, and words are looked up.
 
     Without names, the words themselves are the names, sorted.
     """
-    present = labels != b""
-    if not present.any():
+    if index.top < 0:
         return None
-    ids = np.full(len(labels), -1, np.int64)
-    try:
-        ids[present] = labels[present].astype(np.int64)
-    except (ValueError, OverflowError):  # words
-        words = np.char.decode(labels[present], "utf-8")
-        names = names or tuple(np.unique(words).tolist())
-        number = {name: i for i, name in enumerate(names)}
-        for word in np.unique(words):
-            if word not in number:
-                raise ValueError(
-                    f"{where}: the label {word!r} is not among the {len(names)} "
-                    "names of classes="
-                ) from None
-        ids[present] = [number[word] for word in words]
-        return Task(names, ids.astype(np.int32))
-    top = int(ids.max())
+    labels, words, top = index.labels, index.words, index.top
+    if len(words):
+        try:
+            numbers = words.astype(np.int64)
+        except (ValueError, OverflowError):
+            texts = np.char.decode(words, "utf-8").tolist()
+            names = names or tuple(texts)
+            number = {name: i for i, name in enumerate(names)}
+            for text in texts:
+                if text not in number:
+                    raise ValueError(
+                        f"{where}: the label {text!r} is not among the {len(names)} "
+                        "names of classes="
+                    ) from None
+            numbers = np.array([number[text] for text in texts])
+        top = int(numbers.max())
+        if not np.array_equal(numbers, np.arange(len(numbers))):
+            labels = np.append(numbers, -1).astype(np.int32)[labels]
     if not names and top < _MAX_UNNAMED:
         names = tuple(map(str, range(top + 1)))
     if top >= len(names):
@@ -261,4 +287,4 @@ def _task(labels: np.ndarray, names: tuple[str, ...], where: str) -> Task | None
             f"{where}: the label {top} has no name among {len(names)}: set classes= to "
             "a text file with one name per line"
         )
-    return Task(names, ids.astype(np.int32))
+    return Task(names, labels)

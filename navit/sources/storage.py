@@ -11,7 +11,8 @@ import random
 import re
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -20,6 +21,9 @@ from navit.sources.transient import http_status, is_transient
 
 # At most this many files are open: there may be more shards than a process may open.
 _OPEN_FILES = 256
+
+# Files whose sizes are asked for at the same time.
+_ASKED_AT_ONCE = 32
 
 # Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
 _WAITS = (0.5, 1, 2, 4)
@@ -183,12 +187,20 @@ def find(
     files = list(dict.fromkeys(files))  # patterns may overlap
     if not files:
         raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
-    there = [file for file in files if _is_there(storage, file)]
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        found = list(pool.map(functools.partial(_is_there, storage), files))
+    there = [file for file, there in zip(files, found, strict=True) if there]
     if not there:
         raise FileNotFoundError(f"there is no file {files[0]}")
     absent = sorted({*files} - {*there})
     check_missing(absent, len(files), missing, f"files of {path}", "add them")
     return there
+
+
+def stats_of(storage: Storage, files: Sequence[str]) -> list[Stat]:
+    """`storage.stat` of all files: behind a URL, each may be a request."""
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        return list(pool.map(storage.stat, files))
 
 
 def _is_there(storage: Storage, file: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from navit import config
-from navit.sources import examples, records, storage, tar
+from navit.sources import examples, records, storage, tar_fields
 from navit.sources.cache import digest
 from navit.sources.images import size_of
 from navit.sources.source import Record, Task
@@ -48,7 +48,7 @@ class StreamSource:
         self.files = storage.find(
             self._storage, source.path, _SUFFIXES, missing=source.missing
         )
-        self._captions = tar.caption_fields(source.caption)
+        self._captions = tar_fields.caption_fields(source.caption)
 
     def fingerprint(self) -> str:
         """Changes with the files' names and their sizes in bytes."""
@@ -84,7 +84,9 @@ class StreamSource:
             images = [data["image"]] if "image" in data else []
             for name, field in self._captions:
                 must = bool(self._config.caption)
-                value = captions or tar.field_of(data.get(name), name, field, must)
+                value = captions or tar_fields.field_of(
+                    data.get(name), name, field, must
+                )
                 captions = records.texts(value)
         if len(images) != 1 or not isinstance(images[0], bytes):
             raise ValueError("it has no encoded image")
@@ -100,7 +102,7 @@ class StreamSource:
         with tarfile.open(fileobj=file, mode="r|*", bufsize=1 << 20) as opened:
             while (member := opened.next()) is not None:
                 opened.members.clear()  # type: ignore[attr-defined]  # it keeps every member
-                name = tar.NAME.fullmatch(member.name)
+                name = tar_fields.NAME.fullmatch(member.name)
                 if not (name and member.isreg()) or member.issparse():
                     continue
                 if name[1] != last:
@@ -108,7 +110,7 @@ class StreamSource:
                         yield last, sample
                     last, sample = name[1], {}
                 suffix = name[2].lower()
-                column = "image" if suffix in tar.IMAGES else suffix
+                column = "image" if suffix in tar_fields.IMAGES else suffix
                 if column in wanted or column == "image":
                     content = opened.extractfile(member)
                     assert content is not None

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import logging
-import os
-import re
-import tarfile
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from navit import config
 from navit.sources import index as sizes_index
-from navit.sources import records, storage
-from navit.sources.cache import Place, digest, read_arrays, write_arrays
+from navit.sources import records, storage, tar_scan
+from navit.sources.cache import Place, digest
+from navit.sources.index import ALL, Share
+from navit.sources.index_join import Index
+from navit.sources.index_part import Entry, Part
 from navit.sources.names import class_names
+from navit.sources.tar_fields import Fields, field_of
 
 log = logging.getLogger("navit")
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm")
-_CAPTIONS = ("txt", "json.caption")
-# webdataset's rule: the key ends at the first dot of the file name.
-NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-
+# Shards that are indexed at the same time: behind a URL, most of them wait.
+_AT_ONCE, _AT_ONCE_REMOTE = 4, 32
 
 _Read = Callable[[int, int], bytes]  # (start, size) -> bytes of a shard
-
-
-class _Scan(NamedTuple):
-    """One shard's samples, and what is wrong with it."""
-
-    keys: np.ndarray  # [m] bytes
-    members: np.ndarray  # [m, columns, 2] int64 (offset, size); offset -1: none
-    damage: str
 
 
 class TarReader:
@@ -47,179 +35,163 @@ class TarReader:
 
     The whole samples of a truncated shard are used; the shard is named and counted.
 
+    Attributes:
+      index: of all samples, made with their offsets in one pass over the shards.
+
+    Args:
+      texts: whether samples have captions and labels; otherwise, any image will do,
+        even one that cannot be read.
+
     Raises:
       FileNotFoundError, ValueError: if there is no shard, or no shard has an image.
+      Unfinished: if other processes have not indexed their shards.
     """
 
-    def __init__(self, shards: config.TarShards, *, again: bool = False) -> None:
+    def __init__(
+        self, shards: config.TarShards, *, texts: bool = True, share: Share = ALL
+    ) -> None:
         self._storage = storage.open_storage(shards.path)
         self._shards = storage.find(
             self._storage, shards.path, (".tar",), missing=shards.missing
         )
         self.classes = class_names(shards.classes)
-        stats = [self._storage.stat(shard) for shard in self._shards]
+        stats = storage.stats_of(self._storage, self._shards)
         remote = storage.is_remote(self._shards[0])
         self.place = Place(
             None if remote else Path(self._shards[0]).parent,
             f"{shards.path} (caption {shards.caption or 'txt or json.caption'}, "
-            f"label {shards.label or 'none'})",
+            f"label {shards.label or 'none'})"
+            if texts
+            else f"{shards.path} (images only)",
             digest([self._shards, [tuple(stat) for stat in stats]]),
         )
-        # (member, field of a .json): the first one present is used.
-        self._caption = caption_fields(shards.caption)
-        self._label = _spec(shards.label)
-        self._must = bool(shards.caption)
-        wanted = [name for name, _ in (*self._caption, self._label) if name]
-        self._columns = ["image", *dict.fromkeys(wanted)]
-
-        arrays = None if again else read_arrays(self.place, "tar")
-        if arrays is None:
-            arrays = self._index([stat.size for stat in stats])
-            if again or len(arrays["keys"]) >= sizes_index.MIN_KEPT:
-                write_arrays(self.place, "tar", **arrays)
-        self._keys, self._shard = arrays["keys"], arrays["shard"]
-        self._members = arrays["members"]
-        self.damaged = arrays["damage"].tolist()
+        self._fields = Fields(shards.caption, shards.label, texts=texts)
+        lengths = [stat.size for stat in stats]
+        self.index = sizes_index.build(
+            sizes_index.Pass(
+                lambda number, stopped: self._part(number, lengths[number], stopped),
+                [1] * len(lengths),
+                "shards",
+                ahead=_AT_ONCE_REMOTE if remote else _AT_ONCE,
+            ),
+            self._name if texts else None,
+            self.place,
+            share=share,
+        )
+        self._members = self.index.columns["members"]
+        self._ends = self.index.columns["ends"]
+        lines = self.index.columns["damage"].tolist()
+        self.damaged = [line.decode(errors="surrogateescape") for line in lines]
         for line in self.damaged[:10]:
             log.warning("damaged, used up to the damage: %s", line)
         if len(self.damaged) > 10:
             log.warning("damaged: %d more shards", len(self.damaged) - 10)
-        if not len(self._keys):
+        if not self.index.count:
             reason = f" ({self.damaged[0]})" if self.damaged else ""
             raise ValueError(
                 f"{shards.path}: {len(self._shards)} shards have no image{reason}"
             )
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self.index.count
 
     def name(self, index: int) -> str:
-        key = self._keys[index].decode(errors="replace")
-        return f"{self._shards[self._shard[index]]}: {key}"
+        return self._name(self.index, index)
+
+    def _name(self, index: Index, sample: int) -> str:
+        shard = int(np.searchsorted(index.columns["ends"], sample, "right"))
+        key = index.columns["keys"][sample].decode(errors="replace")
+        return f"{self._shards[shard]}: {key}"
 
     def record(self, index: int) -> records.Raw:
-        read = functools.partial(self._storage.read_range, self._path(index))
-        return self._raw(index, self.open_image(index), read)
+        members = self._members[index]
+        return self._raw(self._shard(index), members, self.open_image(index))
 
     def neighbours(self, indices: Sequence[int]) -> list[records.Raw]:
         """Neighbouring samples, one piece of each shard."""
         found = []
-        for _, group in itertools.groupby(indices, lambda i: self._shard[i]):
-            some = list(group)
-            starts, sizes = np.moveaxis(self._members[some], -1, 0)
-            first = int(starts[starts >= 0].min())
+        for shard, group in itertools.groupby(indices, self._shard):
+            rows = self._members[[*group]].astype(np.int64)
+            starts, sizes = rows[..., 0] * tar_scan.BLOCK, rows[..., 1]
+            first = int(starts[starts > 0].min())
             last = int((starts + sizes).max())
-            piece = self._storage.read_range(self._path(some[0]), first, last - first)
+            piece = self._storage.read_range(shard, first, last - first)
             read = functools.partial(_cut, memoryview(piece), first)
-            for i in some:
-                image = self._read(i, "image", read)
+            for members in rows:
+                image = self._content(shard, members, "image", read)
                 assert image is not None
-                found.append(self._raw(i, image, read))
+                found.append(self._raw(shard, members, image, read))
         return found
 
-    def _raw(self, index: int, image: bytes | BinaryIO, read: _Read) -> records.Raw:
-        captions: tuple[str, ...] = ()
-        for name, field in self._caption:
-            if not captions:
-                data = self._read(index, name, read)
-                captions = records.texts(field_of(data, name, field, self._must))
-        name, field = self._label
-        label = field_of(self._read(index, name, read), name, field, True)
-        return records.Raw(image, records.label_text(label), captions)
+    def open_image(self, index: int) -> BinaryIO:
+        """The image as a file that reads no more than it is asked for."""
+        return self._opened(self._shard(index), self._members[index])
 
-    def _read(self, index: int, column: str, read: _Read) -> bytes | None:
+    def _opened(self, shard: str, members: np.ndarray) -> BinaryIO:
+        start, size = _place(members[0])
+        read = self._storage.read_range
+        block = min(self._storage.block, 1 << 16)
+        return storage.opened(lambda at, n: read(shard, start + at, n), size, block)
+
+    def _shard(self, index: int) -> str:
+        return self._shards[int(np.searchsorted(self._ends, index, "right"))]
+
+    def _raw(
+        self,
+        shard: str,
+        members: np.ndarray,
+        image: bytes | BinaryIO,
+        read: _Read | None = None,
+    ) -> records.Raw:
+        """A record whose members `[columns, 2]` are read with `read`."""
+        ask = read or functools.partial(self._storage.read_range, shard)
+
+        def value(number: int) -> Any:
+            wanted = self._fields.wanted[number]
+            return field_of(self._content(shard, members, wanted.member, ask), *wanted)
+
+        label, captions = self._fields.texts(value)
+        return records.Raw(image, label, captions)
+
+    def _content(
+        self, shard: str, members: np.ndarray, column: str, read: _Read
+    ) -> bytes | None:
         if not column:
             return None
-        start, size = self._members[index, self._columns.index(column)].tolist()
-        if start < 0:
+        start, size = _place(members[self._fields.columns.index(column)])
+        if not start:
             return None
         data = read(start, size)
         if len(data) != size:
             raise ValueError(
-                f"{self.name(index)} ends after {len(data)} of {size} bytes"
+                f"{shard} ends {size - len(data)} bytes before the end of a .{column} "
+                f"that begins at byte {start}"
             )
         return data
 
-    def open_image(self, index: int) -> BinaryIO:
-        """The image as a file that reads no more than it is asked for."""
-        start, size = self._members[index, 0].tolist()
-        path, read = self._path(index), self._storage.read_range
-        block = min(self._storage.block, 1 << 16)
-        return storage.opened(lambda at, n: read(path, start + at, n), size, block)
+    def _part(self, number: int, length: int, stopped: threading.Event) -> Part:
+        """A shard's samples, with what its pass has found of each."""
+        shard = self._shards[number]
+        keys, members, entries, damage = tar_scan.scan(
+            functools.partial(self._storage.read_range, shard),
+            length,
+            self._fields,
+            speed=tar_scan.REMOTE if storage.is_remote(shard) else tar_scan.LOCAL,
+            stopped=stopped,
+        )
 
-    def _path(self, index: int) -> str:
-        return self._shards[self._shard[index]]
+        def inspect(sample: int) -> Entry:
+            found = entries[sample]
+            if isinstance(found, str):
+                raise ValueError(found)
+            if found is None:  # the connection may be back
+                image = self._opened(shard, members[sample])
+                return Entry.of(*self._raw(shard, members[sample], image))
+            return found
 
-    def _index(self, lengths: list[int]) -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            pending = pool.map(self._scan, self._shards, lengths)
-            count = len(lengths)
-            scans = list(tqdm(pending, "offsets", count, unit=" shards", delay=2))
-        damage = [
-            f"{shard}: {scan.damage}"
-            for shard, scan in zip(self._shards, scans, strict=True)
-            if scan.damage
-        ]
-        counts = [len(scan.keys) for scan in scans]
-        return {
-            "keys": np.concatenate([scan.keys for scan in scans]),
-            "shard": np.repeat(np.arange(len(scans), dtype=np.int32), counts),
-            "members": np.concatenate([scan.members for scan in scans]),
-            "damage": np.array(damage, "U"),
-        }
-
-    def _scan(self, shard: str, length: int) -> _Scan:
-        samples: dict[str, list[tuple[int, int]]] = {}
-        read = functools.partial(self._storage.read_range, shard)
-        block = 2048 if self._storage.block <= 1 << 16 else self._storage.block
-        damage = ""
-        with storage.opened(read, length, block) as file:
-            try:
-                end = self._walk(file, length, samples)
-                file.seek(end)
-                if file.read(512).strip(b"\0"):
-                    damage = f"it has something else after byte {end}"
-                elif end >= length:
-                    damage = f"cut off at byte {length}"
-            except EOFError as error:
-                damage = f"cut off at byte {length}, {error}"
-            except (tarfile.TarError, ValueError) as error:
-                file.seek(0)
-                packed = file.read(2) == b"\x1f\x8b"
-                damage = "compressed, so it has no offsets" if packed else str(error)
-        # The image is the first column.
-        whole = {key: places for key, places in samples.items() if places[0][0] >= 0}
-        if len(whole) < len(samples) and not damage:
-            damage = f"{len(samples) - len(whole)} of its samples have no image"
-        if damage.startswith("cut off"):
-            damage += f"; its {len(whole)} whole samples are used"
-        keys = [key.encode(errors="surrogateescape") for key in whole]
-        members = np.array(list(whole.values()), np.int64)
-        shape = (-1, len(self._columns), 2)
-        return _Scan(np.array(keys, "S"), members.reshape(shape), damage)
-
-    def _walk(self, file: BinaryIO, length: int, samples: dict) -> int:
-        """Adds the shard's whole members to `samples`; returns where they end."""
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it keeps them all
-                if member.size < 0:  # tarfile would return to it forever
-                    raise tarfile.ReadError(f"{member.name!r} has a negative size")
-                stop = member.offset_data + member.size
-                if stop > length:
-                    raise EOFError(f"where {member.name!r} is not yet whole")
-                name = NAME.fullmatch(member.name)
-                if not (name and member.isreg()) or member.issparse():
-                    continue
-                key, suffix = name[1], name[2].lower()
-                column = "image" if suffix in IMAGES else suffix
-                if column in self._columns:
-                    absent = [(-1, -1)] * len(self._columns)
-                    sample = samples.setdefault(key, absent)
-                    place = self._columns.index(column)
-                    if sample[place][0] < 0:  # the first of several
-                        sample[place] = member.offset_data, member.size
-            return tar.offset
+        lines = [f"{shard}: {damage}".encode(errors="surrogateescape")] * bool(damage)
+        columns = {"keys": keys, "members": members, "damage": np.array(lines, "S")}
+        return Part(len(keys), inspect, len(keys) - 1, columns)
 
 
 def _cut(piece: memoryview, first: int, start: int, size: int) -> bytes:
@@ -227,31 +199,7 @@ def _cut(piece: memoryview, first: int, start: int, size: int) -> bytes:
     return bytes(piece[start - first : start - first + size])
 
 
-def caption_fields(caption: str | None) -> list[tuple[str, str]]:
-    """(member, field of a .json) of each place where a caption may be."""
-    return [_spec(name) for name in ([caption] if caption else _CAPTIONS)]
-
-
-def field_of(data: bytes | None, name: str, field: str, must: bool) -> Any:
-    """A whole member, or a field of a .json; None if there is none.
-
-    Raises:
-      ValueError: if the .json lacks the field and must have it.
-    """
-    if data is None or not field:
-        return data
-    content = json.loads(data)
-    if not must and isinstance(content, dict) and field not in content:
-        return None
-    return records.nested(content, field, f"its .{name}")
-
-
-def _spec(name: str) -> tuple[str, str]:
-    """`json.a.b` -> ("json", "a.b"); `txt` -> ("txt", "")."""
-    name = name.lstrip(".")
-    member, _, field = name.partition(".")
-    if member != "json":
-        return name, ""
-    if not field:
-        raise ValueError(f"{name!r}: name which field of the .json, as json.caption")
-    return member, field
+def _place(member: np.ndarray) -> tuple[int, int]:
+    """(first byte, size) of a member."""
+    block, size = member.tolist()
+    return block * tar_scan.BLOCK, size
