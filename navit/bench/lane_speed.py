@@ -29,6 +29,7 @@ from navit.config import Config, DataConfig, ModelConfig, TarShards, TrainConfig
 from navit.input import pipeline
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
+from navit.sources.cache import Place, read_arrays, write_arrays
 from navit.sources.synthetic import photographs
 
 _NAFLEX = DataConfig(
@@ -86,15 +87,17 @@ def padding(images: int, lanes: int) -> None:
 def planning(images: int, lanes: int, hosts: int) -> None:
     """Prints how fast one host plans its lanes, and with how much memory."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "sizes"
-        with path.open("wb") as file:
-            file.truncate(images * 8)  # sparse: it takes no space
+        place = Place(Path(folder), "the sizes", "")
+        shapes = {"sizes": (np.dtype(np.int32), (images, 2))}
+        write_arrays(place, "sizes", shapes, lambda _: {}, sparse=True)
         start = time.perf_counter()
-        sizes = np.memmap(path, np.int32, "r+", shape=(images, 2))
+        stored = read_arrays(place, "sizes")
+        assert stored is not None
+        sizes = _Filled(stored.arrays["sizes"])
         opened = time.perf_counter() - start
         data = dataclasses.replace(_NAFLEX, lanes=lanes)
         plans = BatchPlans(
-            _Filled(sizes),  # type: ignore[arg-type]
+            sizes,  # type: ignore[arg-type]
             data,
             patch_size=16,
             steps=1000,
@@ -105,7 +108,7 @@ def planning(images: int, lanes: int, hosts: int) -> None:
         start, used = time.process_time(), 0
         for block in range(1, 1 + _BLOCKS):
             rows = plan_block(
-                _Filled(sizes),  # type: ignore[arg-type]
+                sizes,  # type: ignore[arg-type]
                 data,
                 patch_size=16,
                 epoch=0,
@@ -128,14 +131,14 @@ class _Filled:
 
     def __init__(self, stored: np.ndarray) -> None:
         self._stored = stored
+        self._drawn = np.random.default_rng(0).integers(240, 960, (2**18, 2), np.int32)
 
     def __len__(self) -> int:
         return len(self._stored)
 
     def __getitem__(self, key):  # type: ignore[no-untyped-def]
         found = np.asarray(self._stored[key])
-        drawn = np.random.default_rng(0).integers(240, 960, found.shape)
-        return np.where(found == 0, drawn, found)
+        return np.where(found == 0, self._drawn[: len(found)], found)
 
 
 def reading(images: int, workers: int) -> None:

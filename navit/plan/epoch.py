@@ -76,10 +76,11 @@ def plan_block(
         index = records_at(positions, parts, shares, [data.seed, epoch, ORDER])
         seen, fill = epoch * total + positions, total <= size
     rng = np.random.default_rng(key)
+    own = np.asarray(sizes[index])  # read from a file, perhaps
     if data.strategy is not None:
         return plan_views(
             index,
-            sizes[index],
+            own,
             data,
             slots=slots,
             captions=captions,
@@ -90,14 +91,14 @@ def plan_block(
     budgets = sampling.token_budgets(rng, len(index), data, patch_size)
     drawn = draw(
         rng,
-        sizes[index],
+        own,
         budgets,
         data,
         patch_size=patch_size,
         seen=seen,
     )
     grids, kept, lengths = drawn.grids, drawn.kept, drawn.lengths
-    cropped = sizes[index] if drawn.boxes is None else drawn.boxes[:, 2:]
+    cropped = own if drawn.boxes is None else drawn.boxes[:, 2:]
 
     def smaller(image: int, most: int) -> tuple[int, int]:
         return geometry.grid_for(
