@@ -213,7 +213,7 @@ def index(args: argparse.Namespace) -> int:
             f"--process {args.process} of --processes {args.processes}: name both, as "
             "--process 0 --processes 2 and --process 1 --processes 2"
         )
-    opener = Opener(Share(args.again, args.process or 0, processes))
+    opener = Opener(Share(args.again, args.process or 0, processes, publish=True))
     parts = [functools.partial(opener.open, one) for one in singles(data.train)]
     if isinstance(data.eval, config_lib.Mixture):
         parts += [functools.partial(opener.open, one) for one in singles(data.eval)]

@@ -1,80 +1,47 @@
 """Saves what one run learns about a dataset, for the next run.
 
 The files are in `.navit` beside the data, or in `$XDG_CACHE_HOME/navit` (`~/.cache`) if
-the data is remote or read-only. A file of arrays is one line of JSON and then the bytes
-of each array, so that it is opened by mapping it into memory, however large it is.
+the data is remote or read-only. An index of remote data may be published beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import math
-import mmap
-import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from navit.files import cache_home, replacing, write_atomic
+from navit.files import cache_home, write_atomic
+from navit.sources import mirror
+from navit.sources.mapped import OtherData, Shapes, Stored, create_arrays, open_arrays
 
 log = logging.getLogger("navit")
 
 _VERSION = "2"
 
-# Arrays begin at multiples of this many bytes.
-_ALIGNED = 64
-# Bytes of the first line that are left for the facts.
-_FACTS = 1024
+# Parts that are copied at the same time.
+_FETCHED_AT_ONCE = 32
 
 
 class Place(NamedTuple):
     """Where an index is saved and which dataset it belongs to.
 
     Attributes:
-      folder: the data's own folder; None if that is not on this machine.
+      folder: the data's own folder, a URL if it is not on this machine; None if there
+        is none.
       identity: the dataset and how it is read; names the files.
       fingerprint: changes when the data does (names, byte sizes, modification times).
     """
 
-    folder: Path | None
+    folder: Path | str | None
     identity: str
     fingerprint: str
-
-
-class Stored(NamedTuple):
-    """Arrays of a dataset, and a few facts, which JSON can hold.
-
-    Attributes:
-      path: the file; None if they are in memory only.
-    """
-
-    arrays: dict[str, np.ndarray]
-    facts: dict[str, Any]
-    path: Path | None = None
-
-
-Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
-
-
-class Mapped(np.ndarray):
-    """An array in a file, of which only the pages that are used are read.
-
-    Pickles as the name of its file, and what is derived from it as other arrays do.
-    """
-
-    _where: tuple[Path, str, str] | None = None  # (file, stamp, name of the array)
-
-    def __reduce_ex__(self, protocol):  # type: ignore[no-untyped-def]
-        if self._where is None:
-            return np.array(self, subok=False).__reduce_ex__(protocol)
-        return _reopened, self._where
 
 
 def digest(parts: Iterable[object]) -> str:
@@ -106,31 +73,13 @@ def write_arrays(
       sparse: do not reserve space for what `fill` leaves out. A disk that is full while
         it writes would then end the process.
     """
-    name, reason = _file_name(place, kind, part), None
+    reason = None
     for folder in _folders(place) if keep else ():
-        with contextlib.ExitStack() as stack:
-            try:
-                path = folder / name
-                temporary = stack.enter_context(replacing(path))
-                file = stack.enter_context(temporary.open("w+b"))
-                start, offsets, size = _layout(shapes)
-                file.truncate(size)
-                if not sparse and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                reason = error
-                continue
-            with mmap.mmap(file.fileno(), size) as memory:
-                facts = fill(_arrays(memory, shapes, offsets))
-                memory.flush()
-            line = _line(_stamp(place), shapes, facts)
-            if len(line) > start:
-                raise ValueError(f"the facts of {path} have {len(line)} bytes: {facts}")
-            file.seek(0)
-            file.write(line[:-1].ljust(start - 1) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return _opened(path, _stamp(place))
+        path = folder / _file_name(place, kind, part)
+        stored = create_arrays(path, _stamp(place), shapes, fill, sparse=sparse)
+        if isinstance(stored, Stored):
+            return stored
+        reason = stored
     if reason is not None:
         log.warning("the index cannot be saved: %s", reason)
     arrays = {name: np.zeros(shape, dtype) for name, (dtype, shape) in shapes.items()}
@@ -149,25 +98,58 @@ def read_arrays(place: Place, kind: str, *, part: int | None = None) -> Stored |
             log.info("%s is of an earlier version of navit: it is built again", old)
             continue
         try:
-            return _opened(path, _stamp(place), mapped=part is None)
+            return open_arrays(path, _stamp(place), mapped=part is None)
         except FileNotFoundError:
             continue
-        except _OtherData:
+        except OtherData:
             if part is None:
                 log.info("the data has changed since %s was made: built again", path)
         except (OSError, ValueError) as error:
             log.warning("%s cannot be read (%s): it is built again", path, error)
+    if part is None and _fetched(place, _file_name(place, kind)):
+        return open_arrays(cache_home() / _file_name(place, kind), _stamp(place))
     return None
+
+
+def publish(place: Place, stored: Stored) -> bool:
+    """Copies a file beside remote data; whether other hosts can read it there."""
+    if stored.path is None or not stored.path.is_relative_to(cache_home()):
+        return False
+    name = stored.path.relative_to(cache_home())
+    return mirror.put(place.folder, stored.path, str(name))
+
+
+def fetch_parts(place: Place, kind: str, wanted: Collection[int]) -> None:
+    """Copies parts that other hosts have published, if all that are wanted are there.
+
+    Those that are here need not be there.
+    """
+    names = {n: _file_name(place, kind, n) for n in wanted}
+    absent = [n for n in wanted if not _is_here(place, names[n])]
+    if absent and {*absent} <= mirror.numbers(place.folder, _parts(place, kind)):
+        with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
+            list(pool.map(lambda n: _fetched(place, names[n]), absent))
+
+
+def _is_here(place: Place, name: str) -> bool:
+    return any((folder / name).exists() for folder in _folders(place))
+
+
+def _fetched(place: Place, name: str) -> bool:
+    def is_of_this_data(head: bytes) -> bool:
+        return f'"{_stamp(place)}"'.encode() in head
+
+    return mirror.get(place.folder, name, cache_home() / name, is_of_this_data)
 
 
 def remove_parts(place: Place, kind: str) -> None:
     """Removes the parts of what is now whole, and what an earlier version saved."""
     for folder in _folders(place):
-        whole = folder / _file_name(place, kind)
-        shutil.rmtree(whole.with_suffix(".parts"), ignore_errors=True)
+        shutil.rmtree(folder / _parts(place, kind), ignore_errors=True)
         for old in (kind, "tar"):
             with contextlib.suppress(OSError):
                 (folder / _file_name(place, old)).with_suffix(".npz").unlink()
+    mirror.remove(place.folder, _parts(place, kind))
 
 
 def write_beside(place: Place, kind: str, suffix: str, data: bytes) -> Path | None:
@@ -193,104 +175,26 @@ def find_beside(place: Place, kind: str, suffix: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-class _OtherData(ValueError):
-    """The file is of another version of the data."""
-
-
-def _opened(path: Path, stamp: str, *, mapped: bool = True) -> Stored:
-    """Maps a file into memory, or reads it.
-
-    Raises:
-      ValueError: if it is damaged, or of other data (`_OtherData`).
-    """
-    with path.open("rb") as file:
-        line = file.readline(1 << 20)
-        checksum, _, text = line.strip().partition(b" ")
-        if checksum != _checksum(text):
-            raise ValueError("its first line is damaged")
-        header = json.loads(text)
-        if header["stamp"] != stamp:
-            raise _OtherData(f"{path} is of other data")
-        shapes = {
-            name: (np.dtype(dtype), tuple(shape))
-            for name, (dtype, shape) in header["arrays"].items()
-        }
-        offsets, size = _offsets(len(line), shapes)
-        if size != (found := os.fstat(file.fileno()).st_size):
-            raise ValueError(f"it has {found} bytes, not {size}")
-        if not mapped:
-            file.seek(0)
-            return Stored(_arrays(file.read(), shapes, offsets), header["facts"], path)
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):  # chunks of records are read, not their neighbours
-        memory.madvise(mmap.MADV_RANDOM)
-    arrays = _arrays(memory, shapes, offsets)
-    for name, array in arrays.items():
-        array._where = path, stamp, name  # type: ignore[attr-defined]
-    return Stored(arrays, header["facts"], path)
-
-
-def _reopened(path: Path, stamp: str, name: str) -> np.ndarray:
-    try:
-        return _opened(path, stamp).arrays[name]
-    except _OtherData:
-        raise ValueError(f"{path} has been built again: start the run again") from None
-
-
-def _arrays(
-    memory: mmap.mmap | bytes, shapes: Shapes, offsets: dict[str, int]
-) -> dict[str, np.ndarray]:
-    return {
-        name: Mapped(shape, dtype, memory, offsets[name])
-        for name, (dtype, shape) in shapes.items()
-    }
-
-
-def _line(stamp: str, shapes: Shapes, facts: dict[str, Any]) -> bytes:
-    arrays = {name: [dtype.str, shape] for name, (dtype, shape) in shapes.items()}
-    header = {"stamp": stamp, "arrays": arrays, "facts": facts}
-    text = json.dumps(header).encode()
-    return _checksum(text) + b" " + text + b"\n"
-
-
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
-
-
-def _layout(shapes: Shapes) -> tuple[int, dict[str, int], int]:
-    """(where the arrays begin, the offset of each, the size of the file)."""
-    start = _aligned(len(_line("0" * 80, shapes, {})) + _FACTS)
-    return start, *_offsets(start, shapes)
-
-
-def _offsets(start: int, shapes: Shapes) -> tuple[dict[str, int], int]:
-    offsets = {}
-    for name, (dtype, shape) in shapes.items():
-        if dtype.kind not in "iuS" or min(shape) < 0:
-            raise ValueError(f"its array {name} has type {dtype} and shape {shape}")
-        offsets[name] = start
-        start = _aligned(start + dtype.itemsize * math.prod(shape))
-    return offsets, start
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
-
-
 def _stamp(place: Place) -> str:
     return f"{_VERSION} {digest([place.fingerprint])}"
 
 
-def folder_of(place: Place) -> Path:
-    """The folder that is tried first."""
-    return _folders(place)[0]
+def shared(place: Place) -> str:
+    """Says where processes must find one another's parts."""
+    here = f"{_folders(place)[0]} must be one folder for all"
+    return here if mirror.is_none(place.folder) else f"in {place.folder}/.navit"
 
 
 def _folders(place: Place) -> list[Path]:
-    beside = [] if place.folder is None else [place.folder / ".navit"]
+    beside = [place.folder / ".navit"] if isinstance(place.folder, Path) else []
     return [*beside, cache_home()]
 
 
 def _file_name(place: Place, kind: str, part: int | None = None) -> str:
-    name = f"{kind}-{digest([place.identity])[:12]}"
-    return f"{name}.arrays" if part is None else f"{name}.parts/{part:07}.arrays"
+    if part is not None:
+        return f"{_parts(place, kind)}/{part:07}.arrays"
+    return f"{kind}-{digest([place.identity])[:12]}.arrays"
+
+
+def _parts(place: Place, kind: str) -> str:
+    return f"{kind}-{digest([place.identity])[:12]}.parts"

@@ -71,7 +71,7 @@ class FolderSource:
         what, remedy = f"files of {table}", "add them, or delete their lines"
         check_missing(absent, len(named), folder.missing, what, remedy)
         place = Place(
-            None if remote else Path(self._root),
+            self._root if remote else Path(self._root),
             "#".join([table, *splits]),
             digest([[*stats], [tuple(s) for s in stats.values()]]),
         )

@@ -20,9 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from navit.sources import cache
-from navit.sources.cache import Place, Stored, find_beside, write_beside
+from navit.sources.cache import Place, find_beside, write_beside
 from navit.sources.index_join import Index, join
 from navit.sources.index_part import Entry, Part, State, is_whole, read_entries
+from navit.sources.mapped import Stored
 
 log = logging.getLogger("navit")
 
@@ -35,11 +36,18 @@ _THREADS = 32
 
 
 class Share(NamedTuple):
-    """The parts that a process reads: every `processes`-th; `again` even if saved."""
+    """What a process reads, and for whom.
+
+    Attributes:
+      again: read also what is saved.
+      process, processes: read every `processes`-th part, from `process` on.
+      publish: save the index of remote data beside it too, for other hosts.
+    """
 
     again: bool = False
     process: int = 0
     processes: int = 1
+    publish: bool = False
 
 
 ALL = Share()
@@ -145,6 +153,8 @@ def _made(work: Pass, place: Place, share: Share) -> Stored:
     whole: set[int] = set()
     states: dict[int, State] = {}
     before = 0
+    if not share.again:
+        cache.fetch_parts(place, "sizes", [*numbers])
     for n in () if share.again else numbers:
         if part := cache.read_arrays(place, "sizes", part=n):
             before += part.facts["done"]
@@ -155,7 +165,7 @@ def _made(work: Pass, place: Place, share: Share) -> Stored:
     if before:
         log.info("indexing resumes after %d images", before)
     keep = share.again or share.processes > 1 or before > 0
-    writer = _Writer(place, keep)
+    writer = _Writer(place, keep, share.publish and share.processes > 1)
     _read(work, [n for n in numbers if n not in whole], states, writer, len(numbers))
     return _joined(work, place, share, writer)
 
@@ -167,8 +177,8 @@ class _Writer:
       parts: those that are not saved, by number.
     """
 
-    def __init__(self, place: Place, keep: bool) -> None:
-        self._place, self.keep = place, keep
+    def __init__(self, place: Place, keep: bool, publish: bool) -> None:
+        self._place, self.keep, self._publish = place, keep, publish
         self.parts: dict[int, tuple[State, dict[str, np.ndarray]]] = {}
         self._seen = 0
 
@@ -181,10 +191,12 @@ class _Writer:
         for other, (state, columns) in [*self.parts.items()]:
             if not self.keep:
                 break
-            if state.save(self._place, other, columns, keep=True).path is None:
+            saved = state.save(self._place, other, columns, keep=True)
+            if saved.path is None:
                 self.keep = False  # no folder can be written to
-            else:
-                del self.parts[other]
+                break
+            del self.parts[other]
+            self._publish = self._publish and cache.publish(self._place, saved)
 
 
 def _read(
@@ -247,24 +259,21 @@ def _joined(work: Pass, place: Place, share: Share, writer: _Writer) -> Stored:
         return found
 
     count = len(work.counts)
+    if share.processes > 1:
+        cache.fetch_parts(place, "sizes", range(count))
     try:
         stored = join(part, count, place, keep=writer.keep)
     except LookupError:
         # Another process may have joined them meanwhile, and removed the parts.
         if whole := cache.read_arrays(place, "sizes"):
             return whole
-        missing = 0
-        for number in range(count):
-            try:
-                part(number)
-            except LookupError:
-                missing += 1
-        what = "shards" if work.unit == "shards" else "parts"
         raise Unfinished(
-            f"{place.identity}: process {share.process} of {share.processes} is done; "
-            f"{missing} of {count} {what} are not yet indexed by the others (all must "
-            f"share the folder {cache.folder_of(place)})"
+            f"{place.identity}: process {share.process} of {share.processes} is done, "
+            f"and others are not; the last makes the index of their {count} parts "
+            f"({cache.shared(place)})"
         ) from None
+    if share.publish:
+        cache.publish(place, stored)
     cache.remove_parts(place, "sizes")
     return stored
 

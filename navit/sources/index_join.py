@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from navit.sources.cache import Place, Stored, write_arrays
+from navit.sources.cache import Place, write_arrays
+from navit.sources.mapped import Stored
 
 # Records that are in memory at a time.
 _AT_ONCE = 2**20

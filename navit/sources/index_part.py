@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from navit.sources.cache import Place, Stored, write_arrays
+from navit.sources.cache import Place, write_arrays
 from navit.sources.images import ImageLike, size_of
+from navit.sources.mapped import Stored
 from navit.sources.transient import is_exhausted, is_transient
 
 # Records that are read between two updates of the progress bar.

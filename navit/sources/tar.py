@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,8 +58,9 @@ class TarReader:
         self.classes = class_names(shards.classes)
         stats = storage.stats_of(self._storage, self._shards)
         remote = storage.is_remote(self._shards[0])
+        folder = os.path.dirname(self._shards[0])
         self.place = Place(
-            None if remote else Path(self._shards[0]).parent,
+            folder if remote else Path(folder),
             f"{shards.path} (caption {shards.caption or 'txt or json.caption'}, "
             f"label {shards.label or 'none'})"
             if texts

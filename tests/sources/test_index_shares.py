@@ -18,6 +18,7 @@ from navit.sources import index as sizes
 from navit.sources.index import Share, Unfinished
 from navit.sources.index_join import Index
 from navit.sources.kinds import Opener
+from navit.sources.mapped import Stored
 from navit.sources.mixture import MixtureSource
 from navit.sources.records import Raw, RecordSource
 from navit.sources.synthetic import SyntheticSource
@@ -100,9 +101,38 @@ def test_processes_that_share_the_shards_make_the_index_of_one(
         assert (one.captions, alone.name(i)) == (other.captions, last.name(i))
 
 
+def test_hosts_share_an_index_beside_the_data(reads, tmp_path, monkeypatch):
+    """Each has a cache of its own."""
+
+    def host(number: int, process: int, processes: int = 2) -> RecordSource:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"host{number}"))
+        return opened(Share(process=process, processes=processes, publish=True))
+
+    memory = fsspec.filesystem("memory")
+    with pytest.raises(Unfinished, match=r"in memory://.*/set/\.navit"):
+        host(0, 0)
+    joined = host(1, 1)
+    names = [path for path in memory.find("/index/set/.navit")]
+    assert len(names) == 1 and names[0].endswith(".arrays")
+    seen = [name for name, _ in reads if name.endswith(".tar")]
+    assert sorted(seen) == [f"{n}.tar" for n in range(SHARDS)]
+    reads.clear()
+    copied = host(2, 0, processes=1)
+    assert copied.fingerprint() == joined.fingerprint()
+    assert not [name for name, _ in reads if name.endswith(".tar")]
+    # Another host takes over what one that is gone has finished.
+    memory.rm("/index/set/.navit", recursive=True)
+    with pytest.raises(Unfinished):
+        host(3, 0)
+    memory.pipe_file("/index/set/0.tar", shard(0, 100))  # the data changes
+    reads.clear()
+    assert len(host(4, 0, processes=1)) == len(joined)
+    assert len([name for name, _ in reads if name.endswith(".tar")]) == SHARDS
+
+
 def test_a_later_call_joins_what_processes_have_left(reads):
     for process in (0, 1):
-        with pytest.raises(Unfinished, match="of 5 shards are not yet indexed"):
+        with pytest.raises(Unfinished, match="and others are not"):
             opened(Share(process=process, processes=3))
     reads.clear()
     assert len(opened()) == SHARDS * (SAMPLES - 1) - 1
@@ -160,7 +190,7 @@ def test_navit_index_in_two_processes(reads, tmp_path, capsys):
     )
     command = ["index", str(config), "--processes", "2", "--process"]
     assert main([*command, "0"]) == 0
-    assert "2 of 5 shards are not yet indexed" in capsys.readouterr().out
+    assert "process 0 of 2 is done, and others are not" in capsys.readouterr().out
     assert main([*command, "1"]) == 0
     assert "24 images, 5 unreadable" in capsys.readouterr().out
     for wrong in (["0", "--processes", "0"], ["2"]):
@@ -224,7 +254,7 @@ def test_a_billion_images_open_without_being_read(tmp_path):
 
 
 def test_an_index_built_again_is_not_taken_for_the_old_one(tmp_path):
-    def written(place: cache.Place) -> cache.Stored:
+    def written(place: cache.Place) -> Stored:
         shapes = {"sizes": (np.dtype(np.int32), (4, 2))}
         return cache.write_arrays(place, "sizes", shapes, lambda arrays: {})
 
