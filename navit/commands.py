@@ -202,6 +202,7 @@ def index(args: argparse.Namespace) -> int:
     from navit.sources import summary
     from navit.sources.index import Share, Unfinished
     from navit.sources.kinds import Opener
+    from navit.sources.local_cache import open_cache
     from navit.sources.overlap import singles
 
     data = config_lib.load(args.config, args.overrides).data
@@ -213,7 +214,8 @@ def index(args: argparse.Namespace) -> int:
             f"--process {args.process} of --processes {args.processes}: name both, as "
             "--process 0 --processes 2 and --process 1 --processes 2"
         )
-    opener = Opener(Share(args.again, args.process or 0, processes, publish=True))
+    share = Share(args.again, args.process or 0, processes, publish=True)
+    opener = Opener(share, open_cache(data))
     parts = [functools.partial(opener.open, one) for one in singles(data.train)]
     if isinstance(data.eval, config_lib.Mixture):
         parts += [functools.partial(opener.open, one) for one in singles(data.eval)]
@@ -275,9 +277,12 @@ def check(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> int:
     from navit.input import pipeline
     from navit.plan import report as plan_report
+    from navit.sources.kinds import Opener
+    from navit.sources.local_cache import open_cache
 
     config = _config(args)
-    source = pipeline.open_source(config.data.train)
+    opener = Opener(cache=open_cache(config.data))
+    source = opener.open(config.data.train)
     patch_size = config.model.vision.patch_size
     most = config.data.most_tokens(patch_size)
     rows = [x for x in args.rows if x >= most]

@@ -146,6 +146,8 @@ class DataConfig:
     and for more images than one host should plan. A run can go on with any number of
     hosts that divides `lanes`. 0: one random order of all images.
     `workers` is the number of decoding processes; 0 decodes in threads of this process.
+    `cache` is a folder on this machine that keeps what is read behind URLs, up to
+    `cache_gib` GiB; processes may share it. None keeps nothing.
     """
 
     train: TrainSource = Synthetic()
@@ -174,10 +176,12 @@ class DataConfig:
     chunk: int = 128
     window: int = 8
     workers: int = 0
+    cache: str | None = None
+    cache_gib: float = 100.0
 
     def __post_init__(self) -> None:
         positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
-        positive(self, "chunk", "window")
+        positive(self, "chunk", "window", "cache_gib")
         for name in ("max_upscale", "slots", "caption_rows", "captions"):
             if getattr(self, name) is not None:
                 positive(self, name)

@@ -1,9 +1,10 @@
 """The sources of images that a config may name: frozen dataclasses without readers.
 
-Paths may start with `~`; some classes also take URLs of any file system that fsspec
-knows (`gs://`, `s3://`). `docs/data.md` has an example of each. On a command line, the
-`short` name of a class chooses it: `data.train=tars:PATH`. A file of `classes` has one
-class name per line, or is JSON (`FILE.json#KEY`), as `navit/sources/names.py` reads it.
+Paths may start with `~`, or be URLs of any file system that fsspec knows (`gs://`,
+`s3://`); ArrayRecord and TFDS behind a URL need `data.cache`. `docs/data.md` has an
+example of each. On a command line, the `short` name of a class chooses it:
+`data.train=tars:PATH`. A file of `classes` has one class name per line, or is JSON
+(`FILE.json#KEY`), as `navit/sources/names.py` reads it.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class TarShards:
 class ArrayRecords:
     """ArrayRecord files of serialized `tf.train.Example`, read without TensorFlow.
 
-    `path`: as in `TarShards`, but local. `image` (encoded bytes), `caption` (bytes, one
+    `path`: as in `TarShards`. `image` (encoded bytes), `caption` (bytes, one
     or several) and `label` (an integer or bytes) are names of features. For `caption`
     and `label`, None means the feature of that name if there is one, and an empty name
     means none. `classes`: a file of class names.

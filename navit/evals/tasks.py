@@ -23,6 +23,7 @@ from navit.evals.retrieval import Retrieval
 from navit.evals.zero_shot import zero_shot
 from navit.input import pipeline
 from navit.sources.kinds import Opener
+from navit.sources.local_cache import open_cache
 from navit.sources.source import Source, Task
 
 log = logging.getLogger("navit")
@@ -110,7 +111,7 @@ def open_tasks(
       FileNotFoundError, ValueError: for a name that does not exist, a missing file, or
         data that lack what an evaluation needs.
     """
-    tasks_of = _Tasks(config, opener or Opener())
+    tasks_of = _Tasks(config, opener or Opener(cache=open_cache(config.data)))
     if config.eval.tasks:
         tasks = list(config.eval.tasks)
         check_names(names, [task.name for task in tasks], "eval.tasks")

@@ -13,8 +13,8 @@ from navit.plan.batches import BatchPlans
 from navit.sources.images import standard
 from navit.sources.source import InPieces, Record, Source
 
-# Chunks that are read at the same time.
-_READS = 8
+# Chunks that are read at the same time: behind a URL, a thread only waits for its own.
+_READS = 32
 
 # A chunk is forgotten this many steps after its last use, as threads are not in step.
 _SLACK = 64

@@ -26,7 +26,7 @@ from navit.plan.strategies.views import check_patch
 from navit.plan.view_groups import room_of, shapes_of
 from navit.sources.kinds import Opener
 from navit.sources.kinds import open_source as open_source
-from navit.sources.kinds import open_train_source as open_train_source
+from navit.sources.local_cache import open_cache
 from navit.sources.mixture import MixtureSource
 from navit.sources.overlap import check_overlap
 from navit.sources.source import Source
@@ -53,7 +53,7 @@ def open_eval_source(data: config.DataConfig, opener: Opener | None = None) -> S
       ValueError: if training reads images that the config holds out for evaluation;
         and as `Opener.open` does.
     """
-    opener = opener or Opener()
+    opener = opener or Opener(cache=open_cache(data))
     if data.eval is None:
         log.info("evaluating on the training images, as data.eval is not set")
         return opener.open(data.train)
@@ -136,7 +136,7 @@ def train_batches(
             f"cfg is {cfg!r}, but should be a navit.Config: pass navit.Config(...)"
         )
     if source is None:
-        source = open_train_source(cfg.data.train)
+        source = Opener(cache=open_cache(cfg.data)).open_train(cfg.data.train)
     elif not isinstance(source, Source | StreamSource):
         raise TypeError(
             f"source is {source!r}, but should be an opened source: pass "

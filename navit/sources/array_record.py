@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from navit import config
 from navit.sources import examples, records, storage
-from navit.sources.cache import Place, digest
+from navit.sources.cache import Place, digest, read_arrays, write_arrays
+from navit.sources.cached_records import CachedRecords, Span, count_records
+from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
 
 log = logging.getLogger("navit")
@@ -21,16 +26,25 @@ _LOOKED_AT = 16
 class ArrayRecordReader:
     """The records of ArrayRecord files, in the order of the files.
 
-    A file that cannot be opened is left out, with a warning that names it.
+    A file that cannot be opened is left out, with a warning that names it. Files behind
+    a URL are read through a local cache.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no file, no file can be opened, or the
+      FileNotFoundError, ValueError: if there is no file, files are behind a URL and
+        there is no cache, no file can be opened, or the
         records are not `tf.train.Example`s with the named features.
     """
 
-    def __init__(self, source: config.ArrayRecords) -> None:
-        files = _files(source)
-        self._source, self.damaged = _open(files)
+    def __init__(
+        self, source: config.ArrayRecords, cache: LocalCache | None = None
+    ) -> None:
+        stored = storage.open_storage(source.path, cache)
+        files = _files(source, stored)
+        remote = storage.is_remote(source.path)
+        stats = [tuple(stored.stat(file)) for file in files]
+        opened = _open_cached(files, stored, stats) if remote else _open(files)
+        self._source: Any = opened[0]
+        self.damaged = opened[1]
         for line in self.damaged:
             log.warning("left out, damaged: %s", line)
         self.classes = class_names(source.classes)
@@ -45,10 +59,10 @@ class ArrayRecordReader:
         available = sorted({name for example in looked_at for name in example})
         self._caption, self._label = records.choose(source, available, source.path)
         self.place = Place(
-            Path(files[0]).parent,
+            None if remote else Path(files[0]).parent,
             f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
             f"label {self._label or 'none'})",
-            digest([files, [tuple(storage.Local().stat(file)) for file in files]]),
+            digest([files, stats]),
         )
 
     def __len__(self) -> int:
@@ -82,17 +96,51 @@ class ArrayRecordReader:
         return examples.parse(data)
 
 
-def _files(source: config.ArrayRecords) -> list[str]:
-    path = source.path
-    if storage.is_remote(path):
-        raise ValueError(
-            f"ArrayRecord files must be on this machine, not {path!r}: copy them, or "
-            "mount the bucket (gcsfuse, mount-s3) and name its folder"
-        )
+def _files(source: config.ArrayRecords, stored: storage.Storage) -> list[str]:
     # TFDS writes a.array_record-00000-of-00008; a pattern may match any name.
-    folder = Path(path).expanduser().is_dir()
-    suffixes = (".array_record*", ".arrayrecord*") if folder else ("",)
-    return storage.find(storage.Local(), path, suffixes, missing=source.missing)
+    path = source.path
+    suffixes = (".array_record*", ".arrayrecord*")
+    if storage.is_remote(path):
+        names = any(mark in path for mark in (*"*?[{", ".array_record", ".arrayrecord"))
+        folder = not names
+    else:
+        folder = Path(path).expanduser().is_dir()
+    return storage.find(
+        stored, path, suffixes if folder else ("",), missing=source.missing
+    )
+
+
+def _open_cached(
+    files: list[str], stored: storage.Storage, stats: list[tuple]
+) -> tuple[CachedRecords, list[str]]:
+    """As `_open`, of files behind a URL; the numbers of their records are saved."""
+    place = Place(None, f"records of {files[0]} and others", digest([files, stats]))
+    saved = read_arrays(place, "records")
+    if saved is None:
+        with ThreadPoolExecutor(min(32, len(files))) as pool:
+            found = list(pool.map(lambda file: _counted(stored, file), files))
+
+        def fill(arrays: dict[str, np.ndarray]) -> dict:
+            arrays["counts"][:] = [0 if isinstance(n, str) else n for n in found]
+            return {"damaged": [n for n in found if isinstance(n, str)]}
+
+        shapes = {"counts": (np.dtype(np.int64), (len(files),))}
+        saved = write_arrays(place, "records", shapes, fill)
+    counts, damaged = saved.arrays["counts"].tolist(), saved.facts["damaged"]
+    if len(damaged) == len(files):
+        raise ValueError(
+            f"not one of {len(files)} files is an ArrayRecord file: {damaged[0]}"
+        )
+    pairs = zip(files, counts, strict=True)
+    return CachedRecords(stored, [Span(file, 0, n) for file, n in pairs if n]), damaged
+
+
+def _counted(stored: storage.Storage, file: str) -> int | str:
+    """The records of a file, or what is wrong with it."""
+    try:
+        return count_records(stored, file)
+    except RuntimeError as error:
+        return f"{file}: {error}"
 
 
 def _open(files: list[str]) -> tuple[Any, list[str]]:

@@ -18,6 +18,7 @@ from navit.sources.cache import Place, digest
 from navit.sources.index import ALL, Share, measure
 from navit.sources.index_join import Index
 from navit.sources.index_part import Entry
+from navit.sources.local_cache import LocalCache
 from navit.sources.missing import check_missing
 from navit.sources.source import Record, Task
 from navit.sources.table import Listed, inside, is_table, read_table
@@ -47,9 +48,15 @@ class FolderSource:
         `folder.missing` allows, or nothing is left to read.
     """
 
-    def __init__(self, folder: config.Folder, *, share: Share = ALL) -> None:
+    def __init__(
+        self,
+        folder: config.Folder,
+        *,
+        share: Share = ALL,
+        cache: LocalCache | None = None,
+    ) -> None:
         path = _path(folder)
-        self._storage = storage.open_storage(path)
+        self._storage = storage.open_storage(path, cache)
         remote = storage.is_remote(path)
         listing = self._storage.listing(path)
         self._root, table = _find(folder, listing)
@@ -147,7 +154,9 @@ class FolderSource:
     def _image(self, file: str, size: int) -> str | BinaryIO:
         """A path, as a local file is not kept open, unlike a shard."""
         path = self._path(file)
-        return self._opened(path, size) if storage.is_remote(path) else path
+        if not storage.is_remote(path):
+            return path
+        return storage.open_image(self._storage, path, 0, size, self._storage.block)
 
     def _stat(
         self, file: str, listing: dict[str, storage.Stat] | None

@@ -7,6 +7,7 @@ import dataclasses
 from navit import config
 from navit.sources.folder import FolderSource
 from navit.sources.index import ALL, Share
+from navit.sources.local_cache import LocalCache
 from navit.sources.mixture import MixtureSource
 from navit.sources.records import Reader, RecordSource
 from navit.sources.source import Source
@@ -20,10 +21,11 @@ class Opener:
 
     Args:
       share: which headers to read, and whether again if there is an index.
+      cache: keeps what is read behind URLs.
     """
 
-    def __init__(self, share: Share = ALL) -> None:
-        self._share = share
+    def __init__(self, share: Share = ALL, cache: LocalCache | None = None) -> None:
+        self._share, self._cache = share, cache
         self._opened: dict[config.AnySource, Source] = {}
         self._folders: dict[config.Folder, FolderSource] = {}
 
@@ -61,11 +63,14 @@ class Opener:
             whole = dataclasses.replace(source, split="all", holdout=0.5)
             if whole in self._folders:
                 return self._folders[whole].part(source)
-            self._folders[whole] = FolderSource(source, share=self._share)
+            self._folders[whole] = FolderSource(
+                source, share=self._share, cache=self._cache
+            )
             return self._folders[whole]
         if isinstance(source, config.Mixture):
             return MixtureSource([*map(self.open, source.sources)], source.weights)
-        return RecordSource(_open_reader(source, self._share), share=self._share)
+        reader = _open_reader(source, self._share, self._cache)
+        return RecordSource(reader, share=self._share)
 
 
 def open_source(source: config.TrainSource) -> Source:
@@ -86,23 +91,25 @@ def open_train_source(source: config.TrainSource) -> Source | StreamSource:
     return Opener().open_train(source)
 
 
-def _open_reader(source: config.TrainSource, share: Share) -> Reader:
+def _open_reader(
+    source: config.TrainSource, share: Share, cache: LocalCache | None
+) -> Reader:
     if isinstance(source, config.TarShards):
         from navit.sources.tar import TarReader
 
-        return TarReader(source, share=share)
+        return TarReader(source, share=share, cache=cache)
     if isinstance(source, config.ArrayRecords):
         from navit.sources.array_record import ArrayRecordReader
 
-        return ArrayRecordReader(source)
+        return ArrayRecordReader(source, cache)
     if isinstance(source, config.Tfds):
         from navit.sources.tfds import TfdsReader
 
-        return TfdsReader(source)
+        return TfdsReader(source, cache)
     if isinstance(source, config.ParquetImages):
         from navit.sources.parquet import ParquetReader
 
-        return ParquetReader(source)
+        return ParquetReader(source, cache)
     raise TypeError(
         f"{source!r} is not a source of images: pass one of navit.config, such as "
         "Folder(path)"

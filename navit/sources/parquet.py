@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from navit import config
 from navit.sources import records, storage
 from navit.sources.cache import Place, digest
+from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
 from navit.sources.table import import_parquet
 from navit.sources.transient import is_transient
@@ -36,16 +39,19 @@ class ParquetReader:
         named columns are missing.
     """
 
-    def __init__(self, source: config.ParquetImages) -> None:
+    def __init__(
+        self, source: config.ParquetImages, cache: LocalCache | None = None
+    ) -> None:
         self._parquet = import_parquet(source.path)
         self._path = source.path
-        self._storage = storage.open_storage(source.path)
+        self._storage = storage.open_storage(source.path, cache)
         files = storage.find(
             self._storage, source.path, (".parquet",), missing=source.missing
         )
         stats = [self._storage.stat(file) for file in files]
         self._lengths = {f: s.size for f, s in zip(files, stats, strict=True)}
         self._groups: list[tuple[str, int]] = []  # (file, row group)
+        self._metadata: dict[str, Any] = {}  # of files behind a URL
         self.damaged: list[str] = []
         counts, largest, first = [], 0, None
         for file in files:
@@ -59,6 +65,8 @@ class ParquetReader:
                 log.warning("left out, damaged: %s", self.damaged[-1])
                 continue
             first = first or metadata
+            if storage.is_remote(file):
+                self._metadata[file] = metadata
             if metadata.schema.names != first.schema.names:
                 raise ValueError(
                     f"{file} has the columns {', '.join(metadata.schema.names)}, and "
@@ -115,37 +123,53 @@ class ParquetReader:
         return f"{file}: row {row} of group {number}"
 
     def record(self, index: int) -> records.Raw:
-        image = self._value(index, self._image)
+        group, row = self._place(index)
+        return self._raw(self._group(group), row)
+
+    def neighbours(self, indices: Sequence[int]) -> list[records.Raw]:
+        """Neighbouring rows; each of their row groups is read once, and not held."""
+        found = []
+        places = [self._place(index) for index in indices]
+        for group, members in itertools.groupby(places, lambda place: place[0]):
+            table = self._read_group(group)
+            found += [self._raw(table, row) for _, row in members]
+        return found
+
+    def _raw(self, table: Any, row: int) -> records.Raw:
+        def value(column: str) -> Any:
+            return table.column(column)[row].as_py() if column else None
+
+        image = value(self._image)
         image = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(image, bytes):
             raise ValueError(f"the column {self._image!r} has no bytes of an image")
-        label = self._value(index, self._label) if self._label else None
-        caption = self._value(index, self._caption) if self._caption else None
-        return records.Raw(image, records.label_text(label), records.texts(caption))
+        label, captions = value(self._label), value(self._caption)
+        return records.Raw(image, records.label_text(label), records.texts(captions))
 
     def _place(self, index: int) -> tuple[int, int]:
         """(row group, row in it)."""
         group = int(np.searchsorted(self._ends, index, "right"))
         return group, index - int(self._ends[group - 1] if group else 0)
 
-    def _value(self, index: int, column: str) -> Any:
-        group, row = self._place(index)
-        return self._group(group).column(column)[row].as_py()
-
     def _open(self, file: str) -> Any:
         if not storage.is_remote(file):
             return self._parquet.ParquetFile(file)
-        read = functools.partial(self._storage.read_range, file)
-        return self._parquet.ParquetFile(storage.opened(read, self._lengths[file]))
+        read = functools.partial(self._storage.read_range, file, keep=True)
+        opened = storage.unbuffered(read, self._lengths[file])
+        metadata = self._metadata.get(file)
+        return self._parquet.ParquetFile(opened, metadata=metadata, pre_buffer=True)
+
+    def _read_group(self, group: int) -> Any:
+        file, number = self._groups[group]
+        columns = [c for c in (self._image, self._caption, self._label) if c]
+        with self._open(file) as opened:
+            return opened.read_row_group(number, columns)
 
     def _group(self, group: int) -> Any:
         with self._lock:
             if group not in self._cache:
-                file, number = self._groups[group]
-                columns = [c for c in (self._image, self._caption, self._label) if c]
                 try:
-                    with self._open(file) as opened:
-                        self._cache[group] = opened.read_row_group(number, columns)
+                    self._cache[group] = self._read_group(group)
                 except Exception:
                     self._cache.clear()  # a later answer shows that files are readable
                     raise

@@ -1,4 +1,4 @@
-"""Reads bytes of files by path: local ones with `os.pread`, URLs through fsspec."""
+"""Reads bytes of files by path: local ones with `os.pread`, URLs by `Remote`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import glob
 import io
 import itertools
 import os
-import random
 import re
 import stat
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
+from navit.sources.local_cache import LocalCache
 from navit.sources.missing import check_missing
-from navit.sources.transient import http_status, is_transient
+from navit.sources.remote import Remote, Stat
+from navit.sources.transient import is_transient
 
 # At most this many files are open: there may be more shards than a process may open.
 _OPEN_FILES = 256
@@ -25,19 +25,7 @@ _OPEN_FILES = 256
 # Files whose sizes are asked for at the same time.
 _ASKED_AT_ONCE = 32
 
-# Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
-_WAITS = (0.5, 1, 2, 4)
-# After this many seconds without a success, nothing is tried again.
-_PATIENCE = 60
-
-T = TypeVar("T")
-
-
-class Stat(NamedTuple):
-    """A file's size in bytes, and what changes with its content (mtime, ETag)."""
-
-    size: int
-    version: str
+_Read = Callable[[int, int], bytes]  # (start, size) -> bytes of a file
 
 
 @runtime_checkable
@@ -46,7 +34,16 @@ class Storage(Protocol):
 
     block: int  # bytes worth fetching at a time
 
-    def read_range(self, path: str, start: int, size: int) -> bytes: ...
+    def read_range(
+        self, path: str, start: int, size: int, *, keep: bool = False
+    ) -> bytes:
+        """Bytes of a file; `keep`: they are worth a place in the local cache."""
+        ...
+
+    def local_file(self, path: str) -> str:
+        """The path of a copy on this machine, to be opened at once."""
+        ...
+
     def stat(self, path: str) -> Stat: ...
     def listing(self, folder: str) -> dict[str, Stat] | None: ...
     def glob(self, pattern: str) -> list[str]: ...
@@ -67,10 +64,16 @@ class Local:
         del state
         self.__init__()  # type: ignore[misc]
 
-    def read_range(self, path: str, start: int, size: int) -> bytes:
+    def read_range(
+        self, path: str, start: int, size: int, *, keep: bool = False
+    ) -> bytes:
+        del keep  # it is here already
         # This reference keeps the descriptor open if the cache evicts it meanwhile.
         descriptor = self._open(path)
         return os.pread(descriptor.number, size, start)
+
+    def local_file(self, path: str) -> str:
+        return path
 
     def stat(self, path: str) -> Stat:
         status = os.stat(path)
@@ -87,71 +90,17 @@ class Local:
         return sorted(str(p) for p in parts if not p.is_dir())
 
 
-class Remote:
-    """Files behind a URL.
-
-    A request that fails with a transient error is tried again a few times; then a
-    ConnectionError is raised.
-    """
-
-    block = 1 << 22
-
-    def __init__(self, url: str) -> None:
-        self._fs = _filesystem(url)
-        self._failing_since: float | None = None
-
-    def read_range(self, path: str, start: int, size: int) -> bytes:
-        end = start + size
-        return self._retried(
-            path, lambda: self._fs.cat_file(path, start=start, end=end)
-        )
-
-    def stat(self, path: str) -> Stat:
-        return _remote_stat(self._retried(path, lambda: self._fs.info(path)))
-
-    def listing(self, folder: str) -> dict[str, Stat] | None:
-        """All files below, by relative path: asking one by one would take hours."""
-        root = self._fs._strip_protocol(folder).rstrip("/")
-        infos = self._retried(folder, lambda: self._fs.find(root, detail=True))
-        return {  # a web server's list of files has no sizes
-            path[len(root) + 1 :]: (
-                self.stat(path) if info.get("size") is None else _remote_stat(info)
-            )
-            for path, info in sorted(infos.items())
-        }
-
-    def glob(self, pattern: str) -> list[str]:
-        paths = self._retried(pattern, lambda: self._fs.glob(pattern))
-        return sorted(self._fs.unstrip_protocol(path) for path in paths)
-
-    def _retried(self, path: str, ask: Callable[[], T]) -> T:
-        for wait in (*_WAITS, None):
-            try:
-                answer = ask()
-            except Exception as error:  # each file system has errors of its own
-                if not is_transient(error):
-                    if http_status(error) is None:
-                        raise
-                    raise OSError(f"{path}: {error}") from None
-                now = time.monotonic()
-                self._failing_since = self._failing_since or now
-                if wait is None or now - self._failing_since > _PATIENCE:
-                    reason = str(error.__cause__ or error) or type(error).__name__
-                    raise ConnectionError(f"{path}: {reason}") from None
-            else:
-                self._failing_since = None
-                return answer
-            time.sleep(wait * random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
-
-
 def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def open_storage(path: str) -> Storage:
-    """The storage that reads `path`."""
-    return Remote(path) if is_remote(path) else Local()
+def open_storage(path: str, cache: LocalCache | None = None) -> Storage:
+    """The storage that reads `path`.
+
+    Args:
+      cache: keeps what is read behind a URL.
+    """
+    return Remote(path, cache) if is_remote(path) else Local()
 
 
 def find(
@@ -222,11 +171,28 @@ def open_file(path: str) -> BinaryIO:
     return open(path, "rb", opener=_open_regular)
 
 
-def opened(
-    read: Callable[[int, int], bytes], size: int, block: int = 1 << 16
-) -> BinaryIO:
+def opened(read: _Read, size: int, block: int = 1 << 16) -> BinaryIO:
     """A file that reads no more than it is asked for, in blocks."""
-    return io.BufferedReader(_Range(read, size), block)
+    return io.BufferedReader(_Range(read, read, size), block)
+
+
+def unbuffered(read: _Read, size: int) -> io.RawIOBase:
+    """A file that reads exactly what it is asked for."""
+    return _Range(read, read, size)
+
+
+def open_image(
+    storage: Storage, path: str, start: int, size: int, block: int
+) -> BinaryIO:
+    """An image in a file, as `opened`; only if it is read as a whole is it kept."""
+
+    def read(at: int, count: int) -> bytes:
+        return storage.read_range(path, start + at, count)
+
+    def read_all(at: int, count: int) -> bytes:
+        return storage.read_range(path, start + at, count, keep=at == 0)
+
+    return io.BufferedReader(_Range(read, read_all, size), block)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -249,8 +215,8 @@ class _Descriptor:
 class _Range(io.RawIOBase):
     mode, name = "rb", "a range of bytes"  # required by BinaryIO
 
-    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        self._read, self._size, self._at = read, size, 0
+    def __init__(self, read: _Read, read_all: _Read, size: int) -> None:
+        self._read, self._read_all, self._size, self._at = read, read_all, size, 0
 
     def readable(self) -> bool:
         return True
@@ -274,7 +240,7 @@ class _Range(io.RawIOBase):
 
     def readall(self) -> bytes:  # in one request, unlike RawIOBase's
         wanted = self._size - self._at
-        data = self._read(self._at, wanted) if wanted > 0 else b""
+        data = self._read_all(self._at, wanted) if wanted > 0 else b""
         self._at += len(data)
         if self._at < self._size:
             raise ValueError(f"it ends after {self._at} of {self._size} bytes")
@@ -296,23 +262,3 @@ def _braces(path: str) -> Iterable[str]:
         else:
             choices.append(part.split(",") if i % 2 else [part])
     return map("".join, itertools.product(*choices))
-
-
-def _filesystem(url: str) -> Any:
-    try:
-        import fsspec
-    except ImportError:
-        raise ValueError(
-            f"{url!r} is read through fsspec, which is not installed: pip install "
-            "fsspec, and its package for this protocol (gcsfs, s3fs)"
-        ) from None
-    try:
-        return fsspec.core.url_to_fs(url)[0]
-    except ImportError as error:  # the protocol's own package
-        raise ValueError(f"{url!r} cannot be opened: {error}") from None
-
-
-def _remote_stat(info: dict) -> Stat:
-    keys = ("ETag", "etag", "md5Hash", "mtime", "updated", "LastModified", "created")
-    version = next((str(info[key]) for key in keys if info.get(key)), "")
-    return Stat(int(info["size"] or 0), version)

@@ -20,6 +20,7 @@ from navit.sources.cache import Place, digest
 from navit.sources.index import ALL, Share
 from navit.sources.index_join import Index
 from navit.sources.index_part import Entry, Part
+from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
 from navit.sources.tar_fields import Fields, field_of
 
@@ -49,9 +50,14 @@ class TarReader:
     """
 
     def __init__(
-        self, shards: config.TarShards, *, texts: bool = True, share: Share = ALL
+        self,
+        shards: config.TarShards,
+        *,
+        texts: bool = True,
+        share: Share = ALL,
+        cache: LocalCache | None = None,
     ) -> None:
-        self._storage = storage.open_storage(shards.path)
+        self._storage = storage.open_storage(shards.path, cache)
         self._shards = storage.find(
             self._storage, shards.path, (".tar",), missing=shards.missing
         )
@@ -117,7 +123,7 @@ class TarReader:
             starts, sizes = rows[..., 0] * tar_scan.BLOCK, rows[..., 1]
             first = int(starts[starts > 0].min())
             last = int((starts + sizes).max())
-            piece = self._storage.read_range(shard, first, last - first)
+            piece = self._storage.read_range(shard, first, last - first, keep=True)
             read = functools.partial(_cut, memoryview(piece), first)
             for members in rows:
                 image = self._content(shard, members, "image", read)
@@ -131,9 +137,8 @@ class TarReader:
 
     def _opened(self, shard: str, members: np.ndarray) -> BinaryIO:
         start, size = _place(members[0])
-        read = self._storage.read_range
         block = min(self._storage.block, 1 << 16)
-        return storage.opened(lambda at, n: read(shard, start + at, n), size, block)
+        return storage.open_image(self._storage, shard, start, size, block)
 
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, "right"))]

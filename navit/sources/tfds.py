@@ -1,14 +1,19 @@
-"""Reads prepared TensorFlow datasets on this machine, without TensorFlow."""
+"""Reads prepared TensorFlow datasets, without TensorFlow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from navit import config
+from navit.files import write_atomic
 from navit.sources import records, storage
 from navit.sources.cache import Place, digest
+from navit.sources.cached_records import CachedRecords, Span
+from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
+from navit.sources.table import inside
 
 _FORMATS = ("array_record", "parquet")
 
@@ -16,12 +21,15 @@ _FORMATS = ("array_record", "parquet")
 class TfdsReader:
     """The records of one split.
 
+    Files behind a URL are read through a local cache.
+
     Raises:
-      ValueError: if tensorflow_datasets is not installed, or the dataset is not
-        prepared, has no random access, or lacks the split or a feature.
+      ValueError: if tensorflow_datasets is not installed, the dataset is not prepared,
+        has no random access, or lacks the split or a feature, or if it is behind a URL
+        and there is no cache, or it is not stored as ArrayRecord.
     """
 
-    def __init__(self, source: config.Tfds) -> None:
+    def __init__(self, source: config.Tfds, cache: LocalCache | None = None) -> None:
         try:
             import tensorflow_datasets as tfds
         except ImportError:
@@ -29,12 +37,19 @@ class TfdsReader:
                 f"the dataset {source.name!r} needs tensorflow_datasets: pip install "
                 "tensorflow-datasets (TensorFlow is not needed)"
             ) from None
-        builder = _builder(tfds, source)
+        remote = storage.is_remote(source.data_dir or "")
+        folder = _mirrored(source, cache) if remote else source.data_dir
+        builder = _builder(tfds, source, folder)
         stored = builder.info.file_format.file_suffix
-        where = f"{source.name} in {builder.data_path}"
+        where = f"{source.name} in {source.data_dir if remote else builder.data_path}"
         if stored not in _FORMATS:
             raise ValueError(
                 f"{where} is stored as {stored}, which has no random access: "
+                f"tfds build {source.name} --file_format=array_record"
+            )
+        if remote and stored != "array_record":
+            raise ValueError(
+                f"{where} is stored as {stored}; behind a URL it must be ArrayRecord: "
                 f"tfds build {source.name} --file_format=array_record"
             )
         features = builder.info.features
@@ -68,12 +83,27 @@ class TfdsReader:
                 "or build the dataset with --file_format=array_record"
             )
         self._name = f"{source.name} {source.split}"
-        stats = [(file.name, file.stat()) for file in split.filepaths]
+        if remote:
+            assert folder is not None and source.data_dir is not None
+            stored_at = storage.open_storage(source.data_dir, cache)
+            url = source.data_dir.rstrip("/") + str(builder.data_path)[len(folder) :]
+            files = [f"{url}/{file.name}" for file in split.filepaths]
+            self._source.data_source = CachedRecords(
+                stored_at,
+                [
+                    Span(f"{url}/{Path(part.filename).name}", part.skip, part.take)
+                    for part in split.file_instructions
+                ],
+            )
+        else:
+            stored_at = storage.Local()
+            files = [str(file) for file in split.filepaths]
+        stats = [(Path(file).name, stored_at.stat(file)) for file in files]
         self.place = Place(
-            Path(str(builder.data_path)),
+            None if remote else Path(str(builder.data_path)),
             f"{where}, split {source.split} (image {self._image}, caption "
             f"{self._caption or 'none'}, label {self._label or 'none'})",
-            digest([[(name, stat.length, stat.mtime) for name, stat in stats]]),
+            digest([[(name, *stat) for name, stat in stats]]),
         )
 
     def __len__(self) -> int:
@@ -83,7 +113,17 @@ class TfdsReader:
         return f"{self._name}: record {index}"
 
     def record(self, index: int) -> records.Raw:
-        data, where = self._read(index), self.name(index)
+        return self.neighbours([index])[0]
+
+    def neighbours(self, indices: Sequence[int]) -> list[records.Raw]:
+        try:
+            read = self._source.__getitems__(list(indices))
+        except RuntimeError as error:  # damaged
+            raise ValueError(str(error)) from None
+        return [self._raw(i, data) for i, data in zip(indices, read, strict=True)]
+
+    def _raw(self, index: int, data: dict) -> records.Raw:
+        where = self.name(index)
         caption = records.nested(data, self._caption, where) if self._caption else None
         label = records.nested(data, self._label, where) if self._label else None
         return records.Raw(
@@ -92,30 +132,37 @@ class TfdsReader:
             records.texts(caption),
         )
 
-    def _read(self, index: int) -> dict:
-        try:
-            return self._source[index]
-        except RuntimeError as error:  # damaged
-            raise ValueError(str(error)) from None
+
+def _mirrored(source: config.Tfds, cache: LocalCache | None) -> str:
+    """Copies what describes a dataset behind a URL, its records aside; to where."""
+    url = (source.data_dir or "").rstrip("/")
+    if cache is None:
+        raise ValueError(
+            f"the dataset in {url!r} must be copied to this machine to be read: set "
+            "data.cache to a folder for copies, or mount the bucket (gcsfuse, "
+            "mount-s3) and name its folder"
+        )
+    stored = storage.open_storage(url)
+    root = cache.folder / "tfds" / digest([url])[:16]
+    name = source.name.partition(":")[0]
+    for path, stat in (stored.listing(f"{url}/{name}") or {}).items():
+        if path.endswith((".json", ".txt")):
+            data = stored.read_range(f"{url}/{name}/{path}", 0, stat.size)
+            write_atomic(root / inside(str(root), f"{name}/{path}", "dataset"), data)
+    return str(root)
 
 
-def _builder(tfds: Any, source: config.Tfds) -> Any:
+def _builder(tfds: Any, source: config.Tfds, folder: str | None) -> Any:
     """Opens the dataset from its files; the code that made it is not needed."""
     if not source.name:
         raise ValueError("the source has no name: set data.train.name")
     where = {}
-    if source.data_dir:
-        if storage.is_remote(source.data_dir):
-            raise ValueError(
-                f"TensorFlow datasets must be on this machine, not {source.data_dir!r}"
-                ": copy the dataset, or mount the bucket (gcsfuse, mount-s3) and name "
-                "its folder"
-            )
-        where = {"data_dir": str(Path(source.data_dir).expanduser())}
+    if folder:
+        where = {"data_dir": str(Path(folder).expanduser())}
     try:
         return tfds.core.read_only_builder.builder_from_files(source.name, **where)
     except tfds.core.registered.DatasetNotFoundError:
-        folder = where.get("data_dir") or tfds.core.constants.DATA_DIR
+        folder = source.data_dir or tfds.core.constants.DATA_DIR
         raise ValueError(
             f"{source.name} is not prepared in {folder}: set data.train.data_dir to "
             f"where it is, or prepare it: tfds build {source.name} "

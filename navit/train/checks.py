@@ -30,6 +30,7 @@ _FREE = (
     "eval.",
     "data.eval",
     "data.workers",
+    "data.cache",
     "train.log_",
     "train.checkpoint_",
     "train.keep",

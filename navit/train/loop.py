@@ -17,6 +17,7 @@ from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
 from navit.sources.kinds import Opener
+from navit.sources.local_cache import open_cache
 from navit.sources.source import Source
 from navit.sources.stream import StreamSource
 from navit.train import hosts, lock
@@ -70,7 +71,7 @@ def train(
         check_devices(config, rules)
         budgets.check_memory(config)
     pipeline.check_memory(config, jax.process_count())
-    opener = Opener()
+    opener = Opener(cache=open_cache(config.data))
     source = opener.open_train(config.data.train)
     data = pipeline.fingerprint(source)
     opened = open_tasks(config, opener=opener)

@@ -16,7 +16,6 @@ from helpers import read_image
 
 from navit.config import Folder, TarShards
 from navit.sources import index as sizes
-from navit.sources import storage
 from navit.sources.folder import FolderSource
 from navit.sources.images import standard
 from navit.sources.kinds import open_source
@@ -384,8 +383,8 @@ def clock(monkeypatch) -> list[float]:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr(storage.time, "sleep", sleep)
-    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("navit.sources.remote.time.sleep", sleep)
+    monkeypatch.setattr("navit.sources.remote.time.monotonic", lambda: now[0])
     return now
 
 
