@@ -35,6 +35,8 @@ class TrainConfig:
     `microbatches`: the towers take a device's rows in this many parts, one after
     another, and recompute each part's activations for its gradient: less memory for a
     third more work. The loss is still over the whole batch.
+    `keep`: how many of the latest checkpoints stay; with `keep_every`, so do those of
+    steps that it divides, a multiple of `checkpoint_every`.
     `log_to`: where the training log goes besides metrics.jsonl and the terminal.
     `check_kernels`: on an accelerator, compare the kernels with the plain path before
     the first step, and use the plain path in place of one that fails there.
@@ -58,6 +60,7 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2
+    keep_every: int | None = None
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     profile_steps: str | None = None
     check_kernels: bool = True
@@ -66,6 +69,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive(self, "steps", "log_every", "checkpoint_every", "keep")
         positive(self, "microbatches")
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % self.checkpoint_every
+        ):
+            raise ValueError(
+                f"train.keep_every={self.keep_every} is not a multiple of "
+                f"train.checkpoint_every={self.checkpoint_every}, so those steps are "
+                "not saved: change one of them"
+            )
         _ = self.skips  # checks its form
         names = [part.short for part in self.losses]
         if repeated := [name for name in names if names.count(name) > 1]:

@@ -22,7 +22,7 @@ from navit.config import Config
 from navit.sharding import place_of
 from navit.train import checksums, hosts
 from navit.train.state import TrainState
-from navit.train.workdir import FOLDER, set_aside, steps
+from navit.train.workdir import FOLDER, outdated, set_aside, steps
 
 log = logging.getLogger("navit")
 
@@ -43,8 +43,11 @@ class Checkpoints:
     run that is killed while saving keeps the previous checkpoint.
     """
 
-    def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
-        self._path, self._keep = workdir, keep
+    def __init__(
+        self, workdir: Path, *, keep: int | None = None, keep_every: int | None = None
+    ) -> None:
+        """Args: keep, keep_every: as in `TrainConfig`; without `keep`, only reads."""
+        self._path, self._keep, self._keep_every = workdir, keep, keep_every
         self._folder = workdir.absolute() / FOLDER
         if keep is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,8 @@ class Checkpoints:
             partial = self._folder / f"{step}{_PARTIAL}"
             checksums.write(partial)
             partial.rename(self._folder / str(step))
-            for old in steps(self._folder)[: -(self._keep or 1)]:
+            saved = steps(self._folder)
+            for old in outdated(saved, self._keep or 1, self._keep_every):
                 shutil.rmtree(self._folder / str(old))
 
     def _wait(self) -> None:

@@ -88,7 +88,9 @@ def train(
     hosts.check_same("what is evaluated", budgets.describe(opened))
     running = replace_failed(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
-        checkpoints = Checkpoints(workdir, keep=config.train.keep)
+        checkpoints = Checkpoints(
+            workdir, keep=config.train.keep, keep_every=config.train.keep_every
+        )
         try:
             state = start(config, running, data, workdir, rules, checkpoints, initial)
             first_step = int(state.step)

@@ -17,6 +17,11 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def outdated(saved: list[int], keep: int, keep_every: int | None) -> list[int]:
+    """The steps to delete: all but the last `keep` and multiples of `keep_every`."""
+    return [x for x in saved[:-keep] if keep_every is None or x % keep_every]
+
+
 def set_aside(workdir: Path, step: int) -> Path:
     """Moves a checkpoint to WORKDIR/damaged; returns where it is now."""
     aside, copies = workdir / "damaged" / str(step), 0

@@ -19,6 +19,7 @@ from navit.train.checkpoint import FORMAT, Checkpoints
 from navit.train.checks import changes
 from navit.train.optim import make_optimizer
 from navit.train.state import init_state
+from navit.train.workdir import outdated, steps
 
 CONFIG = tiny_config()
 
@@ -33,8 +34,8 @@ def state():
     return jax.jit(make_state)()
 
 
-def write(workdir, state, *steps):
-    checkpoints = Checkpoints(workdir, keep=2)
+def write(workdir, state, *steps, **kwargs):
+    checkpoints = Checkpoints(workdir, **{"keep": 2, **kwargs})
     for step in steps:
         checkpoints.save(state._replace(step=jnp.int32(step)), CONFIG, "data")
     checkpoints.close()
@@ -107,6 +108,17 @@ def test_a_saved_state_is_restored(saved, state):
     expected = state._replace(step=jnp.int32(3))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_every_kth_checkpoint_stays(state, tmp_path):
+    write(tmp_path, state, *range(1, 8), keep=1, keep_every=3)
+    assert steps(tmp_path / "checkpoints") == [3, 6, 7]
+    assert outdated([2, 3, 4, 5], 2, None) == [2, 3]
+    with pytest.raises(ValueError, match=r"keep_every=4 is not a multiple of .*=3, so"):
+        override(CONFIG, ["train.keep_every=4"])
+    assert not changes(CONFIG, override(CONFIG, ["train.keep_every=6"]))
+    several = ["train.keep_every=8", "train.checkpoint_every=4"]
+    assert override(CONFIG, several).train.keep_every == 8
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax", "classification"])
