@@ -33,6 +33,9 @@ _SAME_MODEL = 2
 
 _PARTIAL = ".partial"
 
+# What a failed write is put down to, if its message has it.
+_CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
 
 class Checkpoints:
     """The checkpoints of one work directory.
@@ -129,8 +132,8 @@ class Checkpoints:
     def _unwritten(self, step: int, error: Exception) -> OSError:
         """A one-line error for users; tensorstore's own message fills a screen."""
         why = str(error).partition("\n")[0]
-        if os.strerror(errno.ENOSPC) in str(error):
-            why = os.strerror(errno.ENOSPC)
+        for cause in map(os.strerror, _CAUSES):
+            why = cause if cause in str(error) else why
         safe = max(steps(self._folder), default=None)
         status = "no step is saved" if safe is None else f"step {safe} is safe"
         return OSError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import logging
 import os
@@ -24,12 +25,18 @@ def held(workdir: Path) -> Iterator[None]:
     processes, process 0 holds it. Warns if the file system has no locks.
 
     Raises:
+      PermissionError: if nothing can be written to `workdir`.
       ValueError: if another run holds it.
     """
     if not hosts.first():
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+        raise PermissionError(
+            f"{workdir} is read-only ({os.strerror(errno.EACCES)}): make it writable, "
+            "or choose another --workdir"
+        )
     path = workdir / "lock"
     with path.open("a+") as file:
         try:
