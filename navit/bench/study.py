@@ -35,6 +35,7 @@ from navit.plan.batches import BatchPlans
 from navit.sources.source import Source
 from navit.train import loop
 from navit.train.checkpoint import quiet_orbax
+from navit.train.interruption import Outcome
 from navit.train.metrics import clock
 
 # More steps than any run of a study takes.
@@ -84,9 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     results = run(study, out, report=functools.partial(print, flush=True))
-    if results is None:
-        print(f"interrupted: the same command goes on in {out}")
-        return stopping.EXIT_CODE
+    if isinstance(results, Outcome):
+        print(f"{results.value}: the same command goes on in {out}")
+        return stopping.EXIT_CODE if results is Outcome.INTERRUPTED else 0
     lines = study_report.summarize(results)
     both = json.dumps(
         {"summary": [line._asdict() for line in lines], "runs": results}, indent=1
@@ -102,11 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(
     study: Study, out: Path, *, report: Callable[[str], Any]
-) -> list[dict[str, Any]] | None:
-    """Trains and evaluates what is not finished in `out`; None after an interruption.
+) -> list[dict[str, Any]] | Outcome:
+    """Trains and evaluates what is not finished in `out`.
 
     Returns one dictionary a run: what it spent, its seconds, and its rows of
-    `budgets.json`.
+    `budgets.json`; after an interruption, how the run ended.
 
     Raises:
       ValueError: if a finished run of `out` had another config.
@@ -124,8 +125,9 @@ def run(
         eta = f", ETA {clock(seconds / done * (left - done))}" if done else ""
         report(f"{title}, {each.spent.steps} steps{eta}")
         start = time.perf_counter()
-        if not loop.train(each.config, out / "runs" / each.folder):
-            return None
+        outcome = loop.train(each.config, out / "runs" / each.folder)
+        if not outcome:
+            return outcome
         took = time.perf_counter() - start
         results[i] = _finish(each, out, took)
         done, seconds = done + each.spent.flops, seconds + took

@@ -12,6 +12,7 @@ from navit.bench import study, study_report
 from navit.config import Classification, Study, TokenDrop, override, run_file
 from navit.input import pipeline
 from navit.model import flops
+from navit.train.interruption import Outcome
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs/studies").glob("*.py"))
 
@@ -35,7 +36,9 @@ def finished(tmp_path_factory) -> Path:
 
     def stopped(config, workdir):
         trained.append(workdir.name)
-        return len(trained) < 3 and train(config, workdir)
+        if len(trained) < 3:
+            return train(config, workdir)
+        return Outcome.INTERRUPTED
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study.loop, "train", stopped)
@@ -45,6 +48,13 @@ def finished(tmp_path_factory) -> Path:
         assert run(folder, "--plot") == 0
     assert len(trained) == 3 + 2  # the third again, and the fourth
     return folder
+
+
+def test_after_a_platforms_notice_the_exit_code_is_0(tmp_path, monkeypatch):
+    (tmp_path / "two.py").write_text(FILE.format(lr=1e-3))
+    monkeypatch.setattr(study.loop, "train", lambda *_: Outcome.PREEMPTED)
+    assert run(tmp_path) == 0
+    assert not (tmp_path / "out/results.json").exists()
 
 
 def run(folder: Path, *options: str) -> int:
