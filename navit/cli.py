@@ -115,7 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         help="print the config with its overrides, and exit",
     )
     train.add_argument(
-        "--workdir", type=_local, help="where to write (default: runs/NAME_OF_CONFIG)"
+        "--workdir",
+        type=_workdir,
+        help="where to write: a folder, or a URL such as gs://BUCKET/RUN (default: "
+        "runs/NAME_OF_CONFIG)",
     )
     train.add_argument(
         "--fail-on-sigterm",
@@ -158,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "weights",
-        type=_local,
+        type=_workdir,
         metavar="WORKDIR_OR_WEIGHTS",
         help="a work directory, a Hugging Face directory or a big_vision .npz",
     )
@@ -228,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument(
         "weights",
-        type=_local,
+        type=_workdir,
         metavar="WEIGHTS",
         help="a work directory, a Hugging Face directory or a big_vision .npz",
     )
@@ -301,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes the model at IN, in any format that navit reads, to OUT. "
         "No bit of a float32 weight changes.",
     )
-    convert.add_argument("path", type=_local, metavar="IN")
+    convert.add_argument("path", type=_workdir, metavar="IN")
     convert.add_argument("out", type=_local, metavar="OUT")
     convert.add_argument(
         "--format",
@@ -502,6 +505,10 @@ def _local(text: str) -> Path:
             "path (a mounted bucket has one), or copy the files yourself"
         )
     return Path(text)
+
+
+def _workdir(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def train(args: argparse.Namespace) -> int:
         print(json.dumps(config_lib.to_json(config), indent=2))
         return 0
     from navit import stopping
-    from navit.train import hosts, loop
+    from navit.train import hosts, loop, remote
     from navit.train.checkpoint import quiet_orbax
     from navit.train.interruption import Outcome
     from navit.train.start import trained_model
@@ -56,21 +56,26 @@ def train(args: argparse.Namespace) -> int:
 
     if not args.debug:
         quiet_orbax()
-    workdir = args.workdir or Path("runs") / Path(args.config).stem
     initial = None
-    with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
+    with (
+        hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug),
+        remote.training(args.workdir or Path("runs") / Path(args.config).stem) as (
+            workdir,
+            sender,
+        ),
+    ):
         if config.init is not None:
             # If there is a run to resume, all processes restore it together.
             hosts.check_same_config(config)
             hosts.check_same(f"whether {workdir} holds a run", f"{is_workdir(workdir)}")
-            trained = trained_model(workdir)
+            trained = trained_model(workdir, sender)
             if trained is None:
                 config, initial = _from_weights(config, args.overrides)
             else:  # the run resumes without reading `config.init`
                 config = starting_from(
                     config, trained, where=f"{workdir}", overrides=args.overrides
                 )
-        outcome = loop.train(config, workdir, initial)
+        outcome = loop.train(config, workdir, initial, sender)
         if outcome is Outcome.INTERRUPTED:
             return stopping.EXIT_CODE
         # After a platform's notice, 0: the job did what it was asked to.
@@ -79,14 +84,17 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from navit.train import hosts
+    from navit.train import hosts, remote
 
-    with hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug):
-        _evaluate(args)
+    with (
+        hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug),
+        remote.reading(args.weights) as weights,
+    ):
+        _evaluate(args, weights)
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace, weights: Path) -> None:
     from navit.embed import Embedder
     from navit.evals import budgets, vector_cache, vectors
     from navit.evals.tasks import open_tasks
@@ -95,7 +103,6 @@ def _evaluate(args: argparse.Namespace) -> None:
     from navit.train.workdir import is_workdir
     from navit.weights import load, read
 
-    weights = args.weights.expanduser()
     if weights.suffix == ".py":
         raise ValueError(
             f"{weights} is a config: name the work directory of its run, such as "

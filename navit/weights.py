@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from navit.embed import Embedder
 from navit.files import replacing
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
+from navit.train.bucket import is_url
 from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")
@@ -51,9 +54,9 @@ def load(
     """Loads a model; its format is detected by content.
 
     Args:
-      path: a work directory of `navit train`, a Hugging Face directory of a
-        `Siglip2Model` or `SiglipModel`, a big_vision `.npz`, or a directory with one of
-        the other image towers in docs/weights.md.
+      path: a work directory of `navit train`, also behind a URL such as gs://; a
+        Hugging Face directory of a `Siglip2Model` or `SiglipModel`, a big_vision
+        `.npz`, or a directory with one of the other image towers in docs/weights.md.
       overrides: settings that decide how it runs, such as `"model.dtype=bfloat16"` or
         `"model.text.tokenizer=gemma.model"`.
       rules: how to split the parameters over the current mesh; by default, on one
@@ -70,6 +73,8 @@ def load(
         raise TypeError(
             f"overrides is {overrides!r}, but should be a list: pass [{overrides!r}]"
         )
+    if is_url(path):
+        return _load_url(str(path), overrides, rules, raw=raw)
     path = _path(path)
     if is_workdir(path):
         return _load_workdir(path, overrides, rules, raw=raw)
@@ -81,6 +86,8 @@ def read(
     path: str | Path, *, overrides: Sequence[str] = (), raw: bool = False
 ) -> Weights:
     """Opens what `load` takes, to read it tensor by tensor; raises the same errors."""
+    if is_url(path):
+        return weights_of(_load_url(str(path), overrides, raw=raw))
     path = _path(path)
     if is_workdir(path):
         return weights_of(_load_workdir(path, overrides, raw=raw))
@@ -280,6 +287,32 @@ def _load_workdir(
         return Embedder(model, config, step=step)
     finally:
         checkpoints.close()
+
+
+def _load_url(
+    url: str,
+    overrides: Sequence[str] = (),
+    rules: Rules = Rules(),
+    *,
+    raw: bool = False,
+) -> Embedder:
+    """Loads a work directory behind a URL; keeps its tokenizer until the exit."""
+    from navit.train import remote
+
+    with remote.reading(url) as workdir:
+        model = _load_workdir(workdir, overrides, rules, raw=raw)
+        text = model.config.model.text
+        if text is None or text.tokenizer is None:
+            return model
+        tokenizer = Path(text.tokenizer)
+        if not tokenizer.is_relative_to(workdir):
+            return model
+        kept = Path(tempfile.mkdtemp(prefix="navit-")) / tokenizer.name
+        atexit.register(shutil.rmtree, kept.parent, ignore_errors=True)
+        shutil.copyfile(tokenizer, kept)
+        override = [f"model.text.tokenizer={kept}"]
+        config = config_lib.override(model.config, override)
+        return Embedder(model.model, config, step=model.step)
 
 
 def _write_workdir(weights: Weights, out: Path, config: Config) -> None:

@@ -21,6 +21,7 @@ from navit import config as config_lib
 from navit.config import Config
 from navit.sharding import place_of
 from navit.train import checksums, hosts
+from navit.train.remote import Remote
 from navit.train.state import TrainState
 from navit.train.workdir import FOLDER, outdated, set_aside, steps
 
@@ -32,6 +33,9 @@ FORMAT = 3
 _SAME_MODEL = 2
 
 _PARTIAL = ".partial"
+
+# Warnings of orbax about files that no other process sees.
+_EXPECTED = ("Skipping merge of OCDBT", "for `primary_host=None`")
 
 # What a failed write is put down to, if its message has it.
 _CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -47,9 +51,21 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, *, keep: int | None = None, keep_every: int | None = None
+        self,
+        workdir: Path,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        remote: Remote | None = None,
     ) -> None:
-        """Args: keep, keep_every: as in `TrainConfig`; without `keep`, only reads."""
+        """Opens the checkpoints of a work directory.
+
+        Args:
+          keep: as in `TrainConfig`; None only reads.
+          keep_every: as in `TrainConfig`.
+          remote: where they are sent, if `workdir` is this process's copy of a URL.
+        """
+        self._remote, self.shared = remote, remote is None
         self._path, self._keep, self._keep_every = workdir, keep, keep_every
         self._folder = workdir.absolute() / FOLDER
         if keep is not None:
@@ -58,10 +74,15 @@ class Checkpoints:
             raise FileNotFoundError(
                 f"{workdir} is not a navit work directory: it has no {FOLDER}/"
             )
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = _checkpointer(shared=remote is None)
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._verified: int | None = None
+
+    def below(self, folder: str) -> Checkpoints:
+        """Writes one checkpoint in a folder of this work directory."""
+        remote = self._remote and self._remote.below(folder)
+        return Checkpoints(self._path / folder, keep=1, remote=remote)
 
     def latest_step(self) -> int | None:
         """The latest step that is on disk or being written."""
@@ -98,7 +119,7 @@ class Checkpoints:
         self._wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         partial = self._folder / f"{step}{_PARTIAL}"
-        if hosts.first():
+        if hosts.first() or self._remote is not None:
             for leftover in self._folder.glob(f"*{_PARTIAL}*"):  # of a killed run
                 shutil.rmtree(leftover)
         hosts.any_of(False)  # a barrier
@@ -113,12 +134,19 @@ class Checkpoints:
 
     def _finish(self, step: int) -> None:
         self._checkpointer.wait_until_finished()
-        if hosts.first():
-            partial = self._folder / f"{step}{_PARTIAL}"
+        partial, keep, every = (
+            self._folder / f"{step}{_PARTIAL}",
+            self._keep or 1,
+            self._keep_every,
+        )
+        if self._remote is not None:
+            self._remote.publish(partial, step, keep, every)
+            keep, every = 1, None  # of the copy, which only this process has
+        elif hosts.first():
             checksums.write(partial)
+        if self._remote is not None or hosts.first():
             partial.rename(self._folder / str(step))
-            saved = steps(self._folder)
-            for old in outdated(saved, self._keep or 1, self._keep_every):
+            for old in outdated(steps(self._folder), keep, every):
                 shutil.rmtree(self._folder / str(old))
 
     def _wait(self) -> None:
@@ -151,7 +179,7 @@ class Checkpoints:
         Raises:
           ValueError: if there are checkpoints but none is intact.
         """
-        if hosts.first():
+        if hosts.first() or self._remote is not None:
             intact = steps(self._folder)
             damaged = {}
             while intact and (what := self._damage(intact[-1])):
@@ -164,6 +192,8 @@ class Checkpoints:
                 )
             for step, what in damaged.items():
                 aside = set_aside(self._path, step)
+                if self._remote is not None:
+                    self._remote.set_aside(step)
                 log.warning(
                     "step %d is damaged (%s): resuming from step %d; its files are now "
                     "in %s",
@@ -322,16 +352,41 @@ class Checkpoints:
         return step
 
 
+def _checkpointer(*, shared: bool) -> ocp.AsyncCheckpointer:
+    """Without a shared folder, each process writes files that no other needs to see."""
+    if shared:
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    alone = ocp.options.MultiprocessingOptions(primary_host=None)
+    trees = {
+        name: ocp.StandardCheckpointHandler(
+            multiprocessing_options=alone, use_ocdbt=False
+        )
+        for name in ("model", "opt_state", "ema")
+    }
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+        about=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        **trees,
+    )
+    # Else a process writes as soon as any other has made its folders.
+    options = ocp.AsyncOptions(create_directories_asynchronously=False)
+    return ocp.AsyncCheckpointer(
+        handler, multiprocessing_options=alone, async_options=options
+    )
+
+
 def quiet_orbax() -> None:
     """Silences the tracebacks that orbax's threads print when a write fails.
 
+    And the warnings that each process writes its own files, which a URL asks for.
     `save` and `close` raise the error. This lasts until the process ends.
     """
     before = sys.unraisablehook
 
     def is_other(record: logging.LogRecord) -> bool:
         about = record.pathname + record.getMessage()
-        return record.levelno < logging.ERROR or "orbax" not in about
+        noise = record.levelno >= logging.ERROR or any(x in about for x in _EXPECTED)
+        return not (noise and "orbax" in about)
 
     def hook(raised: Any) -> None:
         if str(raised.exc_value) != "Event loop is closed":

@@ -14,9 +14,23 @@ NAME = "SHA256SUMS"
 
 def write(folder: Path) -> None:
     """Writes the checksums of every file in `folder`."""
-    sums = _sums(folder, _files(folder))
-    lines = [f"{digest}  {name}\n" for name, digest in sums.items()]
-    write_atomic(folder / NAME, "".join(lines).encode())
+    write_atomic(folder / NAME, lines(of(folder)))
+
+
+def of(folder: Path) -> dict[str, str]:
+    """The checksum of every file in `folder`, by name."""
+    return _sums(folder, _files(folder))
+
+
+def lines(sums: dict[str, str]) -> bytes:
+    """Checksums as a file has them; the inverse of `parsed`."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+
+
+def parsed(text: str) -> dict[str, str]:
+    """Checksums by name, from the text of a file."""
+    pairs = (line.partition("  ") for line in text.splitlines())
+    return {name: digest for digest, _, name in pairs}
 
 
 def damage(folder: Path, parts: Iterable[str] | None = None) -> str | None:
@@ -27,10 +41,7 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str | None:
     """
     if not (folder / NAME).is_file():
         return f"{NAME} is missing"
-    sums = {}
-    for line in (folder / NAME).read_text(errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        sums[name] = digest
+    sums = parsed((folder / NAME).read_text(errors="replace"))
     if not sums:
         return f"{NAME} is empty"
     kept = None if parts is None else set(parts)
@@ -54,8 +65,12 @@ def damage(folder: Path, parts: Iterable[str] | None = None) -> str | None:
 def _files(folder: Path) -> list[str]:
     paths = (path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in paths)
-    # File managers and NFS leave hidden files anywhere.
-    return sorted(x for x in names if x != NAME and not Path(x).name.startswith("."))
+    # File managers and NFS leave hidden files anywhere; one name is zarr's.
+    return sorted(
+        name
+        for name in names
+        if name != NAME and (name.endswith("/.zarray") or Path(name).name[0] != ".")
+    )
 
 
 def _sums(folder: Path, names: list[str]) -> dict[str, str]:

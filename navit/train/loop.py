@@ -35,6 +35,7 @@ from navit.train.metrics import Meter, line
 from navit.train.nonfinite import Watch
 from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
+from navit.train.remote import Remote
 from navit.train.start import start
 from navit.train.state import TrainState
 from navit.train.step import make_train_step
@@ -47,6 +48,7 @@ def train(
     config: Config,
     workdir: Path,
     initial: Callable[[ModelConfig, Rules], TwoTower] | None = None,
+    remote: Remote | None = None,
 ) -> Outcome:
     """Trains to `config.train.steps`, from the latest checkpoint if there is one.
 
@@ -55,6 +57,7 @@ def train(
 
     Args:
       initial: makes the model for step 0; None initializes one randomly.
+      remote: sends `workdir` to a URL (`remote.training`).
 
     Returns:
       How it ended; true when training and evaluation are done. After an interruption,
@@ -89,7 +92,10 @@ def train(
     running = replace_failed(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
         checkpoints = Checkpoints(
-            workdir, keep=config.train.keep, keep_every=config.train.keep_every
+            workdir,
+            keep=config.train.keep,
+            keep_every=config.train.keep_every,
+            remote=remote,
         )
         try:
             state = start(config, running, data, workdir, rules, checkpoints, initial)
@@ -182,7 +188,7 @@ def _steps(
                 state, metrics = train_step(state, on_device)
                 watch.add(step, metrics, batch)
                 meter.add(batch, feed.ahead(metrics))
-                watch.check(step - 1, state, checkpoints.latest_step())
+                watch.check(step - 1, state, checkpoints)
             traced = profile.after(step, metrics)
 
             if traced or step == first_step + 1:  # traced or compiled: not in the rates
@@ -191,7 +197,7 @@ def _steps(
             stop = step == last_step or interruption.after(step)
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
-                watch.check(step, state, checkpoints.latest_step())
+                watch.check(step, state, checkpoints)
             if step % config.train.log_every == 0 or step == last_step:
                 values = {name: float(value) for name, value in metrics.items()}
                 skipped = int(values.pop("skipped"))

@@ -42,14 +42,14 @@ class Watch:
         metrics["skipped"].copy_to_host_async()
         self._running.append((step, metrics, np.asarray(batch.id)))
 
-    def check(self, until: int, state: TrainState, saved: int | None) -> None:
+    def check(self, until: int, state: TrainState, checkpoints: Checkpoints) -> None:
         """Looks at the steps up to `until`; waits for those that still run.
 
         Collective: every host calls it at the same step.
 
         Args:
           state: the latest one, in case it has to be saved.
-          saved: the step of the latest checkpoint, if any.
+          checkpoints: those of the run.
 
         Raises:
           FloatingPointError: if a step is not finite and may not be left out.
@@ -64,7 +64,7 @@ class Watch:
             what = f"the loss is {loss} and its gradient norm {norm} at step {step}"
             self._note(step, loss, norm, ids)
             if skipped > most:
-                self._stop(what, step, state, saved)
+                self._stop(what, step, state, checkpoints)
             log.warning(
                 "%s: this update is left out (%d of at most %d)", what, skipped, most
             )
@@ -83,11 +83,14 @@ class Watch:
             with (self._folder / "batches.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def _stop(self, what: str, step: int, state: TrainState, saved: int | None) -> None:
+    def _stop(
+        self, what: str, step: int, state: TrainState, checkpoints: Checkpoints
+    ) -> None:
+        saved = checkpoints.latest_step()
         last = "nothing was saved yet" if saved is None else f"step {saved} is saved"
         before = state._replace(skipped=state.skipped - 1)
-        with contextlib.closing(Checkpoints(self._folder, keep=1)) as checkpoints:
-            checkpoints.save(before, self._config, self._data)
+        with contextlib.closing(checkpoints.below(FOLDER)) as before_it:
+            before_it.save(before, self._config, self._data)
         raise FloatingPointError(
             f"{what}: lower optim.lr or model.init_scale, or leave such updates out "
             f"with train.on_nonfinite=skip:10; {last}, and {self._folder} has the ids "

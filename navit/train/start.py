@@ -21,6 +21,7 @@ from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, rounding_changes
 from navit.train.optim import make_optimizer
+from navit.train.remote import Remote
 from navit.train.state import TrainState, init_state
 from navit.train.workdir import is_workdir
 
@@ -63,8 +64,9 @@ def start(
             write_atomic(workdir / "config.json", saved.encode())
             _keep_tokenizer(config, workdir)
         hosts.any_of(False)  # a barrier: config.json is written now
-        is_shared = (workdir / "config.json").exists()
-        hosts.check_same(f"whether all hosts share {workdir}", f"{is_shared}")
+        if checkpoints.shared:
+            is_seen = (workdir / "config.json").exists()
+            hosts.check_same(f"whether all hosts share {workdir}", f"{is_seen}")
         model = initial(running.model, rules) if initial else None
         state = jax.jit(make)(model=model)
         count = sum(x.size for x in jax.tree.leaves(state.model))
@@ -93,7 +95,7 @@ def start(
     return checkpoints.restore(jax.eval_shape(make))
 
 
-def trained_model(workdir: Path) -> ModelConfig | None:
+def trained_model(workdir: Path, remote: Remote | None = None) -> ModelConfig | None:
     """The model of the run to resume in `workdir`; None if there is no checkpoint.
 
     Moves damaged checkpoints aside; raises the same errors as
@@ -101,7 +103,8 @@ def trained_model(workdir: Path) -> ModelConfig | None:
     """
     if not is_workdir(workdir):
         return None
-    with lock.held(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
+    checkpoints = Checkpoints(workdir, remote=remote)
+    with lock.held(workdir), contextlib.closing(checkpoints):
         latest = checkpoints.set_damaged_aside()
         return None if latest is None else checkpoints.config().model
 

@@ -311,9 +311,8 @@ def test_mistakes_give_one_line_that_names_the_cause(workdir, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        "train configs/photos.py --workdir gs://bucket/run",
-        "eval runs/photos --out s3://bucket/run",
-        "embed gs://bucket/run cat.jpg --out z.npz",
+        "eval gs://bucket/run --out s3://bucket/run",
+        "embed gs://bucket/run cat.jpg --out gs://bucket/z.npz",
         "convert model.npz gs://bucket/model",
     ],
 )

@@ -7,6 +7,7 @@ processes of its own.
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from helpers import tiny_config
 import navit
 from navit.config import Config, override
 from navit.sources.synthetic import SyntheticSource
-from navit.train import hosts, loop
+from navit.train import hosts, loop, remote
 from navit.train.interruption import Interruption
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +116,7 @@ def start(workdir, *options, step=0, process=-1, mishap="pass"):
         __file__,
         *options,
         "--workdir",
-        str(workdir),
+        f"{workdir}",
         "--coordinator",
         address,
         "--processes",
@@ -227,6 +228,23 @@ def test_a_signal_to_one_stops_all_at_the_same_step(one_device, tmp_path):
     assert codes == [0, 0], "\n".join(outputs)
     assert "resuming from step 2" in outputs[0]
     assert_same(tmp_path, one_device)
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_with_other_devices(one_device, tmp_path):
+    """Behind a URL, where the processes share no folder; then alone on 8 and on 1."""
+    mishap = "import signal; os.kill(os.getpid(), signal.SIGTERM)"
+    url = f"file://{tmp_path}/run"
+    codes, outputs = finish(
+        start(url, *PRESETS["fsdp"], step=3, process=1, mishap=mishap)
+    )
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "preempted; saved step 2" in outputs[0]
+    for name, options in (("8", ["mesh.data=2", "mesh.fsdp=4"]), ("1", [])):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        with remote.training(f"file://{tmp_path / name}") as (workdir, sender):
+            assert loop.train(override(get_config(), options), workdir, remote=sender)
+        assert_same(tmp_path / name, one_device)
 
 
 @pytest.mark.parametrize("seconds, steps", [(20.0, 1), (2.0, 2), (0.01, 10)])
