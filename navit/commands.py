@@ -48,7 +48,7 @@ def train(args: argparse.Namespace) -> int:
         print(json.dumps(config_lib.to_json(config), indent=2))
         return 0
     from navit import stopping
-    from navit.train import hosts, loop, remote
+    from navit.train import hosts, loop, remote_workdir
     from navit.train.checkpoint import quiet_orbax
     from navit.train.interruption import Outcome
     from navit.train.start import trained_model
@@ -57,12 +57,10 @@ def train(args: argparse.Namespace) -> int:
     if not args.debug:
         quiet_orbax()
     initial = None
+    place = args.workdir or Path("runs") / Path(args.config).stem
     with (
         hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug),
-        remote.training(args.workdir or Path("runs") / Path(args.config).stem) as (
-            workdir,
-            sender,
-        ),
+        remote_workdir.training(place) as (workdir, sender),
     ):
         if config.init is not None:
             # If there is a run to resume, all processes restore it together.
@@ -84,11 +82,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from navit.train import hosts, remote
+    from navit.train import hosts, remote_workdir
 
     with (
         hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug),
-        remote.reading(args.weights) as weights,
+        remote_workdir.reading(args.weights) as weights,
     ):
         _evaluate(args, weights)
     return 0

@@ -297,9 +297,9 @@ def _load_url(
     raw: bool = False,
 ) -> Embedder:
     """Loads a work directory behind a URL; keeps its tokenizer until the exit."""
-    from navit.train import remote
+    from navit.train import remote_workdir
 
-    with remote.reading(url) as workdir:
+    with remote_workdir.reading(url) as workdir:
         model = _load_workdir(workdir, overrides, rules, raw=raw)
         text = model.config.model.text
         if text is None or text.tokenizer is None:

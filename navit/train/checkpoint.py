@@ -21,7 +21,7 @@ from navit import config as config_lib
 from navit.config import Config
 from navit.sharding import place_of
 from navit.train import checksums, hosts
-from navit.train.remote import Remote
+from navit.train.remote_workdir import Remote
 from navit.train.state import TrainState
 from navit.train.workdir import FOLDER, outdated, set_aside, steps
 

@@ -35,7 +35,7 @@ from navit.train.metrics import Meter, line
 from navit.train.nonfinite import Watch
 from navit.train.optim import make_optimizer, make_schedule
 from navit.train.profile import Profile
-from navit.train.remote import Remote
+from navit.train.remote_workdir import Remote
 from navit.train.start import start
 from navit.train.state import TrainState
 from navit.train.step import make_train_step
@@ -57,7 +57,7 @@ def train(
 
     Args:
       initial: makes the model for step 0; None initializes one randomly.
-      remote: sends `workdir` to a URL (`remote.training`).
+      remote: sends `workdir` to a URL (`remote_workdir.training`).
 
     Returns:
       How it ended; true when training and evaluation are done. After an interruption,

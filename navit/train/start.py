@@ -21,7 +21,7 @@ from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, rounding_changes
 from navit.train.optim import make_optimizer
-from navit.train.remote import Remote
+from navit.train.remote_workdir import Remote
 from navit.train.state import TrainState, init_state
 from navit.train.workdir import is_workdir
 

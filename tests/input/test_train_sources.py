@@ -17,6 +17,7 @@ from navit.config import Folder, Mixture, Stream, TarShards, Tfds
 from navit.evals import budgets
 from navit.evals.tasks import open_tasks
 from navit.input import pipeline
+from navit.sources.kinds import open_train_source
 from navit.train import loop
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
@@ -103,7 +104,7 @@ def test_a_run_trains_evaluates_and_resumes(trained):
 @pytest.mark.parametrize("kind", ["tar", "tfds", "mixture"])
 def test_other_sources_give_batches_again_and_are_evaluated(sources, trained, kind):
     config = configured(sources[kind])
-    first, again = (pipeline.open_train_source(sources[kind]) for _ in range(2))
+    first, again = (open_train_source(sources[kind]) for _ in range(2))
     # A run resumes with data of the same fingerprint, at any step.
     assert pipeline.fingerprint(again) == pipeline.fingerprint(first)
     batches = list(pipeline.train_batches(config, first))

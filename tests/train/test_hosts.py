@@ -23,7 +23,7 @@ from helpers import tiny_config
 import navit
 from navit.config import Config, override
 from navit.sources.synthetic import SyntheticSource
-from navit.train import hosts, loop, remote
+from navit.train import hosts, loop, remote_workdir
 from navit.train.interruption import Interruption
 
 ROOT = Path(__file__).parents[2]
@@ -242,7 +242,7 @@ def test_a_preempted_run_goes_on_with_other_devices(one_device, tmp_path):
     assert "preempted; saved step 2" in outputs[0]
     for name, options in (("8", ["mesh.data=2", "mesh.fsdp=4"]), ("1", [])):
         shutil.copytree(tmp_path / "run", tmp_path / name)
-        with remote.training(f"file://{tmp_path / name}") as (workdir, sender):
+        with remote_workdir.training(f"file://{tmp_path / name}") as (workdir, sender):
             assert loop.train(override(get_config(), options), workdir, remote=sender)
         assert_same(tmp_path / name, one_device)
 

@@ -26,7 +26,7 @@ from navit.evals.tasks import open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.sources.kinds import Opener
+from navit.sources.kinds import Opener, open_train_source
 from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
@@ -391,7 +391,7 @@ def test_other_data_in_another_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "check_same", check_same)
     with pytest.raises(ValueError, match=r"data\.train of processes"):
         loop.train(tiny_config(), tmp_path)
-    source = pipeline.open_train_source(tiny_config().data.train)
+    source = open_train_source(tiny_config().data.train)
     assert asked[-1] == pipeline.fingerprint(source)
 
 

@@ -14,7 +14,7 @@ from test_loop import interrupt_at, logged, restored
 
 import navit
 from navit.config import override
-from navit.train import loop, remote, remote_lock
+from navit.train import loop, remote_lock, remote_workdir
 from navit.train.bucket import Bucket
 from navit.train.checkpoint import Checkpoints
 from navit.train.interruption import Outcome
@@ -34,7 +34,7 @@ def url():
 
 
 def train(url, config=CONFIG):
-    with remote.training(url) as (workdir, sender):
+    with remote_workdir.training(url) as (workdir, sender):
         return loop.train(config, workdir, remote=sender)
 
 
@@ -46,7 +46,7 @@ def copied(url, folder):
 
 
 def steps(url):
-    return remote.Remote(Bucket(url), Path()).steps()
+    return remote_workdir.Remote(Bucket(url), Path()).steps()
 
 
 def assert_equal(a, b):
@@ -98,7 +98,7 @@ def test_models_are_read_from_a_url(whole, url, monkeypatch):
     assert_equal(navit.load(url).model, navit.load(whole).model)
     assert_equal(navit.load(url, raw=True).model, navit.load(whole, raw=True).model)
     assert fetched and not [x for x in fetched if "/opt_state/" in x]
-    with remote.reading(url) as workdir:
+    with remote_workdir.reading(url) as workdir:
         (workdir / "budgets.md").write_text("a table")
     assert bucket.read("budgets.md") == b"a table"
     with pytest.raises(FileNotFoundError, match="is not a navit work directory"):
@@ -131,7 +131,7 @@ def test_errors_name_the_url(url, tmp_path, monkeypatch):
     monkeypatch.setattr(fsspec.filesystem("memory"), "put_file", refuse)
     with (
         pytest.raises(OSError, match="403 Forbidden") as error,
-        remote.training(url) as (workdir, sender),
+        remote_workdir.training(url) as (workdir, sender),
     ):
         checkpoints = Checkpoints(workdir, keep=1, remote=sender)
         checkpoints.save_model({"w": jnp.ones(3)}, CONFIG)
