@@ -100,8 +100,11 @@ _SIGLIP_HAS_NOT = (
     "gated",
     "patch_bias",
     "patch_frames",
+    "mean",
+    "std",
     "pre_norm",
     "final_norm",
+    "pool_norm",
     "layer_scale",
     "registers",
     "window",
@@ -120,6 +123,7 @@ def check_expressible(
     v = model.vision
     wrong = {
         "text": model.text is None,
+        "merger": model.merger is not None,
         "vision.position.kind": v.position.kind != "siglip2",
         "vision.pool": v.pool != "map",
         "vision.qk_norm": v.qk_norm,

@@ -42,6 +42,15 @@ def test_the_family_decides_the_layout_not_the_settings(tmp_path):
     assert write(kimi, tmp_path / "c", "huggingface") == "moonvit"
 
 
+def test_the_layouts_of_siglip_have_no_merger(tmp_path):
+    weights = read(GOLDEN / "siglip2_b")
+    merger = read(GOLDEN / "kimi_vl").model.merger
+    model = dataclasses.replace(weights.model, merger=merger)
+    for format in ("huggingface", "big_vision"):
+        with pytest.raises(ValueError, match=r"does not support model\.merger=Merger"):
+            write(dataclasses.replace(weights, model=model), tmp_path / "a", format)
+
+
 def test_a_setting_or_strategy_that_the_layout_lacks_is_named(tmp_path):
     def refused(weights):
         with pytest.raises(ValueError) as error:
