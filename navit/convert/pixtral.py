@@ -107,11 +107,7 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
     check_pixels(processor, patch_size=patch)
     processor.expect(resample=3)
     size = processor.part("size", optional=True)
-    side = (
-        size.whole("longest_edge")
-        if "longest_edge" in size.data
-        else vision.whole("image_size", 1024)
-    )
+    side = size.whole("longest_edge") if size.data else vision.whole("image_size", 1024)
     merges = "spatial_merge_size" in config.data  # Mistral Small's
     merge = config.whole("spatial_merge_size") if merges else 1
     strategy = Pixtral(patch, side, merge=merge)

@@ -115,6 +115,9 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
     heads = 16 if "so400m" in name else max(1, width // 64)
     if "num_heads" in args.data:
         heads = args.whole("num_heads")
+    args.expect(patchify_channels_last=True)
+    if attends and args.data.get("attn_pool_num_heads") is not None:
+        args.expect(attn_pool_num_heads=heads)
     acts = "gelu_tanh" if siglip else "gelu"
     scaled = f"{prefix}blocks.0.ls1.gamma" in stored
     with config.naming():

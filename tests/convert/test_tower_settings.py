@@ -12,7 +12,12 @@ from tests.convert.test_convert import GOLDEN
 from tests.convert.test_tower_files import copy
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
-PARTS = {"ovis2_5": "vit_config", "timm_gap": "model_args", "timm_parfac": "model_args"}
+PARTS = {
+    "ovis2_5": "vit_config",
+    "timm_gap": "model_args",
+    "timm_parfac": "model_args",
+    "timm_siglip": "model_args",
+}
 
 
 def state(folder, file, settings):
@@ -99,9 +104,11 @@ REFUSED = [
     ("timm_gap", CONFIG, "reg_tokens", 5, "the tensors make it 4"),
     ("timm_gap", CONFIG, "global_pool", 3, "navit knows 'map', 'avg', 'max'"),
     ("timm_gap", CONFIG, "init_values", "x", "a number above 0"),
+    ("timm_gap", CONFIG, "patchify_channels_last", False, "navit knows True"),
     ("timm_gap", CONFIG, "norm_layer", "rmsnorm", "is not supported"),
     ("timm_gap", CONFIG, "pos_embed_interp_mode", 3, "a text"),
     ("timm_gap", CONFIG, "pos_embed_antialias", None, "'bicubic', None, False"),
+    ("timm_siglip", CONFIG, "attn_pool_num_heads", 1, "navit knows 2"),
     ("timm_parfac", CONFIG, "pos_embed_grid_size", [5, 6], "the tensors make it 5"),
 ]
 
@@ -178,6 +185,13 @@ def test_without_a_processor_the_bounds_are_the_releases(name, low, high, tmp_pa
     (folder / PIXELS).unlink()
     rule = read(folder).strategy
     assert (rule.min_pixels, rule.max_pixels) == (low, high)
+
+
+def test_a_size_of_pixtral_without_its_longest_edge_is_refused(tmp_path):
+    folder = copy("pixtral", tmp_path)
+    state(folder, PIXELS, {"size": {"height": 32, "width": 64}})
+    with pytest.raises(ValueError, match=rf"{PIXELS} lacks longest_edge"):
+        read(folder)
 
 
 def test_nulls_of_a_processor_are_not_stated(tmp_path):
