@@ -221,8 +221,9 @@ class Embedder:
     ) -> Iterator[np.ndarray] | Iterator[list[ViewFeatures]]:
         """Yields each image's tokens, in order: float32 `[rows, columns, d]`.
 
-        They are those after the final norm, packed as in `embed_images`. Only a few
-        batches are held at a time, so there may be any number of images.
+        They are the tower's last tokens, after its final norm if it has one, and packed
+        as in `embed_images`. Only a few batches are held at a time, so there may be any
+        number of images.
 
         Args:
           images, max_tokens: as in `embed_images`; raises the same errors.
@@ -230,7 +231,8 @@ class Embedder:
             with its tokens. So does a model whose own strategy makes several views,
             if neither is given.
           merged: yield what the tower's language model gets: the tokens after
-            `merger`, `[rows / 2, columns / 2, e]`.
+            `merger`, `[rows / merge, columns / merge, d]`. `merge` is the merger's
+            `side`.
         """
         sizes = sizes_of(images)
         found = self.features_source(
