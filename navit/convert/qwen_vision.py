@@ -214,6 +214,11 @@ def written(model: ModelConfig, strategy: Strategy | None) -> Files:
             "Qwen3-VL's layout has deepstack mergers, which navit leaves out: write "
             "the format navit (--format navit)"
         )
+    if v.gated and not v.window:
+        raise ValueError(
+            f"{NAME}'s layout does not support model.vision.window=0 of a gated tower, "
+            "as Qwen2.5-VL's has windows: write the format navit (--format navit)"
+        )
     if not isinstance(strategy, QwenVL):
         low, high = _BOUNDS_3 if third else _BOUNDS
         strategy = QwenVL(v.patch_size, min_pixels=low, max_pixels=high)

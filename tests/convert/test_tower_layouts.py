@@ -65,6 +65,9 @@ def test_a_setting_or_strategy_that_the_layout_lacks_is_named(tmp_path):
     assert "does not support data.strategy=qwen: set data.strategy=kimi, or" in said
     merge = dataclasses.replace(kimi, strategy=strategies.Kimi(4, 100, merge=4))
     assert "does not support data.strategy.merge=4: write" in refused(merge)
+    qwen = read(GOLDEN / "qwen2_5_vl")
+    said = refused(changed(qwen, window=0, full_blocks=()))
+    assert "does not support model.vision.window=0 of a gated tower" in said
     none = dataclasses.replace(kimi, strategy=None)  # trained on token budgets
     write(none, tmp_path / "none")
     assert read(tmp_path / "none").strategy == strategies.Kimi(4, 4096)
