@@ -65,7 +65,8 @@ def find(path: Path, family: str | None = None) -> Found | None:
       family: in `FAMILIES`, chooses one of several towers.
 
     Raises:
-      ValueError: if there are several, or if some tensors of one are missing.
+      ValueError: if there are several, none of the chosen family, or if some tensors
+        of one are missing.
     """
     names = shards.listed(path)
     found = [each for name in FAMILIES for each in _candidates(names, name)]
@@ -78,14 +79,19 @@ def find(path: Path, family: str | None = None) -> Found | None:
             f"with model.vision.family={whole[0].family}, or leave the tensors of the "
             "others out of model.safetensors.index.json"
         )
+    if whole and family in FAMILIES and family != whole[0].family:
+        raise ValueError(
+            f"{path} has no tower of model.vision.family={family}: its tower is "
+            f"{whole[0].family}"
+        )
     if whole:
         return whole[0]
     if not found:
         return None
     best = min(found, key=lambda each: len(each.missing))
     raise ValueError(
-        f"{path} has a part of a {FAMILIES[best.family].NAME} tower, which lacks the "
-        f"{_tensors(best.missing)}: get its files again"
+        f"{path} has a part of the tower of {FAMILIES[best.family].NAME}, but lacks "
+        f"the {_tensors(best.missing)}: get its files again"
     )
 
 

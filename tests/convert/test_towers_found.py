@@ -29,7 +29,7 @@ def test_of_a_part_of_a_tower_the_missing_tensors_are_named(name, tmp_path):
     """Also those by which a tower is told from others."""
     folder, lost = copy(name, tmp_path), MARKERS[name]
     change(folder, lambda t: [t.pop(x) for x in lost])
-    with pytest.raises(ValueError, match=r"has a part of a .* tower, which lacks") as e:
+    with pytest.raises(ValueError, match=r"a part of the tower of .*, but lacks") as e:
         read(folder)
     assert all(x in str(e.value) for x in lost) and "\n" not in str(e.value)
 
@@ -76,6 +76,11 @@ def test_of_two_towers_one_must_be_chosen(tmp_path):
         read(folder)
     chosen = read(folder, overrides=["model.vision.family=moonvit"])
     assert chosen.model == read(GOLDEN / "kimi_vl").model
+
+
+def test_a_family_that_the_directory_lacks_is_refused():
+    with pytest.raises(ValueError, match=r"no tower of model\.vision\.family=qwen_vl"):
+        read(GOLDEN / "pixtral", overrides=["model.vision.family=qwen_vl"])
 
 
 def test_the_projector_of_kimi_k25_is_read(tmp_path):
