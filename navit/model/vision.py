@@ -172,6 +172,8 @@ class Vision(nnx.Module):
                     "each patch has two frames, and this model takes one: pack the "
                     "clip with frames_per_patch=1"
                 )
+            if pair.is_integer():  # of a clip
+                side = pair
             raise ValueError(
                 f"the patches are {side:g}x{side:g} pixels, but this model takes "
                 f"{p}x{p}: pack the images with patch_size={p}"
