@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,6 +62,11 @@ def pack_video(
     if min_pixels > max_pixels:
         raise ValueError(
             f"min_pixels={min_pixels} is more than max_pixels={max_pixels}"
+        )
+    if isinstance(frames, str | os.PathLike):
+        raise ValueError(
+            f"frames is the path {str(frames)!r}, but navit decodes no video: pass its "
+            "frames, as images or an array"
         )
     sizes = sizes_of(frames)
     if not len(sizes):

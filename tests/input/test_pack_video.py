@@ -83,6 +83,8 @@ def test_a_tower_takes_clips_and_stills(rng):
 def test_errors_name_the_frame(rng):
     with pytest.raises(ValueError, match="no frames"):
         navit.pack_video([])
+    with pytest.raises(ValueError, match=r"'clip\.mp4', but navit decodes no video"):
+        navit.pack_video("clip.mp4")
     frames = [*clip(rng, 2), clip(rng, 1, (8, 8))[0]]
     with pytest.raises(ValueError, match=r"frame 2 is \[8, 8\] pixels, and frame 0"):
         navit.pack_video(frames)
