@@ -25,7 +25,8 @@ class OptimConfig:
     orthogonalizes the momentum (0.95) of the kernels in the blocks and in the MAP head,
     and scales it to AdamW's size, so that `lr` and `weight_decay` stay as they are for
     AdamW (arXiv 2502.16982, section 2.2); AdamW trains the rest. "lion" usually takes a
-    third to a tenth of AdamW's `lr` (arXiv 2302.06675, section 5).
+    third to a tenth of AdamW's `lr`, and b2=0.99 (arXiv 2302.06675, section 5); the
+    same `weight_decay`, as `lr` does not multiply it here.
     `schedule`, after the warm-up: "cosine"; "rsqrt", which falls as
     1/sqrt(1 + step/timescale); "wsd" and "constant", which stay at the peak. "rsqrt"
     and "wsd" end in a linear cool-down to zero over `cooldown_steps`; None is a fifth
