@@ -41,7 +41,7 @@ class ArrayRecordReader:
         stored = storage.open_storage(source.path, cache)
         files = _files(source, stored)
         remote = storage.is_remote(source.path)
-        stats = [tuple(stored.stat(file)) for file in files]
+        stats = [tuple(stat) for stat in storage.stats_of(stored, files)]
         opened = _open_cached(files, stored, stats) if remote else _open(files)
         self._source: Any = opened[0]
         self.damaged = opened[1]

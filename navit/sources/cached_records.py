@@ -81,14 +81,10 @@ class CachedRecords:
         return number, skip + index - (self._ends[number] - take)
 
     def _opened(self, file: str) -> Any:
-        while True:
-            path = self._storage.local_file(file)
-            try:
-                return open_reader(path)
-            except RuntimeError as error:
-                if os.path.exists(path):
-                    raise ValueError(f"{file}: {error}") from None
-                # The cache has deleted it meanwhile.
+        try:
+            return _open_copy(self._storage, file)
+        except RuntimeError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
 def count_records(storage: Storage, file: str) -> int:
@@ -113,7 +109,19 @@ def count_records(storage: Storage, file: str) -> int:
                     return count
             except RuntimeError:
                 continue  # the index is longer
-    return open_reader(storage.local_file(file)).num_records()
+    return _open_copy(storage, file).num_records()
+
+
+def _open_copy(storage: Storage, file: str) -> Any:
+    """Opens the copy of a file on this machine; RuntimeError if it is damaged."""
+    while True:
+        path = storage.local_file(file)
+        try:
+            return open_reader(path)
+        except RuntimeError:
+            if os.path.exists(path):
+                raise
+            # The cache has deleted it meanwhile.
 
 
 def open_reader(path: str) -> Any:

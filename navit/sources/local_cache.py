@@ -146,8 +146,9 @@ class LocalCache:
         total = 0
         for path in (self.folder / "parts").iterdir():
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-                if _try_lock(file):  # its writer was killed
-                    path.unlink()
+                if _try_lock(file):  # its writer was killed, or has just finished
+                    if _is_at(file, path):
+                        path.unlink()
                 else:
                     total += path.stat().st_size
         entries = []

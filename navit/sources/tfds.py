@@ -98,7 +98,8 @@ class TfdsReader:
         else:
             stored_at = storage.Local()
             files = [str(file) for file in split.filepaths]
-        stats = [(Path(file).name, stored_at.stat(file)) for file in files]
+        pairs = zip(files, storage.stats_of(stored_at, files), strict=True)
+        stats = [(Path(file).name, stat) for file, stat in pairs]
         self.place = Place(
             None if remote else Path(str(builder.data_path)),
             f"{where}, split {source.split} (image {self._image}, caption "

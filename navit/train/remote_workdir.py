@@ -133,11 +133,13 @@ class Remote:
         for path in self._local.rglob("*"):
             name = path.relative_to(self._local).as_posix()
             parts = name.split("/")
-            if parts[0] in _ASIDE or FOLDER in parts or not path.is_file():
+            # A file is written beside its place, in a folder whose name has a dot.
+            hidden = any(part.startswith(".") for part in parts)
+            if hidden or parts[0] in _ASIDE or FOLDER in parts or not path.is_file():
                 continue
             status = path.stat()
             state = status.st_mtime_ns, status.st_size
-            if not parts[-1].startswith(".") and self._sent.get(name) != state:
+            if self._sent.get(name) != state:
                 changed[name] = state
         self._bucket.send(self._local, changed)
         self._sent |= changed
