@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -508,6 +509,11 @@ def _local(text: str) -> Path:
 
 
 def _workdir(text: str) -> Path | str:
+    if match := re.match(r"([a-z][a-z0-9]+):/(?!/)", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a URL ({match[1]}:// has two slashes) nor a clear "
+            f"path: write ./{text} for a local folder of this name"
+        )
     return text if "://" in text else Path(text)
 
 

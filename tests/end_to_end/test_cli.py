@@ -324,6 +324,16 @@ def test_a_url_where_a_local_path_belongs_is_refused(command, capsys):
     assert "://bucket" in error and "name a local path" in error
 
 
+@pytest.mark.parametrize("command", ["eval", "train CONFIG --workdir"])
+def test_a_url_that_lacks_a_slash_is_refused(command, capsys):
+    for text in ("gs:/bucket/run", "file:/run"):
+        with pytest.raises(SystemExit):
+            cli._parser().parse_args([*command.split(), text])
+        assert f"{text} is neither a URL" in capsys.readouterr().err
+    for text in ("gs://bucket/run", "./gs:/bucket/run", "C:/run", "run:1"):
+        cli._parser().parse_args([*command.split(), text])
+
+
 def test_unreadable_photograph_is_named_and_the_run_continues(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
