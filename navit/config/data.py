@@ -182,6 +182,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         positive(self, "row_tokens", "rows", "open_rows", "min_tokens")
         positive(self, "chunk", "window", "cache_gib")
+        if self.cache and "://" in self.cache:
+            raise ValueError(
+                f"data.cache={self.cache} is a URL, but the cache must be on this "
+                "machine: name a local folder"
+            )
         for name in ("max_upscale", "slots", "caption_rows", "captions"):
             if getattr(self, name) is not None:
                 positive(self, name)

@@ -159,7 +159,7 @@ def _filesystem(url: str) -> Any:
         ) from None
     try:
         return fsspec.core.url_to_fs(url)[0]
-    except ImportError as error:  # the protocol's own package
+    except (ImportError, ValueError) as error:  # or the protocol's own package
         raise ValueError(f"{url!r} cannot be opened: {error}") from None
 
 

@@ -147,3 +147,5 @@ def test_the_cache_of_a_config(tmp_path):
     assert cache is not None and cache.folder == Path.home() / "x"
     with pytest.raises(ValueError, match="cache_gib"):
         DataConfig(cache_gib=0.0)
+    with pytest.raises(ValueError, match="name a local folder"):
+        DataConfig(cache="gs://bucket/cache")
