@@ -194,7 +194,8 @@ def _parser() -> argparse.ArgumentParser:
         "--no-cache",
         action="store_true",
         help="keep no vectors; otherwise WORKDIR/embeddings (for released weights "
-        "~/.cache/navit/embeddings) keeps them, and nothing is embedded twice",
+        "and a WORKDIR behind a URL ~/.cache/navit/embeddings) keeps them, and nothing "
+        "is embedded twice",
     )
     evaluate.add_argument(
         "--out",

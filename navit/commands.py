@@ -98,6 +98,7 @@ def _evaluate(args: argparse.Namespace, weights: Path) -> None:
     from navit.evals.tasks import open_tasks
     from navit.sharding import make_mesh, use_mesh
     from navit.train import hosts
+    from navit.train.bucket import is_url
     from navit.train.workdir import is_workdir
     from navit.weights import load, read
 
@@ -107,7 +108,9 @@ def _evaluate(args: argparse.Namespace, weights: Path) -> None:
             f"{Path('runs') / weights.stem}"
         )
     in_workdir = is_workdir(weights)
-    cache = weights / "embeddings" if in_workdir else vector_cache.default_cache()
+    cache = vector_cache.default_cache()
+    if in_workdir and not is_url(args.weights):
+        cache = weights / "embeddings"
     prefixes: tuple[str, ...] = ROUNDING
     if not in_workdir:
         if not args.out and weights.exists():  # before the slow loading

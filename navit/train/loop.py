@@ -132,7 +132,7 @@ def train(
             config,
             opened,
             workdir,
-            cache=workdir / "embeddings",
+            cache=workdir / "embeddings" if remote is None else None,
         )
         if config.eval.every and hosts.first() and first_step < step:
             for writer in open_writers(config, workdir, step):
