@@ -12,7 +12,7 @@ from typing import Any
 
 from navit.config import ModelConfig, PositionConfig, RotaryConfig, VisionConfig
 from navit.convert.codec import Table, Tensor
-from navit.convert.qwen_vision import bounds, windows
+from navit.convert.qwen_vision import strategy_of, windows
 from navit.convert.settings import Settings
 from navit.convert.stored import depth_of, shape_of, square_side
 from navit.convert.tensors import QKV, torch_layer, torch_patch
@@ -26,10 +26,8 @@ from navit.convert.tower import (
     Tower,
     act_name,
     begins_any,
-    check_pixels,
     colours,
     filter_number,
-    filter_of,
     present,
     stated_theta,
     theta,
@@ -106,17 +104,7 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
             **_windows(vit, patch, merge),
         )
     model = ModelConfig(vision=v, text=None)
-    check_pixels(processor, patch_size=patch, temporal_patch_size=1, merge_size=merge)
-    low, high = bounds(processor, *_BOUNDS)
-    with processor.naming():
-        strategy = QwenVL(
-            patch,
-            merge,
-            min_pixels=low,
-            max_pixels=high,
-            temporal_patch=1,
-            resample=filter_of(processor, "bilinear"),
-        )
+    strategy = strategy_of(processor, patch, merge, 1, _BOUNDS, "bilinear")
     return Tower(model, _table(model, prefix), strategy)
 
 

@@ -153,23 +153,42 @@ def tower(path: Path, json: Json, stored: Shapes, prefix: str) -> Tower:
             **options,
         )
     model = ModelConfig(vision=v, text=None, merger=merger)
+    area = _BOUNDS_3 if third else _BOUNDS
+    strategy = strategy_of(processor, patch, merge, frames, area, "bicubic")
+    return Tower(model, _table(model, prefix), strategy)
+
+
+def strategy_of(
+    processor: Settings,
+    patch: int,
+    merge: int,
+    frames: int,
+    area: tuple[int, int],
+    resample: Literal["bilinear", "bicubic"],
+) -> QwenVL:
+    """Qwen's strategy, as a processor states it.
+
+    Args:
+      frames: in a patch.
+      area: the release's least and most pixels of an image.
+      resample: the release's filter.
+    """
     check_pixels(
         processor, patch_size=patch, temporal_patch_size=frames, merge_size=merge
     )
-    low, high = bounds(processor, *(_BOUNDS_3 if third else _BOUNDS))
+    low, high = _bounds(processor, *area)
     with processor.naming():
-        strategy = QwenVL(
+        return QwenVL(
             patch,
             merge,
             min_pixels=low,
             max_pixels=high,
             temporal_patch=frames,
-            resample=filter_of(processor, "bicubic"),
+            resample=filter_of(processor, resample),
         )
-    return Tower(model, _table(model, prefix), strategy)
 
 
-def bounds(processor: Settings, low: int, high: int) -> tuple[int, int]:
+def _bounds(processor: Settings, low: int, high: int) -> tuple[int, int]:
     """The least and most pixels of an image, under their older or newer names."""
     size, found = processor.part("size", optional=True), []
     for key, newer, default in (

@@ -17,6 +17,12 @@ from navit.train import hosts
 log = logging.getLogger("navit")
 
 
+def holder_name() -> str:
+    """How a lock names this process."""
+    since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {since},"
+
+
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
     """Holds the lock of `workdir`: the file `lock`, which names the run.
@@ -55,8 +61,7 @@ def held(workdir: Path) -> Iterator[None]:
                 error.strerror,
                 workdir,
             )
-        since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since},\n")
+        file.write(f"{holder_name()}\n")
         file.flush()
         yield

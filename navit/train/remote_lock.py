@@ -8,16 +8,14 @@ refused; if it does not, its holder was killed and the second run takes the lock
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
-import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 
+from navit.train import lock
 from navit.train.bucket import Bucket
 
 log = logging.getLogger("navit")
@@ -31,8 +29,7 @@ class Lock:
     """A lock that is held: it is written again until `release`."""
 
     def __init__(self, bucket: Bucket) -> None:
-        since = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-        self.holder = f"process {os.getpid()} on {socket.gethostname()}, since {since},"
+        self.holder = lock.holder_name()
         self._bucket, self._id, self._beats = bucket, uuid.uuid4().hex, 0
         self._released, self._lost_to = threading.Event(), ""
         self._write()
@@ -97,11 +94,11 @@ def held(bucket: Bucket) -> Iterator[Lock]:
                 f"{holder} is training in {bucket.url} (it writes {_NAME} there): wait "
                 "for it, stop it, or choose another --workdir"
             )
-    lock = Lock(bucket)
+    own = Lock(bucket)
     try:
-        yield lock
+        yield own
     finally:
-        lock.release()
+        own.release()
 
 
 def _parsed(data: bytes | None) -> dict[str, str]:
