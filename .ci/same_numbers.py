@@ -50,7 +50,7 @@ def batches(name: str, *overrides: str) -> Iterator[tuple[str, str]]:
     from navit.input import pipeline
 
     config = config_lib.load(TREE / "configs" / f"{name}.py", overrides)
-    source = pipeline.open_train_source(config.data.train)
+    source = pipeline.open_source(config.data.train)
     made = list(pipeline.train_batches(config, source))
     label = " ".join([name, *overrides]).replace(str(TREE), ".")
     for field in made[0].images._fields:

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(
         train,
         "optim.lr=3e-4, data.budgets=64,256, or data.train=KIND:PATH where KIND is "
-        "folder, tars, tfds, array_record, parquet, stream or synthetic "
+        "folder, tars, tfds, array_record, parquet or synthetic "
         "(--print-config lists all fields; navit/config/experiment.py explains them)",
     )
     train.add_argument(
@@ -299,6 +299,55 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_shares(index)
     index.set_defaults(run="index")
+
+    reshard = parsers.add_parser(
+        "reshard",
+        help="write any images as tar shards, which training reads at random",
+        description="Reads SOURCE once and writes plain WebDataset tar shards to OUT, "
+        "with their\nsizes index. Training needs random access, and compressed tars and"
+        "\nTFRecord have none. SOURCE is KIND:PATH, and KIND is\n"
+        "  tars          .tar, .tar.gz or .tgz: samples keep their keys and all members"
+        "\n  tfrecord      tf.train.Example with the encoded image in a feature\n"
+        "  tfds          a prepared dataset, by its name; no TensorFlow is needed\n"
+        "  folder, array_record, parquet   as in data.train\n"
+        "The bytes of images do not change. Run the same command again to resume, with "
+        "the\nfinished shards left as they are. What is damaged or unreadable is left "
+        "out, named\nand counted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  navit reshard 'tars:~/cc12m/*.tar.gz' ~/cc12m-shards\n"
+        "  navit reshard 'tfrecord:gs://bucket/set/*.tfrecord*' gs://bucket/shards \\\n"
+        "      image=jpg caption=text\n"
+        "  navit reshard tfds:imagenet2012 ~/imagenet-shards split=train\n"
+        "  navit reshard folder:~/photos ~/photo-shards --images 500\n\n"
+        "several processes, on one host or many, share the work:\n"
+        "  navit reshard SOURCE OUT --processes 2 --process 0\n"
+        "  navit reshard SOURCE OUT --processes 2 --process 1",
+    )
+    reshard.add_argument("source", metavar="SOURCE", help="KIND:PATH")
+    reshard.add_argument("out", metavar="OUT", help="a new folder, or a URL of one")
+    reshard.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="field=value",
+        help="fields of the source, such as caption=text, label=class, split=train or "
+        "data_dir=DIR (navit/config/sources.py explains them)",
+    )
+    reshard.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        help="most images in a shard (default: 2000)",
+    )
+    reshard.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="folder for copies of files behind a URL that can only be read on this "
+        "machine: ArrayRecord, and what describes a TFDS dataset",
+    )
+    _add_shares(reshard)
+    reshard.set_defaults(run="reshard")
 
     convert = parsers.add_parser(
         "convert",

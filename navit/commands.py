@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -214,15 +215,8 @@ def index(args: argparse.Namespace) -> int:
     from navit.sources.overlap import singles
 
     data = config_lib.load(args.config, args.overrides).data
-    processes = 1 if args.processes is None else args.processes
-    if (args.process is None) != (args.processes is None) or not (
-        0 <= (args.process or 0) < processes
-    ):
-        raise ValueError(
-            f"--process {args.process} of --processes {args.processes}: name both, as "
-            "--process 0 --processes 2 and --process 1 --processes 2"
-        )
-    share = Share(args.again, args.process or 0, processes, publish=True)
+    process, processes = _share(args)
+    share = Share(args.again, process, processes, publish=True)
     opener = Opener(share, open_cache(data))
     parts = [functools.partial(opener.open, one) for one in singles(data.train)]
     if isinstance(data.eval, config_lib.Mixture):
@@ -242,6 +236,52 @@ def index(args: argparse.Namespace) -> int:
     if data.eval is not None:
         source = pipeline.open_eval_source(data, opener)
         print(summary.describe("data.eval", source))
+    return 0
+
+
+def _share(args: argparse.Namespace) -> tuple[int, int]:
+    """--process and --processes."""
+    processes = 1 if args.processes is None else args.processes
+    if (args.process is None) != (args.processes is None) or not (
+        0 <= (args.process or 0) < processes
+    ):
+        raise ValueError(
+            f"--process {args.process} of --processes {args.processes}: name both, as "
+            "--process 0 --processes 2 and --process 1 --processes 2"
+        )
+    return args.process or 0, processes
+
+
+def reshard(args: argparse.Namespace) -> int:
+    from navit.config.sources import words
+    from navit.reshard import reshard
+    from navit.sources.index import Share, Unfinished
+    from navit.sources.local_cache import open_cache
+
+    if ":" not in args.source:
+        raise ValueError(
+            f"the source {args.source} has no kind: write KIND:PATH, such as "
+            f"folder:{args.source} or tars:{args.source}"
+        )
+    overrides = [f"data.train={args.source}"]
+    overrides += [f"data.train.{x}" for x in args.overrides]
+    data = config_lib.override(config_lib.Config(), overrides).data
+    data = dataclasses.replace(data, cache=args.cache)
+    process, processes = _share(args)
+    try:
+        shards = reshard(
+            data.train,
+            args.out,
+            images=args.images,
+            share=Share(process=process, processes=processes),
+            cache=open_cache(data),
+        )
+    except Unfinished as error:
+        print(error)
+        return 0
+    named, *fields = words(shards)
+    settings = [f"data.train={named}", *(f"data.train.{x}" for x in fields)]
+    print(f"to read them: {shlex.join(settings)}")
     return 0
 
 

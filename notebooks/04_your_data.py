@@ -280,5 +280,5 @@ navit_command(
 #     data.eval=folder:~/held_out data.row_tokens=1152 data.slots=4
 # ```
 #
-# [docs/data.md](../docs/data.md) has all formats, missing files, mixtures, buckets and
-# streams. Next: [convert and share](06_convert_and_share.ipynb).
+# [docs/data.md](../docs/data.md) has all formats, missing files, mixtures and buckets.
+# Next: [convert and share](06_convert_and_share.ipynb).

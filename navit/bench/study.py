@@ -27,7 +27,7 @@ import navit
 from navit import config as config_lib
 from navit import stopping
 from navit.bench import study_report
-from navit.config import Config, Study, TrainSource
+from navit.config import AnySource, Config, Study
 from navit.files import write_atomic
 from navit.input import pipeline
 from navit.model import flops
@@ -136,7 +136,7 @@ def run(
 
 def planned(study: Study) -> Iterator[Run]:
     """The runs of a study, seed by seed, with the steps that their FLOPs buy."""
-    opened: dict[TrainSource, Source] = {}
+    opened: dict[AnySource, Source] = {}
     for seed, target in itertools.product(study.seeds, study.flops):
         for name, config in study.configs.items():
             source = config.data.train

@@ -27,20 +27,26 @@ from navit.config.overrides import differences as differences
 from navit.config.overrides import override as override
 from navit.config.overrides import to_json as to_json
 from navit.config.saved import upgraded
+from navit.config.sources import STREAM
 from navit.config.sources import AnySource as AnySource
 from navit.config.sources import ArrayRecords as ArrayRecords
 from navit.config.sources import Folder as Folder
 from navit.config.sources import Mixture as Mixture
 from navit.config.sources import ParquetImages as ParquetImages
-from navit.config.sources import Stream as Stream
 from navit.config.sources import Synthetic as Synthetic
 from navit.config.sources import TarShards as TarShards
 from navit.config.sources import Tfds as Tfds
-from navit.config.sources import TrainSource as TrainSource
+from navit.config.sources import TfRecords as TfRecords
 from navit.config.study import Study as Study
 from navit.config.vision import PositionConfig as PositionConfig
 from navit.config.vision import RotaryConfig as RotaryConfig
 from navit.config.vision import VisionConfig as VisionConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Stream":
+        raise ImportError(f"Stream was removed: {STREAM}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def from_json(data: Any) -> Config:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 from navit.config.overrides import positive
-from navit.config.sources import AnySource, Stream, Synthetic, TrainSource
+from navit.config.sources import STREAM, AnySource, Synthetic
 from navit.plan.strategies import Strategy
 
 
@@ -113,8 +113,7 @@ class DataConfig:
     """The data to read, and how to pack it.
 
     A global batch is `rows` rows of `row_tokens` tokens, with at most `slots` images
-    each (None: twice the mean number of images in a row, to a power of two; a `Stream`,
-    whose sizes are unknown in advance, needs a number).
+    each (None: twice the mean number of images in a row, to a power of two).
 
     Every image gets one of `budgets` (in tokens), drawn again each epoch by
     `budget_weights` (empty: evenly); `budget_per="batch"` draws one for each global
@@ -150,7 +149,10 @@ class DataConfig:
     `cache_gib` GiB; processes may share it. None keeps nothing.
     """
 
-    train: TrainSource = Synthetic()
+    # Former kinds of source, for the error that an override with one gets.
+    removed: ClassVar = {"stream": STREAM}
+
+    train: AnySource = Synthetic()
     eval: AnySource | None = None
     budgets: tuple[int, ...] = (256,)
     budget_weights: tuple[float, ...] = ()
@@ -230,8 +232,6 @@ class DataConfig:
                 f"data.budgets go up to {max(self.budgets)} tokens, more than a row of "
                 f"data.row_tokens={self.row_tokens}: lower one or raise the other"
             )
-        if isinstance(self.train, Stream):
-            _check_stream(self)
         if self.min_tokens > min(self.budgets) and self.sides is None:
             raise ValueError(
                 f"data.min_tokens={self.min_tokens} is more than the smallest of "
@@ -298,36 +298,3 @@ _WITHOUT_STRATEGY = (
     "flip",
     "drop",
 )
-
-
-def _check_stream(data: DataConfig) -> None:
-    """Raises ValueError for settings that need all sizes in advance."""
-    if data.lanes:
-        raise ValueError(
-            f"data.lanes={data.lanes} needs a source with random access, and a Stream "
-            "has none: set it to 0, or index the shards (TarShards)"
-        )
-    if data.strategy is not None:
-        raise ValueError(
-            f"data.strategy={type(data.strategy).__name__} needs a source with random "
-            "access, and a Stream has none: leave it out, or index the shards "
-            "(TarShards)"
-        )
-    for name, needed in (("elastic", 0.0), ("budget_per", "image")):
-        if getattr(data, name) != needed:
-            raise ValueError(
-                f"data.{name}={getattr(data, name)} needs a source with random access, "
-                f"and a Stream has none: set it to {needed}"
-            )
-    if data.slots is None:
-        raise ValueError("the sizes of a Stream are unknown in advance: set data.slots")
-    if data.caption_rows is not None and data.captions is None:
-        raise ValueError(
-            "the sizes of a Stream are unknown in advance: set data.captions for "
-            f"data.caption_rows={data.caption_rows}"
-        )
-    if data.eval is None:
-        raise ValueError(
-            "a Stream cannot be evaluated on: set data.eval to a source with random "
-            "access"
-        )

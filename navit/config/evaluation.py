@@ -8,7 +8,7 @@ import typing
 from typing import Literal
 
 from navit.config.overrides import nearest, positive
-from navit.config.sources import AnySource, TrainSource
+from navit.config.sources import AnySource
 
 Kind = Literal["zero_shot", "retrieval", "classification", "knn", "logistic"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -43,7 +43,7 @@ class EvalTask:
     task: str | None = None
     classes: str | None = None
     prompts: str | None = None
-    train_source: TrainSource | None = None
+    train_source: AnySource | None = None
     max_images: int | None = None
     k: int = 20
     c: float = 1.0

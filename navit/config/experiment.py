@@ -20,7 +20,6 @@ from navit.config.losses import Loss, Need, Sigmoid
 from navit.config.model import ModelConfig
 from navit.config.optim import OptimConfig
 from navit.config.overrides import override, positive
-from navit.config.sources import Stream
 from navit.plan.strategies.views import check_patch
 
 T = TypeVar("T")
@@ -216,11 +215,6 @@ def _check_losses(config: Config) -> None:
                 f"{name} needs a classifier: set model.vision.num_classes to the "
                 "number of classes of data.train (`navit index CONFIG` without this "
                 "loss prints it)"
-            )
-        if "labels" in part.needs and isinstance(data.train, Stream):
-            raise ValueError(
-                f"a Stream has no labels, which {name} needs: use a source with random "
-                "access"
             )
     if data.caption_rows is not None and not config.train.needs("captions"):
         names = ",".join(part.short for part in config.train.losses)

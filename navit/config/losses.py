@@ -12,7 +12,7 @@ import dataclasses
 from typing import Literal
 
 # What a part may need of the model ("text_tower", "classifier") and of the data.
-Need = Literal["text_tower", "captions", "classifier", "labels"]
+Need = Literal["text_tower", "captions", "classifier"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Classification:
     """Cross-entropy of the image tower's class logits."""
 
     short = "classification"
-    needs = ("classifier", "labels")
+    needs = ("classifier",)
     weight: float = 1.0
 
 

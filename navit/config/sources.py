@@ -12,6 +12,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+# What replaces a `Stream`, for configs that still name one.
+STREAM = (
+    "write tar shards once, with `navit reshard tars:PATH OUT` (tfrecord:PATH for "
+    "TFRecord), and set data.train=tars:OUT"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
@@ -113,6 +119,13 @@ class ArrayRecords:
 
 
 @dataclasses.dataclass(frozen=True)
+class TfRecords(ArrayRecords):
+    """TFRecord files of `tf.train.Example`, which only `navit reshard` reads."""
+
+    short = "tfrecord"
+
+
+@dataclasses.dataclass(frozen=True)
 class Tfds:
     """A prepared TensorFlow dataset, stored as ArrayRecord; needs no TensorFlow.
 
@@ -157,30 +170,6 @@ class ParquetImages:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """Files that are only read in order: compressed tars, TFRecord. For training.
-
-    `path`: as in `TarShards`, for `.tar.gz`, `.tgz`, `.tar` or `.tfrecord*` files; URLs
-    too. `image`: the feature of a TFRecord's `tf.train.Example`. `caption`: as in
-    `TarShards`, or a feature; None means the feature `caption`. Each epoch shuffles
-    the files, and then the records, `window` at a time. Labels are not read.
-    `missing`: the share of the files that may be missing.
-    """
-
-    short = "stream"
-    path: str = ""
-    image: str = "image"
-    caption: str | None = None
-    window: int = 1000
-    missing: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_missing(self.missing)
-        if not self.window > 0:
-            raise ValueError(f"window must be positive, not {self.window}")
-
-
-@dataclasses.dataclass(frozen=True)
 class Mixture:
     """Several sources as one, with images drawn from each by `weights`.
 
@@ -208,6 +197,17 @@ def _check_missing(share: float) -> None:
         raise ValueError(f"missing must be a share between 0 and 1, not {share}")
 
 
-Single = Synthetic | Folder | TarShards | ArrayRecords | Tfds | ParquetImages
+Single = (
+    Synthetic | Folder | TarShards | ArrayRecords | TfRecords | Tfds | ParquetImages
+)
 AnySource = Single | Mixture
-TrainSource = AnySource | Stream
+
+
+def words(source: Single) -> list[str]:
+    """A source on a command line: `KIND:PATH`, and `field=value` for what is set."""
+    first, *rest = dataclasses.fields(source)
+    return [f"{source.short}:{getattr(source, first.name)}"] + [
+        f"{field.name}={getattr(source, field.name)}"
+        for field in rest
+        if getattr(source, field.name) != field.default
+    ]

@@ -24,7 +24,6 @@ from navit.evals.row import Row
 from navit.evals.tasks import Opened
 from navit.files import write_atomic
 from navit.sources.source import Source
-from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 
@@ -205,7 +204,7 @@ def check_memory(config: Config) -> None:
 def check(
     config: Config,
     opened: Sequence[Opened],
-    train: Source | StreamSource | None = None,
+    train: Source | None = None,
 ) -> None:
     """Checks, before training or embedding, that an evaluation can run.
 

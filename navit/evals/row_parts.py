@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from navit.config import Config, Folder, Mixture, TrainSource
+from navit.config import AnySource, Config, Folder, Mixture
 from navit.embed_batches import grids_of
 from navit.evals import vectors
 from navit.evals.accuracy import Confidences
@@ -168,7 +168,7 @@ def _named(config: Config, each: Opened) -> dict[str, str]:
     return named
 
 
-def _source_text(source: TrainSource) -> str:
+def _source_text(source: AnySource) -> str:
     """A source as on a command line: folder:~/pets split=eval."""
     if isinstance(source, Mixture):
         return " + ".join(map(_source_text, source.sources))

@@ -15,11 +15,9 @@ from navit.batch import Batch
 from navit.input import tokens
 from navit.input.chunks import ChunkReader
 from navit.input.fill import Errors, fill_rows, slot_array
-from navit.input.stream_plan import Planned
 from navit.plan.batches import BatchPlans
 from navit.plan.rows import Rows
 from navit.sources.source import Record, Source
-from navit.sources.stream import Carried
 
 log = logging.getLogger("navit")
 
@@ -140,18 +138,6 @@ class MakeLaneBatch(grain.transforms.Map):
         reader.ahead(step)
         rows = self._plans.of_lanes(step, lanes)
         return self._make.made(rows, functools.partial(reader.take, rows.epoch))
-
-
-class MakeStreamBatch(grain.transforms.Map):
-    """Planned rows and their records -> a `Batch`; its ids count the records read."""
-
-    def __init__(self, make_batch: Callable[[Source], MakeBatch]) -> None:
-        self._make_batch = make_batch
-
-    def map(self, planned: Planned) -> Batch:
-        batch = self._make_batch(Carried(planned.records)).map(planned.rows)
-        ids = np.where(batch.id < 0, -1, planned.numbers[batch.id])
-        return batch._replace(id=ids)
 
 
 def owners(rows: Rows, group: int) -> tuple[np.ndarray, list[int], np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Generator
 from typing import Any
@@ -15,8 +14,7 @@ from absl import flags
 from navit import config
 from navit.batch import Batch
 from navit.input import memory
-from navit.input.make_batch import MakeBatch, MakeLaneBatch, MakeStreamBatch
-from navit.input.stream_plan import StreamPlans
+from navit.input.make_batch import MakeBatch, MakeLaneBatch
 from navit.input.worker_batches import from_workers, start_worker
 from navit.plan.batches import BatchPlans, LeftOut
 from navit.plan.epoch import VERSION, grids_of
@@ -30,7 +28,6 @@ from navit.sources.local_cache import open_cache
 from navit.sources.mixture import MixtureSource
 from navit.sources.overlap import check_overlap
 from navit.sources.source import Source
-from navit.sources.stream import StreamSource
 
 log = logging.getLogger("navit")
 
@@ -79,7 +76,7 @@ def parts_of(source: Source) -> tuple[Part, ...]:
     return tuple(map(Part, offsets, source.counts, source.shares))
 
 
-def fingerprint(source: Source | StreamSource) -> str:
+def fingerprint(source: Source) -> str:
     """Changes with the data, or with the way it is planned."""
     return f"{source.fingerprint()}, plan {VERSION}"
 
@@ -110,7 +107,7 @@ def check_memory(cfg: config.Config, process_count: int = 1) -> None:
 
 def train_batches(
     cfg: config.Config,
-    source: Source | StreamSource | None = None,
+    source: Source | None = None,
     *,
     start_step: int = 0,
     process_index: int = 0,
@@ -136,8 +133,8 @@ def train_batches(
             f"cfg is {cfg!r}, but should be a navit.Config: pass navit.Config(...)"
         )
     if source is None:
-        source = Opener(cache=open_cache(cfg.data)).open_train(cfg.data.train)
-    elif not isinstance(source, Source | StreamSource):
+        source = Opener(cache=open_cache(cfg.data)).open(cfg.data.train)
+    elif not isinstance(source, Source):
         raise TypeError(
             f"source is {source!r}, but should be an opened source: pass "
             "navit.open_source(source)"
@@ -145,49 +142,36 @@ def train_batches(
     data, vision = cfg.data, cfg.model.vision
     if data.strategy is not None:  # with `init_towers`, the config did not know it
         check_patch(data.strategy, vision.patch_size)
-    options: dict[str, Any] = {
-        "patch_size": vision.patch_size,
-        "steps": cfg.train.steps,
-        "process_index": process_index,
-        "process_count": process_count,
-    }
     threads, ahead = (1, 1) if data.workers else (2, _AHEAD)
-    plans: BatchPlans | StreamPlans
-    if isinstance(source, StreamSource):
-        # grain requests one batch more than it reads ahead.
-        plans = StreamPlans(source, data, in_flight=ahead + 1, **options)
-    else:
-        plans = BatchPlans(source.sizes, data, parts=parts_of(source), **options)
-    make = functools.partial(
-        MakeBatch,
-        data=data,
+    plans = BatchPlans(
+        source.sizes,
+        data,
+        parts=parts_of(source),
+        patch_size=vision.patch_size,
+        steps=cfg.train.steps,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    make_batch = MakeBatch(
+        source,
+        data,
         patch_size=vision.patch_size,
         slots=plans.slots,
         captions=plans.captions,
         text_tower=cfg.model.text,
         named=set(),
     )
-    make_batch: grain.transforms.Map
-    if isinstance(source, StreamSource):
-        most = data.most_tokens(vision.patch_size)
-        vision.position.check(np.array([[1, most], [most, 1]]))  # any may come
-        make_batch = MakeStreamBatch(make)
-    else:
-        assert isinstance(plans, BatchPlans)
-        if vision.position.has_limit:
-            for start in range(0, len(source), _AT_ONCE):
-                some = source.sizes[start : start + _AT_ONCE]
-                _check_positions(vision, np.asarray(some), data)
-        if (line := left_out(plans.left_out(), source)) and process_index == 0:
-            log.warning("%s", line)
-        make_batch = make(source)
+    if vision.position.has_limit:
+        for start in range(0, len(source), _AT_ONCE):
+            some = source.sizes[start : start + _AT_ONCE]
+            _check_positions(vision, np.asarray(some), data)
+    if (line := left_out(plans.left_out(), source)) and process_index == 0:
+        log.warning("%s", line)
     if process_index == 0:
         log.info("%s", plans.summary())
     dataset: Any = grain.MapDataset.source(plans).map(make_batch)[start_step:]
     shares = 1
     if data.lanes:
-        assert isinstance(plans, BatchPlans) and isinstance(make_batch, MakeBatch)
-        assert isinstance(source, Source)
         shares = data.workers or 1
         if len(plans.lanes) % shares:
             raise ValueError(

@@ -8,13 +8,10 @@ Like the whole plan, numpy and integers only.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import numpy as np
 
 from navit.config import DataConfig
-
-Image = TypeVar("Image")
 
 # The share of a sample's images that may get no place in a list.
 _LEFT_OUT = 2e-4
@@ -78,7 +75,7 @@ def row_order(
     return np.concatenate([members.ravel(), rest])
 
 
-def cut(rows: list[list[Image]], group: int, captions: int) -> list[list[Image]]:
+def cut(rows: list[list[int]], group: int, captions: int) -> list[list[int]]:
     """Leaves out images of a group's fullest rows until it has `captions` at most."""
     rows, counts = list(rows), np.array([len(row) for row in rows])
     starts = np.arange(0, len(rows), group)

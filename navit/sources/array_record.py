@@ -16,8 +16,11 @@ from navit.sources.cache import Place, digest, read_arrays, write_arrays
 from navit.sources.cached_records import CachedRecords, Span, count_records
 from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
+from navit.sources.source import no_random_access
 
 log = logging.getLogger("navit")
+
+_SUFFIXES = (".array_record*", ".arrayrecord*")
 
 # Examples to look at for feature names, as one may lack a feature that others have.
 _LOOKED_AT = 16
@@ -39,7 +42,14 @@ class ArrayRecordReader:
         self, source: config.ArrayRecords, cache: LocalCache | None = None
     ) -> None:
         stored = storage.open_storage(source.path, cache)
-        files = _files(source, stored)
+        files = find(source, stored, _SUFFIXES)
+        for file in files:
+            if ".tfrecord" in Path(file).name:
+                what, other = (
+                    f"{file} is TFRecord, which",
+                    config.TfRecords(**vars(source)),
+                )
+                raise ValueError(no_random_access(what, other))
         remote = storage.is_remote(source.path)
         stats = [tuple(stat) for stat in storage.stats_of(stored, files)]
         opened = _open_cached(files, stored, stats) if remote else _open(files)
@@ -82,11 +92,7 @@ class ArrayRecordReader:
             raise ValueError(str(error)) from None
 
     def _raw(self, example: dict[str, list[Any]]) -> records.Raw:
-        return records.Raw(
-            _image(example, self._image),
-            records.label_text(example.get(self._label)),
-            records.texts(example.get(self._caption)),
-        )
+        return examples.raw(example, self._image, self._caption, self._label)
 
     def _example(self, index: int) -> dict[str, list[Any]]:
         try:
@@ -96,13 +102,17 @@ class ArrayRecordReader:
         return examples.parse(data)
 
 
-def _files(source: config.ArrayRecords, stored: storage.Storage) -> list[str]:
-    # TFDS writes a.array_record-00000-of-00008; a pattern may match any name.
+def find(
+    source: config.ArrayRecords, stored: storage.Storage, suffixes: tuple[str, ...]
+) -> list[str]:
+    """The source's files; those with one of these suffixes if it is a folder.
+
+    A suffix may end in `*`: TFDS writes a.array_record-00000-of-00008.
+    """
     path = source.path
-    suffixes = (".array_record*", ".arrayrecord*")
     if storage.is_remote(path):
-        names = any(mark in path for mark in (*"*?[{", ".array_record", ".arrayrecord"))
-        folder = not names
+        marks = (*"*?[{", *(suffix.rstrip("*") for suffix in suffixes))
+        folder = not any(mark in path for mark in marks)
     else:
         folder = Path(path).expanduser().is_dir()
     return storage.find(
@@ -163,10 +173,3 @@ def _open(files: list[str]) -> tuple[Any, list[str]]:
             f"not one of {len(files)} files is an ArrayRecord file: {damaged[0]}"
         )
     return ArrayRecordDataSource(whole), damaged
-
-
-def _image(example: dict[str, list[Any]], name: str) -> bytes:
-    values = example.get(name, [])
-    if len(values) != 1 or not isinstance(values[0], bytes):
-        raise ValueError(f"the feature {name!r} has no encoded image")
-    return values[0]

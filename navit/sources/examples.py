@@ -18,6 +18,8 @@ from google.protobuf import (
     text_format,
 )
 
+from navit.sources import records
+
 _FILE = """
   name: "navit/example.proto" package: "navit.example" syntax: "proto3"
   message_type { name: "Example"
@@ -61,6 +63,24 @@ def parse(data: bytes) -> dict[str, list[Any]]:
         kind = feature.WhichOneof("kind")
         features[name] = list(getattr(feature, kind).value) if kind else []
     return features
+
+
+def raw(
+    example: dict[str, list[Any]], image: str, caption: str, label: str
+) -> records.Raw:
+    """The record in the features of these names; empty names mean none.
+
+    Raises:
+      ValueError: if there is no encoded image, or a feature has another kind of value.
+    """
+    images = example.get(image, [])
+    if len(images) != 1 or not isinstance(images[0], bytes):
+        raise ValueError(f"the feature {image!r} has no encoded image")
+    return records.Raw(
+        images[0],
+        records.label_text(example.get(label)),
+        records.texts(example.get(caption)),
+    )
 
 
 @functools.cache

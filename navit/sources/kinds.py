@@ -10,8 +10,7 @@ from navit.sources.index import ALL, Share
 from navit.sources.local_cache import LocalCache
 from navit.sources.mixture import MixtureSource
 from navit.sources.records import Reader, RecordSource
-from navit.sources.source import Source
-from navit.sources.stream import StreamSource
+from navit.sources.source import Source, no_random_access
 
 
 class Opener:
@@ -29,24 +28,12 @@ class Opener:
         self._opened: dict[config.AnySource, Source] = {}
         self._folders: dict[config.Folder, FolderSource] = {}
 
-    def open_train(self, source: config.TrainSource) -> Source | StreamSource:
-        """Opens a source to train on, which need not have random access."""
-        if isinstance(source, config.Stream):
-            return StreamSource(source)
-        return self.open(source)
-
-    def open(self, source: config.TrainSource) -> Source:
-        """Opens a source with random access; all image sizes are then known.
+    def open(self, source: config.AnySource) -> Source:
+        """Opens a source; all image sizes are then known.
 
         Raises:
-          ValueError: for a stream, which has no random access.
+          ValueError: if its files have no random access, and as its reader does.
         """
-        if isinstance(source, config.Stream):
-            raise ValueError(
-                f"the stream {source.path!r} has no random access, which this needs: "
-                "use plain tar shards (TarShards) or ArrayRecord files; only `navit "
-                "train` reads a stream, as data.train"
-            )
         if source not in self._opened:
             self._opened[source] = self._open(source)
         return self._opened[source]
@@ -73,7 +60,7 @@ class Opener:
         return RecordSource(reader, share=self._share)
 
 
-def open_source(source: config.TrainSource) -> Source:
+def open_source(source: config.AnySource) -> Source:
     """Opens one source of a config, such as `navit.config.Folder(path)`.
 
     Returns:
@@ -81,23 +68,20 @@ def open_source(source: config.TrainSource) -> Source:
 
     Raises:
       TypeError: if `source` is not a source of a config.
-      ValueError: for a stream, which has no random access.
+      ValueError: as `Opener.open` does.
     """
     return Opener().open(source)
 
 
-def open_train_source(source: config.TrainSource) -> Source | StreamSource:
-    """Opens one source as `Opener.open_train` does."""
-    return Opener().open_train(source)
-
-
 def _open_reader(
-    source: config.TrainSource, share: Share, cache: LocalCache | None
+    source: config.AnySource, share: Share, cache: LocalCache | None
 ) -> Reader:
     if isinstance(source, config.TarShards):
         from navit.sources.tar import TarReader
 
         return TarReader(source, share=share, cache=cache)
+    if isinstance(source, config.TfRecords):
+        raise ValueError(no_random_access(f"{source.path} is TFRecord, which", source))
     if isinstance(source, config.ArrayRecords):
         from navit.sources.array_record import ArrayRecordReader
 

@@ -11,7 +11,7 @@ from navit.sources.folder import same_table
 log = logging.getLogger("navit")
 
 
-def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> None:
+def check_overlap(train: config.AnySource, evaluation: config.AnySource) -> None:
     """Warns if both read the same images; raises if that can only be a mistake.
 
     Raises:
@@ -33,12 +33,12 @@ def check_overlap(train: config.TrainSource, evaluation: config.AnySource) -> No
         )
 
 
-def singles(source: config.TrainSource) -> tuple[Single | config.Stream, ...]:
+def singles(source: config.AnySource) -> tuple[Single, ...]:
     """The sources of a mixture, or this one."""
     return source.sources if isinstance(source, config.Mixture) else (source,)
 
 
-def _overlap(train: Single | config.Stream, held: Single | config.Stream) -> bool:
+def _overlap(train: Single, held: Single) -> bool:
     if isinstance(train, config.Folder) and isinstance(held, config.Folder):
         # Released weights have no training folder.
         return bool(train.path and held.path) and _folders_overlap(train, held)
@@ -63,7 +63,7 @@ def _folders_overlap(train: config.Folder, held: config.Folder) -> bool:
     return True
 
 
-def _images(source: Single | config.Stream) -> str:
+def _images(source: Single) -> str:
     """Describes what a source reads; equal texts mean the same images."""
     match source:
         case config.Synthetic():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from navit.config.sources import Single, words
 from navit.sources.images import ImageLike
 
 
@@ -55,3 +57,12 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
     def fingerprint(self) -> str: ...  # changes with sizes, captions and labels
     def version(self) -> str: ...  # changes with any file
+
+
+def no_random_access(what: str, source: Single) -> str:
+    """An error text with the command that makes tar shards of a source."""
+    named, *fields = words(source)
+    return (
+        f"{what} has no random access: write tar shards once, with `navit reshard "
+        f"{shlex.join([named, 'OUT', *fields])}`, and set data.train=tars:OUT"
+    )

@@ -22,7 +22,8 @@ from navit.sources.index_join import Index
 from navit.sources.index_part import Entry, Part
 from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
-from navit.sources.tar_fields import Fields, field_of
+from navit.sources.source import no_random_access
+from navit.sources.tar_fields import COMPRESSED, Fields, field_of
 
 log = logging.getLogger("navit")
 
@@ -45,7 +46,8 @@ class TarReader:
         even one that cannot be read.
 
     Raises:
-      FileNotFoundError, ValueError: if there is no shard, or no shard has an image.
+      FileNotFoundError, ValueError: if there is no shard, one is compressed, or none
+        has an image.
       Unfinished: if other processes have not indexed their shards.
     """
 
@@ -59,8 +61,15 @@ class TarReader:
     ) -> None:
         self._storage = storage.open_storage(shards.path, cache)
         self._shards = storage.find(
-            self._storage, shards.path, (".tar",), missing=shards.missing
+            self._storage,
+            shards.path,
+            (".tar", *COMPRESSED),
+            missing=shards.missing,
         )
+        for shard in self._shards:
+            if shard.endswith(COMPRESSED):
+                what = f"{shard} is compressed, so it"
+                raise ValueError(no_random_access(what, shards))
         self.classes = class_names(shards.classes)
         stats = storage.stats_of(self._storage, self._shards)
         remote = storage.is_remote(self._shards[0])

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from navit.sources import records
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm")
+# Suffixes of tars that only `navit reshard` reads, as they have no random access.
+COMPRESSED = (".tar.gz", ".tgz")
 _CAPTIONS = ("txt", "json.caption")
 # webdataset's rule: the key ends at the first dot of the file name.
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
@@ -63,13 +65,9 @@ class Fields:
         return label, captions
 
 
-def caption_fields(caption: str | None) -> list[tuple[str, str]]:
-    """(member, field of a .json) of each place where a caption may be."""
-    return [_spec(name) for name in ([caption] if caption else _CAPTIONS)]
-
-
 def _wanted(caption: str | None, label: str) -> list[Wanted]:
-    captions = [Wanted(*spec, bool(caption)) for spec in caption_fields(caption)]
+    names = [caption] if caption else _CAPTIONS
+    captions = [Wanted(*_spec(name), bool(caption)) for name in names]
     return [*captions, Wanted(*_spec(label), True)]
 
 

@@ -125,7 +125,11 @@ def scan(
         except (tarfile.TarError, ValueError) as error:
             file.seek(0)
             packed = file.read(2) == b"\x1f\x8b"
-            damage = "compressed, so it has no offsets" if packed else str(error)
+            damage = (
+                "compressed: `navit reshard` writes plain tar shards"
+                if packed
+                else str(error)
+            )
     # The image is the first column.
     whole = {key: at for key, at in shard.samples.items() if at[0][0]}
     if (lost := len(shard.samples) - len(whole)) and not damage:

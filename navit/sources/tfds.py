@@ -13,20 +13,27 @@ from navit.sources.cache import Place, digest
 from navit.sources.cached_records import CachedRecords, Span
 from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
+from navit.sources.source import no_random_access
 from navit.sources.table import inside
 
 _FORMATS = ("array_record", "parquet")
 
 
-class TfdsReader:
-    """The records of one split.
+class Prepared:
+    """One split of a prepared dataset, as the files that describe it say.
 
-    Files behind a URL are read through a local cache.
+    Those of a dataset behind a URL are copied to the local cache.
+
+    Attributes:
+      stored: the format of the records, such as "tfrecord".
+      where: names the dataset in messages.
+      caption, label: features, as `records.choose` chooses them.
+      files: those of the whole split, paths or URLs.
+      spans: the split's records, file by file.
 
     Raises:
-      ValueError: if tensorflow_datasets is not installed, the dataset is not prepared,
-        has no random access, or lacks the split or a feature, or if it is behind a URL
-        and there is no cache, or it is not stored as ArrayRecord.
+      ValueError: if tensorflow_datasets is not installed, the dataset is not prepared
+        or lacks the split or a feature, or if it is behind a URL and there is no cache.
     """
 
     def __init__(self, source: config.Tfds, cache: LocalCache | None = None) -> None:
@@ -37,32 +44,24 @@ class TfdsReader:
                 f"the dataset {source.name!r} needs tensorflow_datasets: pip install "
                 "tensorflow-datasets (TensorFlow is not needed)"
             ) from None
-        remote = storage.is_remote(source.data_dir or "")
-        folder = _mirrored(source, cache) if remote else source.data_dir
-        builder = _builder(tfds, source, folder)
-        stored = builder.info.file_format.file_suffix
-        where = f"{source.name} in {source.data_dir if remote else builder.data_path}"
-        if stored not in _FORMATS:
-            raise ValueError(
-                f"{where} is stored as {stored}, which has no random access: "
-                f"tfds build {source.name} --file_format=array_record"
-            )
-        if remote and stored != "array_record":
-            raise ValueError(
-                f"{where} is stored as {stored}; behind a URL it must be ArrayRecord: "
-                f"tfds build {source.name} --file_format=array_record"
-            )
-        features = builder.info.features
-        self._image = source.image
-        self._caption, self._label = records.choose(source, features, where, deep=True)
-        for path in filter(None, (self._image, self._caption, self._label)):
-            _feature(features, path, where)
-        if not isinstance(_feature(features, self._image, where), tfds.features.Image):
-            raise ValueError(f"{where}: the feature {self._image!r} is not an image")
+        self.remote = storage.is_remote(source.data_dir or "")
+        folder = _mirrored(source, cache) if self.remote else source.data_dir
+        self.builder = _builder(tfds, source, folder)
+        info, place = self.builder.info, str(self.builder.data_path)
+        self.stored: str = info.file_format.file_suffix
+        where = f"{source.name} in {source.data_dir if self.remote else place}"
+        self.where = where
+        self.caption, self.label = records.choose(
+            source, info.features, where, deep=True
+        )
+        for path in filter(None, (source.image, self.caption, self.label)):
+            _feature(info.features, path, where)
+        image = _feature(info.features, source.image, where)
+        if not isinstance(image, tfds.features.Image):
+            raise ValueError(f"{where}: the feature {source.image!r} is not an image")
         self.classes = class_names(source.classes)
-        self.damaged: list[str] = []
-        if self._label:
-            label = _feature(features, self._label, where)
+        if self.label:
+            label = _feature(info.features, self.label, where)
             if isinstance(label, tfds.features.ClassLabel):
                 names = tuple(label.names)
                 if self.classes and len(self.classes) != len(names):
@@ -71,11 +70,47 @@ class TfdsReader:
                         f"{where} has {len(names)}"
                     )
                 self.classes = self.classes or names
-        decoders: Any = tfds.decode.SkipDecoding()
+        self.split = info.splits[source.split]
+        if self.remote:
+            assert folder is not None and source.data_dir is not None
+            place = source.data_dir.rstrip("/") + place[len(folder) :]
+        self.files = [f"{place}/{file.name}" for file in self.split.filepaths]
+        self.spans = [
+            Span(f"{place}/{Path(part.filename).name}", part.skip, part.take)
+            for part in self.split.file_instructions
+        ]
+
+
+class TfdsReader:
+    """The records of one split.
+
+    Files behind a URL are read through a local cache.
+
+    Raises:
+      ValueError: as `Prepared` does; and if the dataset has no random access, or is
+        behind a URL and not stored as ArrayRecord.
+    """
+
+    def __init__(self, source: config.Tfds, cache: LocalCache | None = None) -> None:
+        dataset = Prepared(source, cache)
+        where, stored, split = dataset.where, dataset.stored, dataset.split
+        if stored not in _FORMATS:
+            what = f"{where} is stored as {stored}, which"
+            raise ValueError(no_random_access(what, source))
+        if dataset.remote and stored != "array_record":
+            raise ValueError(
+                f"{where} is stored as {stored}; behind a URL it must be ArrayRecord: "
+                f"tfds build {source.name} --file_format=array_record"
+            )
+        self._image, self.classes = source.image, dataset.classes
+        self._caption, self._label = dataset.caption, dataset.label
+        self.damaged: list[str] = []
+        from tensorflow_datasets import decode
+
+        decoders: Any = decode.SkipDecoding()
         for key in reversed(self._image.split(".")):
             decoders = {key: decoders}
-        self._source = builder.as_data_source(source.split, decoders=decoders)
-        split = builder.info.splits[source.split]
+        self._source = dataset.builder.as_data_source(source.split, decoders=decoders)
         if len(self._source) != split.num_examples:  # TFDS cannot cut Parquet
             raise ValueError(
                 f"{where}: split={source.split!r} has {split.num_examples} examples, "
@@ -83,25 +118,15 @@ class TfdsReader:
                 "or build the dataset with --file_format=array_record"
             )
         self._name = f"{source.name} {source.split}"
-        if remote:
-            assert folder is not None and source.data_dir is not None
-            stored_at = storage.open_storage(source.data_dir, cache)
-            url = source.data_dir.rstrip("/") + str(builder.data_path)[len(folder) :]
-            files = [f"{url}/{file.name}" for file in split.filepaths]
-            self._source.data_source = CachedRecords(
-                stored_at,
-                [
-                    Span(f"{url}/{Path(part.filename).name}", part.skip, part.take)
-                    for part in split.file_instructions
-                ],
-            )
-        else:
-            stored_at = storage.Local()
-            files = [str(file) for file in split.filepaths]
-        pairs = zip(files, storage.stats_of(stored_at, files), strict=True)
+        stored_at = storage.open_storage(dataset.files[0], cache)
+        if dataset.remote:
+            self._source.data_source = CachedRecords(stored_at, dataset.spans)
+        pairs = zip(
+            dataset.files, storage.stats_of(stored_at, dataset.files), strict=True
+        )
         stats = [(Path(file).name, stat) for file, stat in pairs]
         self.place = Place(
-            None if remote else Path(str(builder.data_path)),
+            None if dataset.remote else Path(str(dataset.builder.data_path)),
             f"{where}, split {source.split} (image {self._image}, caption "
             f"{self._caption or 'none'}, label {self._label or 'none'})",
             digest([[(name, *stat) for name, stat in stats]]),

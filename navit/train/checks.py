@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 from typing import Any
 
 import numpy as np
 
 from navit import config as config_lib
-from navit.config import Config, Folder, Stream
+from navit.config import Config, Folder
 from navit.config.model import ROUNDING
 from navit.input import tokens
 from navit.model.attention import misfit
 from navit.sharding import Rules, platform
 from navit.sources.source import Source
-from navit.sources.stream import StreamSource
 from navit.train.trackers import check_installed
 
 log = logging.getLogger("navit")
@@ -48,9 +46,8 @@ _ROUNDING = (
     "train.on_nonfinite",
 )
 # Data may move as well, and its fields may have other names: its fingerprint shows
-# whether it is the same. A stream's does not cover its captions.
-_PLACES = ("path", "data_dir", "table")
-_FIELDS = ("caption", "label")
+# whether it is the same.
+_COVERED = ("path", "data_dir", "table", "caption", "label")
 
 
 def changes(before: Config, now: Config) -> list[str]:
@@ -74,13 +71,12 @@ def _differences(before: Config, now: Config) -> list[str]:
     return [x for x in differences if not x.startswith(_FREE)]
 
 
-def _without_places(source: config_lib.TrainSource) -> Any:
+def _without_places(source: config_lib.AnySource) -> Any:
     if isinstance(source, config_lib.Mixture):
         sources = tuple(_without_places(x) for x in source.sources)
         return dataclasses.replace(source, sources=sources)
-    covered = _PLACES if isinstance(source, Stream) else (*_PLACES, *_FIELDS)
     names = {field.name for field in dataclasses.fields(source)}
-    blank: Any = {name: "" for name in names & {*covered}}
+    blank: Any = {name: "" for name in names & {*_COVERED}}
     return dataclasses.replace(source, **blank)
 
 
@@ -123,7 +119,7 @@ def check_config(config: Config) -> None:
         )
 
 
-def check_split(config: Config, source: Source | StreamSource, held: int) -> None:
+def check_split(config: Config, source: Source, held: int) -> None:
     """Warns if more than half of a folder is held out.
 
     Args:
@@ -133,7 +129,6 @@ def check_split(config: Config, source: Source | StreamSource, held: int) -> Non
     train, folder = config.data.train, config.data.eval
     if not (isinstance(train, Folder) and isinstance(folder, Folder)):
         return
-    assert not isinstance(source, StreamSource)
     splits_one = (train.split, folder.split) == ("train", "eval")
     if splits_one and folder.path in (None, train.path) and held > len(source):
         log.warning(
@@ -145,7 +140,7 @@ def check_split(config: Config, source: Source | StreamSource, held: int) -> Non
         )
 
 
-def check_captions(config: Config, source: Source | StreamSource) -> None:
+def check_captions(config: Config, source: Source) -> None:
     """Warns if captions are longer than the text tower takes."""
     if config.model.text is not None and config.train.needs("captions"):
         captions = _some_captions(source)
@@ -160,11 +155,8 @@ def check_captions(config: Config, source: Source | StreamSource) -> None:
             )
 
 
-def _some_captions(source: Source | StreamSource) -> list[str]:
+def _some_captions(source: Source) -> list[str]:
     """Captions of a few hundred records, in runs that storage can read at once."""
-    if isinstance(source, StreamSource):
-        records = itertools.islice(source.read([0]), _RUN)
-        return [caption for record in records for caption in record.captions]
     starts = np.linspace(0, max(0, len(source) - _RUN), _RUNS).astype(int)
     runs = np.minimum(starts[:, None] + np.arange(_RUN), len(source) - 1)
     indices = np.unique(runs).tolist()

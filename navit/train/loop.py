@@ -19,7 +19,6 @@ from navit.sharding import Rules, make_mesh, use_mesh
 from navit.sources.kinds import Opener
 from navit.sources.local_cache import open_cache
 from navit.sources.source import Source
-from navit.sources.stream import StreamSource
 from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import (
@@ -75,7 +74,7 @@ def train(
         budgets.check_memory(config)
     pipeline.check_memory(config, jax.process_count())
     opener = Opener(cache=open_cache(config.data))
-    source = opener.open_train(config.data.train)
+    source = opener.open(config.data.train)
     data = pipeline.fingerprint(source)
     opened = open_tasks(config, opener=opener)
     with use_mesh(mesh):
@@ -145,7 +144,7 @@ def _steps(
     state: TrainState,
     config: Config,
     running: Config,
-    source: Source | StreamSource,
+    source: Source,
     opened: Sequence[Opened],
     data: str,
     rules: Rules,

@@ -19,10 +19,10 @@ from navit.config import (
     PositionConfig,
     Sigmoid,
     Softmax,
-    Stream,
     Synthetic,
     TarShards,
     Tfds,
+    TfRecords,
 )
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
@@ -109,10 +109,33 @@ def test_a_source_is_chosen_by_name_with_its_fields_in_any_order(assignments, so
             assert getattr(changed.data, key) == source
 
 
-def test_a_stream_is_chosen_for_training_only():
-    rest = ["data.slots=4", "data.eval=synthetic:9"]
-    assert overridden("data.train=stream:x", *rest).data.train == Stream("x")
-    assert "expected" in error_of("data.eval=stream:x")
+def test_a_config_that_names_a_stream_is_told_what_replaces_it(tmp_path):
+    remedy = "`navit reshard tars:PATH OUT`"
+    for key in ("train", "eval"):
+        message = error_of(f"data.{key}=stream:x")
+        assert (
+            message.startswith(f"data.{key}=stream:x was removed")
+            and "\n" not in message
+        )
+        assert remedy in message
+    path = tmp_path / "old.py"
+    path.write_text("from navit.config import Stream\n")
+    with pytest.raises(ValueError, match="Stream was removed: .*" + remedy):
+        config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("a/*.tar.gz", TarShards("a/*.tar.gz", missing=0.5)),
+        ("a.tfrecord-00001", TfRecords("a.tfrecord-00001", "jpg", missing=0.5)),
+    ],
+)
+def test_a_run_that_was_trained_on_a_stream_still_opens(path, source):
+    data = config.to_json(Config())
+    stream = {"path": path, "image": "jpg", "caption": "", "window": 9, "missing": 0.5}
+    data["data"]["train"] = {"type": "Stream", **stream}
+    assert config.from_json(data).data.train == source
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import io
 import itertools
@@ -39,20 +38,18 @@ from navit.config import (
 )
 from navit.input import memory, pixels
 from navit.input.fill import fill_rows
-from navit.input.make_batch import MakeBatch, MakeStreamBatch
+from navit.input.make_batch import MakeBatch
 from navit.input.pipeline import (
     check_memory,
     open_eval_source,
     open_source,
     train_batches,
 )
-from navit.input.stream_plan import Planned
 from navit.input.tokens import encode
 from navit.plan.batches import BatchPlans
 from navit.plan.rows import Rows
 from navit.sources.images import size_of
 from navit.sources.source import Record
-from navit.sources.stream import Streamed
 from navit.sources.synthetic import SyntheticSource
 
 STEPS = 8
@@ -564,11 +561,6 @@ def test_ids_beyond_31_bits_stay_as_they_are():
         named=set(),
     )
     batch = MakeBatch(Far(), config().data, **options).map(rows)
-    assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
-    record = Streamed("a", solid(16, 16), ("a caption",), (16, 16))
-    planned = Planned(dataclasses.replace(rows, index=np.arange(3)), (record,) * 3, ids)
-    make = functools.partial(MakeBatch, data=config().data, **options)
-    batch = MakeStreamBatch(make).map(planned)
     assert batch.id.tolist() == [ids[:2].tolist(), [2**40, -1]]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from navit import strategies
-from navit.config import DataConfig, Sides, Stream, TokenDrop, override
+from navit.config import DataConfig, Sides, TokenDrop, override
 from navit.plan import lanes as lanes_module
 from navit.plan.batches import BatchPlans
 from navit.plan.lanes import lanes_of
@@ -171,7 +171,6 @@ def test_what_lanes_cannot_plan_is_refused():
         (dict(rows=4, caption_rows=2), "in groups of 2"),
         (dict(budget_per="batch"), "one budget for a whole batch"),
         (dict(workers=3), r"data\.workers=3 cannot share data\.lanes=4"),
-        (dict(train=Stream("x"), slots=4), "needs a source with random access"),
     ):
         with pytest.raises(ValueError, match=message):
             data_config(**overrides)

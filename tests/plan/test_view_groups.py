@@ -1,7 +1,6 @@
 """navit.plan.view_groups: each image's views in one group of rows."""
 
 import collections
-import dataclasses
 import itertools
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from navit import strategies
-from navit.config import DataConfig, Stream
+from navit.config import DataConfig
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
 from navit.plan.view_groups import Room, left_out, room_of, shapes_of
@@ -135,9 +134,3 @@ def test_all_hosts_together_plan_what_one_host_plans():
 def test_a_setting_that_a_strategy_would_ignore_is_refused_by_name(setting):
     with pytest.raises(ValueError, match=f"data.{next(iter(setting))}=.*InternVL"):
         data_config(**setting)
-
-
-def test_a_stream_takes_no_strategy():
-    stream = Stream("x")
-    with pytest.raises(ValueError, match="InternVL needs a source with random access"):
-        dataclasses.replace(data_config(), train=stream, slots=4, captions=4)

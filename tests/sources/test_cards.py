@@ -76,7 +76,7 @@ def test_the_lines_of_the_docs_are_sources():
     text = (ROOT / "docs" / "data.md").read_text()
     lines = re.findall(r"\| `((?:\w+)\([^`]*\))` \|", text)
     names = {line.partition("(")[0] for line in lines}
-    assert names == {*SOURCES, "Synthetic", "Mixture", "Stream"}
+    assert names == {*SOURCES, "Synthetic", "Mixture", "TfRecords"}
     for line in lines:
         if line.partition("(")[0] in SOURCES:
             assert source_of(line)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from navit.config import Folder, Mixture, Stream, Synthetic, TarShards, Tfds
+from navit.config import Folder, Mixture, Synthetic, TarShards, Tfds
 from navit.sources.overlap import check_overlap
 
 SAMPLE = str(Path(__file__).parents[2] / "data/sample")
@@ -24,7 +24,7 @@ def sample(split: str = "all", holdout: float = 0.4, **options) -> Folder:
         (sample("train"), sample("train"), FOLDER),
         (Synthetic(9, seed=1), Synthetic(5, seed=1), "synthetic images of seed 1"),
         (Tfds("a", "test"), Tfds("a", "test", caption="text"), "a split=test"),
-        (Stream("s/*.tar"), TarShards("s/*.tar"), "s/*.tar"),
+        (TarShards("s/*.tar"), TarShards("s/*.tar", "json.c"), "s/*.tar"),
         (
             Mixture((sample(), Synthetic(9, seed=1))),
             Mixture((Synthetic(5, seed=2), Synthetic(5, seed=1))),

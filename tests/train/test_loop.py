@@ -20,13 +20,13 @@ from helpers import tiny_config
 from PIL import Image
 
 import navit
-from navit.config import Folder, MeshConfig, Mixture, Stream, Tfds, override
+from navit.config import Folder, MeshConfig, Mixture, Tfds, override
 from navit.evals import budgets
 from navit.evals.tasks import open_tasks
 from navit.input import pipeline
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules, make_mesh, use_mesh
-from navit.sources.kinds import Opener, open_train_source
+from navit.sources.kinds import Opener, open_source
 from navit.train import checkpoint, hosts, lock, loop
 from navit.train.checkpoint import Checkpoints
 from navit.train.checks import changes, check_captions, check_config
@@ -370,9 +370,6 @@ def test_only_the_location_of_the_data_may_change():
             for x in (source, other)
         )
         assert not changes(one, two) and changes(one, before)
-    data = dataclasses.replace(tiny_config().data, train=Stream("a"))
-    stream = dataclasses.replace(tiny_config(), data=data)
-    assert changes(stream, override(stream, ["data.train.caption=text"]))
 
 
 def test_only_the_towers_that_a_run_has_count_and_not_where_they_came_from():
@@ -391,7 +388,7 @@ def test_other_data_in_another_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "check_same", check_same)
     with pytest.raises(ValueError, match=r"data\.train of processes"):
         loop.train(tiny_config(), tmp_path)
-    source = open_train_source(tiny_config().data.train)
+    source = open_source(tiny_config().data.train)
     assert asked[-1] == pipeline.fingerprint(source)
 
 
@@ -535,7 +532,7 @@ def test_settings_that_would_fail_later_fail_before_training(tmp_path, change, m
 def test_what_no_memory_holds_is_refused_before_data_is_read(
     tmp_path, monkeypatch, change, message
 ):
-    monkeypatch.delattr(Opener, "open_train")
+    monkeypatch.delattr(Opener, "open")
     with pytest.raises(ValueError, match=message):
         loop.train(override(tiny_config(), [change]), tmp_path)
 

@@ -18,7 +18,7 @@ from navit.config import override
 from navit.evals import vectors
 from navit.input import pipeline
 from navit.sharding import Rules, make_mesh, split_rows, use_mesh
-from navit.sources.kinds import open_train_source
+from navit.sources.kinds import open_source
 from navit.train import loop
 from navit.train import step as step_lib
 from navit.train.checks import changes, rounding_changes
@@ -108,7 +108,7 @@ def test_a_run_survives_bad_batches_and_signals_to_the_bit(bad, tmp_path, caplog
     kept = tmp_path / "stopped/nonfinite"
     assert_equal(restored(kept, config), at_four)
     notes = [json.loads(x) for x in (kept / "batches.jsonl").read_text().splitlines()]
-    source = open_train_source(config.data.train)
+    source = open_source(config.data.train)
     planned = list(pipeline.train_batches(config, source))
     for note, step in zip(notes, (3, 5), strict=True):
         ids = planned[step - 1].id
