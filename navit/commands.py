@@ -98,8 +98,8 @@ def _evaluate(args: argparse.Namespace, weights: Path) -> None:
     from navit.evals import budgets, vector_cache, vectors
     from navit.evals.tasks import open_tasks
     from navit.sharding import make_mesh, use_mesh
+    from navit.sources.bucket import is_url
     from navit.train import hosts
-    from navit.train.bucket import is_url
     from navit.train.workdir import is_workdir
     from navit.weights import load, read
 

@@ -35,7 +35,7 @@ from navit.embed import Embedder
 from navit.files import replacing
 from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
-from navit.train.bucket import is_url
+from navit.sources.bucket import is_url
 from navit.train.workdir import is_workdir
 
 log = logging.getLogger("navit")

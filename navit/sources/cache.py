@@ -116,7 +116,7 @@ def publish(place: Place, stored: Stored) -> bool:
     if stored.path is None or not stored.path.is_relative_to(cache_home()):
         return False
     name = stored.path.relative_to(cache_home())
-    return mirror.put(place.folder, stored.path, str(name))
+    return mirror.put(place.folder, cache_home(), str(name))
 
 
 def fetch_parts(place: Place, kind: str, wanted: Collection[int]) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
+from navit.sources.bucket import connect
 from navit.sources.local_cache import LocalCache
-from navit.sources.transient import http_status, is_transient
+from navit.sources.transient import Retries, http_status, is_transient
 
-# Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
-_WAITS = (0.1, 0.5, 2, 4)
-# After this many seconds without a success, nothing is tried again.
-_PATIENCE = 60
+# Seconds between tries, and without a success.
+_WAITS = (0.1, 0.5, 2.0, 4.0)
+_PATIENCE = 60.0
 # An answer that takes longer than `_PATIENCE` and is slower than this, in bytes a
 # second, has failed.
 _SLOWEST = 1 << 18
@@ -30,6 +28,10 @@ class Stat(NamedTuple):
     version: str
 
 
+class NoRanges(OSError):
+    """A server that sends whole files when asked for a part of one."""
+
+
 class Remote:
     """Files behind a URL.
 
@@ -41,8 +43,8 @@ class Remote:
     block = 1 << 22
 
     def __init__(self, url: str, cache: LocalCache | None = None) -> None:
-        self._fs, self._cache = _filesystem(url), cache
-        self._failing_since: float | None = None
+        self._fs, self._cache = connect(url)[0], cache
+        self._tried = Retries(*_WAITS, patience=_PATIENCE)
         self._versions: dict[str, Stat] = {}  # of what is in the cache
 
     def read_range(
@@ -122,45 +124,23 @@ class Remote:
         else:
             data = fs.cat_file(path, **part)
         if len(data) > size:
-            raise OSError(
+            raise NoRanges(
                 f"{path}: {size} bytes from {start} were asked for, and {len(data)} "
-                "came: this server cannot send a part of a file"
+                "came: this server cannot send a part of a file, so copy the files to "
+                "one that can, or to this machine"
             )
         return data
 
     def _retried(self, path: str, ask: Callable[[], T]) -> T:
-        for wait in (*_WAITS, None):
-            try:
-                answer = ask()
-            except Exception as error:  # each file system has errors of its own
-                if not is_transient(error):
-                    if http_status(error) is None:
-                        raise
-                    raise OSError(f"{path}: {error}") from None
-                now = time.monotonic()
-                self._failing_since = self._failing_since or now
-                if wait is None or now - self._failing_since > _PATIENCE:
-                    reason = str(error.__cause__ or error) or type(error).__name__
-                    raise ConnectionError(f"{path}: {reason}") from None
-            else:
-                self._failing_since = None
-                return answer
-            time.sleep(wait * random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
-
-
-def _filesystem(url: str) -> Any:
-    try:
-        import fsspec
-    except ImportError:
-        raise ValueError(
-            f"{url!r} is read through fsspec, which is not installed: pip install "
-            "fsspec, and its package for this protocol (gcsfs, s3fs)"
-        ) from None
-    try:
-        return fsspec.core.url_to_fs(url)[0]
-    except (ImportError, ValueError) as error:  # or the protocol's own package
-        raise ValueError(f"{url!r} cannot be opened: {error}") from None
+        try:
+            return self._tried(ask)
+        except Exception as error:  # each file system has errors of its own
+            if is_transient(error):
+                reason = str(error.__cause__ or error) or type(error).__name__
+                raise ConnectionError(f"{path}: {reason}") from None
+            if http_status(error) is None and isinstance(error, OSError | ValueError):
+                raise
+            raise OSError(f"{path}: {error}") from None
 
 
 def _stat_of(info: dict) -> Stat:

@@ -1,9 +1,14 @@
-"""Tells transient errors, of the network or the machine, from those of a file."""
+"""Transient errors, of the network or the machine: what they are, and trying again."""
 
 from __future__ import annotations
 
 import errno
 import functools
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
 # This process or machine has no more of something, which no file is to blame for.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -23,6 +28,39 @@ _TRANSIENT = (
     errno.EAGAIN,
     errno.EIO,
 )
+
+T = TypeVar("T")
+
+
+class Retries:
+    """Asks again after a transient error.
+
+    Args:
+      waits: seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
+      patience: after this many seconds without a success, nothing is tried again.
+    """
+
+    def __init__(self, *waits: float, patience: float = math.inf) -> None:
+        self._waits, self._patience = waits, patience
+        self._failing_since: float | None = None
+
+    def __call__(self, ask: Callable[[], T]) -> T:
+        """The answer; raises the error of the last try."""
+        for wait in (*self._waits, None):
+            try:
+                answer = ask()
+            except Exception as error:  # each file system has errors of its own
+                if not is_transient(error):
+                    raise
+                now = time.monotonic()
+                self._failing_since = self._failing_since or now
+                if wait is None or now - self._failing_since > self._patience:
+                    raise
+            else:
+                self._failing_since = None
+                return answer
+            time.sleep(wait * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
 
 
 def is_transient(error: BaseException | None) -> bool:

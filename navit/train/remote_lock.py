@@ -15,8 +15,8 @@ import time
 import uuid
 from collections.abc import Iterator
 
+from navit.sources.bucket import Bucket
 from navit.train import lock
-from navit.train.bucket import Bucket
 
 log = logging.getLogger("navit")
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import jax
 
+from navit.sources.bucket import Bucket, is_url
 from navit.train import checksums, hosts, remote_lock
-from navit.train.bucket import Bucket, is_url
 from navit.train.workdir import FOLDER, outdated
 
 log = logging.getLogger("navit")

@@ -284,7 +284,7 @@ def test_an_outage_stops_the_indexing_of_parquet_and_blames_no_image(
     tmp_path, monkeypatch
 ):
     """The row groups in memory do not show that there is a connection."""
-    monkeypatch.setattr("navit.sources.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("navit.sources.transient.time.sleep", lambda seconds: None)
     monkeypatch.setattr(sizes, "MIN_KEPT", 0)
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "png")

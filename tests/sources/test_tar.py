@@ -384,7 +384,7 @@ def clock(monkeypatch) -> list[float]:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr("navit.sources.remote.time.sleep", sleep)
+    monkeypatch.setattr("navit.sources.transient.time.sleep", sleep)
     monkeypatch.setattr("navit.sources.remote.time.monotonic", lambda: now[0])
     return now
 

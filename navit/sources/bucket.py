@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import random
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from navit.sources.transient import is_transient
+from navit.sources.transient import Retries
 
 # Files that are sent or fetched at a time.
 _THREADS = 16
-# Seconds between tries; each wait is drawn from 0.5 to 1.5 times these.
-_WAITS = (0.5, 1, 2, 4, 8)
+# Seconds between tries.
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 T = TypeVar("T")
 
@@ -28,23 +26,33 @@ def is_url(path: object) -> bool:
     return isinstance(path, str) and "://" in path
 
 
+def connect(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, and what the URL names there.
+
+    Raises:
+      ValueError: if fsspec, the protocol or the protocol's own package is missing.
+    """
+    try:
+        import fsspec
+    except ImportError:
+        raise ValueError(
+            f"{url} is opened by fsspec, which is not installed: pip install fsspec, "
+            "and gcsfs for gs://, s3fs for s3:// or aiohttp for https://"
+        ) from None
+    options = {"auto_mkdir": True} if url.startswith("file:") else {}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:  # or the protocol's own package
+        raise ValueError(f"{url} cannot be opened: {error}") from None
+
+
 class Bucket:
     """The files below a URL. A request that fails for the moment is tried again."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        try:
-            import fsspec
-
-            self._fs: Any
-            options = {"auto_mkdir": True} if url.startswith("file:") else {}
-            self._fs, root = fsspec.core.url_to_fs(self.url, **options)
-        except (ImportError, ValueError) as error:  # or the protocol's own package
-            raise ValueError(
-                f"{url} cannot be opened ({error}): pip install fsspec, and gcsfs for "
-                "gs:// or s3fs for s3://"
-            ) from None
-        self._root = root.rstrip("/")
+        self._fs, root = connect(self.url)
+        self._root, self._retried = root.rstrip("/"), Retries(*_WAITS)
 
     def names(self, folder: str = "") -> list[str]:
         """The files below a folder, named from the root; none if it is not there."""
@@ -54,10 +62,11 @@ class Bucket:
         names = (name[len(self._root) + 1 :] for name in found)
         return sorted(name for name in names if name and name[-1] != "/")
 
-    def read(self, name: str) -> bytes | None:
-        """The contents of a file; None if it is not there."""
+    def read(self, name: str, stop: int | None = None) -> bytes | None:
+        """The contents of a file, up to the byte `stop`; None if it is not there."""
+        path, part = f"{self._root}/{name}", {} if stop is None else {"end": stop}
         try:
-            return self._tried(lambda: self._fs.cat_file(f"{self._root}/{name}"))
+            return self._tried(lambda: self._fs.cat_file(path, **part))
         except FileNotFoundError:
             return None
 
@@ -88,42 +97,39 @@ class Bucket:
             if not local.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f"{self.url} has a file {name!r}: delete it")
             local.parent.mkdir(parents=True, exist_ok=True)
-            self._tried(lambda: self._fs.get_file(f"{self._root}/{name}", str(local)))
+            self.fetch_file(name, local)
 
         _each(one, names)
 
+    def fetch_file(self, name: str, to: Path) -> None:
+        """Copies a file to a path whose folder exists."""
+        self._tried(lambda: self._fs.get_file(f"{self._root}/{name}", str(to)))
+
     def move(self, before: str, after: str) -> None:
-        """Moves a folder, file by file."""
-        for name in self.names(before):
-            data = self.read(name)
-            assert data is not None
-            self.write(after + name[len(before) :], data)
+        """Moves a folder, file by file; an object store does so by itself."""
+
+        def one(name: str) -> None:
+            source, path = self._root + "/" + name, after + name[len(before) :]
+            self._tried(lambda: self._fs.cp_file(source, f"{self._root}/{path}"))
+
+        _each(one, self.names(before))
         self.remove(before)
 
     def remove(self, name: str) -> None:
         """Deletes a file or a folder, if it is there."""
+        self._fs.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             self._tried(lambda: self._fs.rm(f"{self._root}/{name}", recursive=True))
 
     def _tried(self, ask: Callable[[], T]) -> T:
-        for wait in _WAITS:
-            try:
-                return ask()
-            except Exception as error:  # each file system has errors of its own
-                if not is_transient(error):
-                    raise self._plain(error) from error
-            time.sleep(wait * random.uniform(0.5, 1.5))
+        """Asks; raises an OSError of one line, or FileNotFoundError."""
         try:
-            return ask()
-        except Exception as error:
-            raise self._plain(error) from error
-
-    def _plain(self, error: Exception) -> OSError:
-        """An OSError of one line; `FileNotFoundError` stays one."""
-        if isinstance(error, FileNotFoundError):
-            return error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        return OSError(f"{self.url}: {reason}")
+            return self._retried(ask)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise OSError(f"{self.url}: {reason}") from error
 
 
 def _each(do: Callable[[str], None], names: Iterable[str]) -> None:
