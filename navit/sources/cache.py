@@ -142,7 +142,19 @@ def _fetched(place: Place, name: str) -> bool:
     return mirror.get(place.folder, name, cache_home() / name, is_of_this_data)
 
 
-def remove_parts(place: Place, kind: str) -> None:
+def remove_parts(place: Place, kind: str, numbers: Iterable[int]) -> None:
+    """Removes these parts, here and beside remote data."""
+    names = [_file_name(place, kind, number) for number in numbers]
+    for folder in _folders(place):
+        for name in names:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+    saved = mirror.numbers(place.folder, _parts(place, kind))
+    for number in saved.intersection(numbers):
+        mirror.remove(place.folder, _file_name(place, kind, number))
+
+
+def remove_all_parts(place: Place, kind: str) -> None:
     """Removes the parts of what is now whole, and what an earlier version saved."""
     for folder in _folders(place):
         shutil.rmtree(folder / _parts(place, kind), ignore_errors=True)

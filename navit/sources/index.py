@@ -150,6 +150,8 @@ def build(
 def _made(work: Pass, place: Place, share: Share) -> Stored:
     """Reads this process's parts and joins all."""
     numbers = range(share.process, len(work.counts), share.processes)
+    if share.again:  # so that no process joins those from before
+        cache.remove_parts(place, "sizes", numbers)
     whole: set[int] = set()
     states: dict[int, State] = {}
     before = 0
@@ -264,8 +266,9 @@ def _joined(work: Pass, place: Place, share: Share, writer: _Writer) -> Stored:
     try:
         stored = join(part, count, place, keep=writer.keep)
     except LookupError:
-        # Another process may have joined them meanwhile, and removed the parts.
-        if whole := cache.read_arrays(place, "sizes"):
+        # Another process may have joined them meanwhile, and removed the parts. With
+        # `again`, what is there may be the index from before.
+        if not share.again and (whole := cache.read_arrays(place, "sizes")):
             return whole
         raise Unfinished(
             f"{place.identity}: process {share.process} of {share.processes} is done, "
@@ -274,7 +277,7 @@ def _joined(work: Pass, place: Place, share: Share, writer: _Writer) -> Stored:
         ) from None
     if share.publish:
         cache.publish(place, stored)
-    cache.remove_parts(place, "sizes")
+    cache.remove_all_parts(place, "sizes")
     return stored
 
 

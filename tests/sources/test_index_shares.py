@@ -130,6 +130,21 @@ def test_hosts_share_an_index_beside_the_data(reads, tmp_path, monkeypatch):
     assert len([name for name, _ in reads if name.endswith(".tar")]) == SHARDS
 
 
+def test_an_index_made_again_has_nothing_from_before(reads):
+    before = opened()
+    for process in (0, 1):  # the parts of a pass that was not finished
+        with pytest.raises(Unfinished):
+            opened(Share(again=True, process=process, processes=3))
+    reads.clear()
+    with pytest.raises(Unfinished, match="process 1 of 2"):
+        opened(Share(again=True, process=1, processes=2))
+    assert {name for name, _ in reads} == {"1.tar", "3.tar"}
+    reads.clear()
+    made = opened(Share(again=True, process=0, processes=2))
+    assert {name for name, _ in reads} == {"0.tar", "2.tar", "4.tar"}
+    assert made.fingerprint() == before.fingerprint()
+
+
 def test_a_later_call_joins_what_processes_have_left(reads):
     for process in (0, 1):
         with pytest.raises(Unfinished, match="and others are not"):
