@@ -77,6 +77,8 @@ def size_of(image: ImageLike) -> tuple[int, int]:
         image = standard(image)
     if isinstance(image, np.ndarray):
         return image.shape[0], image.shape[1]
+    if _is_file(image) and (found := _webp_size(image)) is not None:
+        return found
     opened = image if isinstance(image, Image.Image) else open_image(image)
     width, height = opened.size
     return (width, height) if orientation(opened) >= 5 else (height, width)
@@ -127,11 +129,41 @@ def open_image(data: bytes | BinaryFile) -> Image.Image:
     except DAMAGED as error:
         reason = str(error) if "identify" not in str(error) else "not an image file"
         raise ValueError(reason) from error
-    if opened.width * opened.height > MAX_PIXELS:
-        raise ValueError(
-            f"{opened.width}x{opened.height} pixels is over the limit of {MAX_PIXELS}"
-        )
+    _check_pixels(*opened.size)
     return opened
+
+
+def _webp_size(file: BinaryFile) -> tuple[int, int] | None:
+    """(height, width) of a WebP (RFC 9649), of which Pillow reads the whole file.
+
+    None if it is something else, or has EXIF, which is at its end.
+    """
+    file.seek(0)
+    head = file.read(30)
+    file.seek(0)
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    kind, byte = head[12:16], head[20]
+    if kind == b"VP8 " and head[23:26] == b"\x9d\x01\x2a":
+        width = int.from_bytes(head[26:28], "little") & 0x3FFF
+        height = int.from_bytes(head[28:30], "little") & 0x3FFF
+    elif kind == b"VP8L" and byte == 0x2F:
+        both = int.from_bytes(head[21:25], "little")
+        width, height = (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
+    elif kind == b"VP8X" and not byte & 0x08:
+        width = int.from_bytes(head[24:27], "little") + 1
+        height = int.from_bytes(head[27:30], "little") + 1
+    else:
+        return None
+    if not width or not height:
+        return None
+    _check_pixels(width, height)
+    return height, width
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels is over the limit of {MAX_PIXELS}")
 
 
 def orientation(image: Image.Image) -> int:

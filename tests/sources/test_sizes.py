@@ -19,6 +19,7 @@ from navit.config import Folder
 from navit.sources import cache, folder, storage
 from navit.sources import index as sizes
 from navit.sources.folder import FolderSource
+from navit.sources.images import size_of
 from navit.sources.index_join import Index
 from navit.sources.index_part import Entry, State
 from navit.sources.kinds import Opener
@@ -318,6 +319,24 @@ def test_sizes_are_upright_and_cost_no_more_than_the_header(format, orientation)
     assert (record.height, record.width) == upright
     if format in ("jpeg", "png"):
         assert sum(read) <= 8192 < len(data) // 10
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lossless": True}, {"icc_profile": b"a profile"}]
+)
+def test_of_a_webp_only_the_header_is_read(options):
+    file, read = io.BytesIO(), []
+    Image.effect_noise((900, 700), 80).convert("RGB").save(file, "webp", **options)
+    data = file.getvalue()
+
+    def read_range(start: int, size: int) -> bytes:
+        read.append(size)
+        return data[start : start + size]
+
+    with storage.opened(read_range, len(data), 4096) as opened:
+        assert size_of(opened) == (700, 900)
+        assert sum(read) <= 8192 < len(data)
+        assert opened.read() == data
 
 
 def test_a_range_of_a_file_reads_as_the_file_does(rng):
