@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,17 @@ _COVERED = ("path", "data_dir", "table", "caption", "label")
 def changes(before: Config, now: Config) -> list[str]:
     """`key: a -> b` for each change that affects what a run computes."""
     return [x for x in _differences(before, now) if not x.startswith(_ROUNDING)]
+
+
+def check_unchanged(before: Config, now: Config, workdir: str | Path) -> None:
+    """Raises ValueError if `now` computes something else than the run in `workdir`."""
+    if changed := changes(before, now):
+        longer = any(change.startswith("train.steps:") for change in changed)
+        raise ValueError(
+            f"{workdir} holds a run with another config ({'; '.join(changed[:3])}): "
+            "choose another --workdir, delete this one, or restore its settings"
+            + (f"; to train longer, set init={workdir} in a new one" if longer else "")
+        )
 
 
 def rounding_changes(before: Config, now: Config) -> list[str]:

@@ -10,16 +10,22 @@ run need share nothing but the URL.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from navit import config as config_lib
+from navit.config import Config
 from navit.sources.bucket import Bucket, is_url
 from navit.train import checksums, hosts, remote_lock
+from navit.train.checks import check_unchanged
 from navit.train.workdir import FOLDER, outdated
 
 log = logging.getLogger("navit")
@@ -38,6 +44,11 @@ class Remote:
         self._bucket, self._local = bucket, local
         self._sent: dict[str, tuple[int, int]] = {}
         self.lock: remote_lock.Lock | None = None
+        self._given_up = threading.Event()
+
+    def give_up(self) -> None:
+        """Ends the waiting for what other processes send, as one of them has failed."""
+        self._given_up.set()
 
     def below(self, folder: str) -> Remote:
         """The same for a work directory in this one."""
@@ -51,6 +62,11 @@ class Remote:
         paths = [name.split("/") for name in self._bucket.names(FOLDER)]
         marked = (x[1] for x in paths if len(x) == 3 and x[2] == checksums.NAME)
         return sorted(int(step) for step in marked if step.isdecimal())
+
+    def config(self) -> Config | None:
+        """The config of the run, if it has a finished checkpoint."""
+        data = self._bucket.read("config.json") if self.steps() else None
+        return None if data is None else config_lib.from_json(json.loads(data))
 
     def fetch(self) -> None:
         """Copies everything that a resumed run needs, and deletes unfinished writes.
@@ -155,22 +171,37 @@ class Remote:
     def _awaited(self, name: str) -> dict[str, str]:
         """What a process says it has sent, once it is there."""
         while (data := self._bucket.read(name)) is None:
-            time.sleep(_POLL_SECONDS)
+            if self._given_up.wait(_POLL_SECONDS):
+                raise OSError(f"{name} is not there, as another process has failed")
         return checksums.parsed(data.decode())
 
 
 @contextlib.contextmanager
-def training(workdir: str | Path) -> Iterator[tuple[Path, Remote | None]]:
+def training(
+    workdir: str | Path, config: Config | None = None
+) -> Iterator[tuple[Path, Remote | None]]:
     """The folder to train in, and what sends it to the URL if `workdir` is one.
 
+    Args:
+      config: the config to train with, if it is known. It is compared with that of
+        the run there before this waits for the lock of a run that was killed.
+
     Raises:
-      ValueError: if another run trains there.
+      ValueError: if another run trains there, the run there has another config, or
+        nothing can be written there.
     """
     if not is_url(workdir):
         yield Path(workdir), None
         return
+    if re.match("https?://", str(workdir)):
+        raise ValueError(
+            f"--workdir {workdir}: nothing can be written behind http: name a folder, "
+            "or the URL of a bucket (gs://, s3://)"
+        )
     bucket = Bucket(str(workdir))
     with _copy(bucket) as remote, contextlib.ExitStack() as stack:
+        if config is not None and (before := remote.config()) is not None:
+            check_unchanged(before, config, workdir)
         if hosts.first():
             remote.lock = stack.enter_context(remote_lock.held(bucket))
         hosts.any_of(False)  # a barrier: a second run is refused before it deletes

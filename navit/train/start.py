@@ -19,7 +19,7 @@ from navit.model.two_tower import TwoTower
 from navit.sharding import Rules
 from navit.train import hosts, lock
 from navit.train.checkpoint import Checkpoints
-from navit.train.checks import changes, rounding_changes
+from navit.train.checks import check_unchanged, rounding_changes
 from navit.train.optim import make_optimizer
 from navit.train.remote_workdir import Remote
 from navit.train.state import TrainState, init_state
@@ -74,13 +74,7 @@ def start(
         _record([], rounding_changes(config, running), 0, workdir)
         return state
     before = checkpoints.config()
-    if changed := changes(before, config):
-        longer = any(change.startswith("train.steps:") for change in changed)
-        raise ValueError(
-            f"{workdir} holds a run with another config ({'; '.join(changed[:3])}): "
-            "choose another --workdir, delete this one, or restore its settings"
-            + (f"; to train longer, set init={workdir} in a new one" if longer else "")
-        )
+    check_unchanged(before, config, workdir)
     if data != checkpoints.data():
         raise ValueError(
             f"{workdir} was trained on {checkpoints.data()}, but data.train is now "

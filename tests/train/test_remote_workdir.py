@@ -126,6 +126,39 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not(url):
             lock.check()
 
 
+def test_a_changed_config_is_refused_before_the_lock(whole, url):
+    bucket = Bucket(url)
+    files = [x for x in whole.rglob("*") if x.is_file()]
+    bucket.send(whole, [x.relative_to(whole).as_posix() for x in files])
+    bucket.write("lock", b'{"holder": "a run that was killed", "id": "1"}')
+    other = override(CONFIG, ["optim.ema=0.8"])
+    with (
+        pytest.raises(ValueError, match=rf"{url} holds a run with another config"),
+        remote_workdir.training(url, other),
+    ):
+        pass
+    assert b"killed" in (bucket.read("lock") or b"")
+
+
+def test_a_server_of_http_is_no_work_directory():
+    with (
+        pytest.raises(ValueError, match="nothing can be written behind http"),
+        remote_workdir.training("http://localhost:1/run"),
+    ):
+        pass
+
+
+def test_a_folder_is_moved_without_being_read(url, monkeypatch):
+    bucket = Bucket(url)
+    for name in ("a", "b/c"):
+        bucket.write(f"old/{name}", name.encode())
+    with monkeypatch.context() as patch:
+        patch.delattr(type(fsspec.filesystem("memory")), "cat_file")
+        bucket.move("old", "new")
+    assert bucket.names() == ["new/a", "new/b/c"]
+    assert bucket.read("new/b/c") == b"b/c"
+
+
 def test_errors_name_the_url(url, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError("403 Forbidden\nmore")
