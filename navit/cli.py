@@ -269,6 +269,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the .npz to write; the suffix is added if it is not there",
     )
     embed.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep images that are read behind URLs in this folder, as data.cache does",
+    )
+    embed.add_argument(
         "--skip-unreadable",
         action="store_true",
         help="leave out and name files that cannot be read, instead of stopping",

@@ -59,9 +59,11 @@ def train(args: argparse.Namespace) -> int:
         quiet_orbax()
     initial = None
     place = args.workdir or Path("runs") / Path(args.config).stem
+    # The towers that `init_towers` asks for are read later.
+    known = None if config.init_towers else config
     with (
         hosts.joined(args.coordinator, args.processes, args.process, debug=args.debug),
-        remote_workdir.training(place) as (workdir, sender),
+        remote_workdir.training(place, known) as (workdir, sender),
     ):
         if config.init is not None:
             # If there is a run to resume, all processes restore it together.
@@ -177,10 +179,16 @@ def embed(args: argparse.Namespace) -> int:
     from navit.embed_files import embed_files, embed_tokens
     from navit.input.image_list import images_of
     from navit.sharding import make_mesh, use_mesh
+    from navit.sources.local_cache import open_cache
     from navit.weights import load
 
     # Checked before the slow loading of the model.
-    images = images_of(args.images, sys.stdin, must_exist=not args.skip_unreadable)
+    images = images_of(
+        args.images,
+        sys.stdin,
+        must_exist=not args.skip_unreadable,
+        cache=open_cache(config_lib.DataConfig(cache=args.cache)),
+    )
     if not images:
         raise ValueError("there are no names on standard input")
     out = args.out

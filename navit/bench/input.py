@@ -33,6 +33,8 @@ from navit.plan import geometry
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
 from navit.sources.images import ImageLike, standard
+from navit.sources.kinds import Opener
+from navit.sources.local_cache import open_cache
 from navit.sources.source import Source
 
 SAMPLE = Path(__file__).parents[2] / "data/sample"
@@ -46,7 +48,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
     """
     if batches < 1:
         raise ValueError(f"--batches {batches} measures nothing: give 1 or more")
-    source = pipeline.open_source(config.data.train)
+    source = Opener(cache=open_cache(config.data)).open(config.data.train)
     data, patch_size = config.data, config.model.vision.patch_size
     parts = pipeline.parts_of(source)
     with _timed() as seconds:

@@ -32,6 +32,8 @@ from navit.files import write_atomic
 from navit.input import pipeline
 from navit.model import flops
 from navit.plan.batches import BatchPlans
+from navit.sources.kinds import Opener
+from navit.sources.local_cache import open_cache
 from navit.sources.source import Source
 from navit.train import loop
 from navit.train.checkpoint import quiet_orbax
@@ -141,7 +143,7 @@ def planned(study: Study) -> Iterator[Run]:
         for name, config in study.configs.items():
             source = config.data.train
             if source not in opened:
-                opened[source] = pipeline.open_source(source)
+                opened[source] = Opener(cache=open_cache(config.data)).open(source)
             data = dataclasses.replace(config.data, seed=seed)
             config = dataclasses.replace(config, data=data)
             spent = steps_for(config, opened[source], target)

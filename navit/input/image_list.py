@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from navit import config
 from navit.sources import storage, table, tar
+from navit.sources.local_cache import LocalCache
 from navit.sources.tar_fields import IMAGES
 
 
@@ -21,7 +22,11 @@ class Named(NamedTuple):
 
 
 def images_of(
-    arguments: Sequence[str], lines: Iterable[str] = (), *, must_exist: bool = True
+    arguments: Sequence[str],
+    lines: Iterable[str] = (),
+    *,
+    must_exist: bool = True,
+    cache: LocalCache | None = None,
 ) -> list[Named]:
     """The images that the arguments stand for, in order.
 
@@ -30,6 +35,7 @@ def images_of(
         tables, for the files that they name; tars and patterns of tars; "-", for
         arguments from `lines`. Files and folders may be URLs.
       must_exist: whether a missing file is an error here or only when it is opened.
+      cache: keeps what is read behind URLs.
 
     Raises:
       FileNotFoundError, ValueError: for an argument that is missing or has no image.
@@ -39,29 +45,30 @@ def images_of(
         remote, suffix = storage.is_remote(argument), _suffix(argument)
         if argument == "-":
             listed = [name for line in lines if (name := line.rstrip("\r\n"))]
-            images += images_of(listed, must_exist=must_exist)
+            images += images_of(listed, must_exist=must_exist, cache=cache)
         elif os.path.isdir(argument):
-            images += _in_folder(argument)
+            images += _in_folder(argument, cache)
         elif suffix == "tar":
-            reader = tar.TarReader(config.TarShards(argument), texts=False)
+            shards = config.TarShards(argument)
+            reader = tar.TarReader(shards, texts=False, cache=cache)
             for i in range(len(reader)):
                 opened = functools.partial(reader.open_image, i)
                 images.append(Named(reader.name(i), opened))
         elif table.is_table(argument):
             root = argument.rpartition("/")[0] or ("/" if argument[0] == "/" else ".")
-            with _open(argument) as file:
+            with _open(argument, cache) as file:
                 names = table.read_files(file, argument, root)
-            images += [_file(_joined(root, name)) for name in names]
+            images += [_file(_joined(root, name), cache) for name in names]
         elif remote and suffix not in IMAGES:
-            images += _in_folder(argument)
+            images += _in_folder(argument, cache)
         elif must_exist and not remote and not os.path.exists(argument):
             raise FileNotFoundError(f"there is no file {argument}")
         else:
-            images.append(_file(argument))
+            images.append(_file(argument, cache))
     return images
 
 
-def _in_folder(folder: str) -> list[Named]:
+def _in_folder(folder: str, cache: LocalCache | None) -> list[Named]:
     listing = storage.open_storage(folder).listing(folder)
     local = [
         os.path.relpath(os.path.join(where, name), folder)
@@ -74,7 +81,7 @@ def _in_folder(folder: str) -> list[Named]:
             f"{folder} has no image file ({', '.join(IMAGES)}); name tars "
             "themselves, as FOLDER/*.tar"
         )
-    return [_file(_joined(folder, name)) for name in images]
+    return [_file(_joined(folder, name), cache) for name in images]
 
 
 def _joined(folder: str, name: str) -> str:
@@ -83,16 +90,16 @@ def _joined(folder: str, name: str) -> str:
     return str(Path(folder) / name)
 
 
-def _file(path: str) -> Named:
-    return Named(path, functools.partial(_open, path))
+def _file(path: str, cache: LocalCache | None) -> Named:
+    return Named(path, functools.partial(_open, path, cache))
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str, cache: LocalCache | None) -> BinaryIO:
     if not storage.is_remote(path):
         return storage.open_file(path)
-    opened = storage.open_storage(path)
-    read = functools.partial(opened.read_range, path)
-    return storage.opened(read, opened.stat(path).size, opened.block)
+    opened = storage.open_storage(path, cache)
+    size = opened.stat(path).size
+    return storage.open_image(opened, path, 0, size, opened.block)
 
 
 def _suffix(path: str) -> str:

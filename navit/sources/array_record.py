@@ -42,8 +42,8 @@ class ArrayRecordReader:
         self, source: config.ArrayRecords, cache: LocalCache | None = None
     ) -> None:
         stored = storage.open_storage(source.path, cache)
-        files = find(source, stored, _SUFFIXES)
-        for file in files:
+        found = find(source, stored, _SUFFIXES)
+        for file in found:
             if ".tfrecord" in Path(file).name:
                 what, other = (
                     f"{file} is TFRecord, which",
@@ -51,7 +51,7 @@ class ArrayRecordReader:
                 )
                 raise ValueError(no_random_access(what, other))
         remote = storage.is_remote(source.path)
-        stats = [tuple(stat) for stat in storage.stats_of(stored, files)]
+        files, stats = [*found], [tuple(stat) for stat in found.values()]
         opened = _open_cached(files, stored, stats) if remote else _open(files)
         self._source: Any = opened[0]
         self.damaged = opened[1]
@@ -104,7 +104,7 @@ class ArrayRecordReader:
 
 def find(
     source: config.ArrayRecords, stored: storage.Storage, suffixes: tuple[str, ...]
-) -> list[str]:
+) -> dict[str, storage.Stat]:
     """The source's files; those with one of these suffixes if it is a folder.
 
     A suffix may end in `*`: TFDS writes a.array_record-00000-of-00008.

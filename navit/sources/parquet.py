@@ -19,6 +19,7 @@ from navit.sources import records, storage
 from navit.sources.cache import Place, digest
 from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
+from navit.sources.remote import NoRanges
 from navit.sources.table import import_parquet
 from navit.sources.transient import is_transient
 
@@ -45,11 +46,11 @@ class ParquetReader:
         self._parquet = import_parquet(source.path)
         self._path = source.path
         self._storage = storage.open_storage(source.path, cache)
-        files = storage.find(
+        stats = storage.find(
             self._storage, source.path, (".parquet",), missing=source.missing
         )
-        stats = [self._storage.stat(file) for file in files]
-        self._lengths = {f: s.size for f, s in zip(files, stats, strict=True)}
+        files = [*stats]
+        self._lengths = {file: stat.size for file, stat in stats.items()}
         self._groups: list[tuple[str, int]] = []  # (file, row group)
         self._metadata: dict[str, Any] = {}  # of files behind a URL
         self.damaged: list[str] = []
@@ -59,7 +60,7 @@ class ParquetReader:
                 with self._open(file) as opened:
                     metadata = opened.metadata
             except (ValueError, OSError) as error:
-                if is_transient(error):
+                if is_transient(error) or isinstance(error, NoRanges):
                     raise
                 self.damaged.append(f"{file}: {error}")
                 log.warning("left out, damaged: %s", self.damaged[-1])
@@ -97,7 +98,7 @@ class ParquetReader:
             None if storage.is_remote(files[0]) else Path(files[0]).parent,
             f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
             f"label {self._label or 'none'})",
-            digest([files, [tuple(stat) for stat in stats]]),
+            digest([files, [tuple(stat) for stat in stats.values()]]),
         )
         self._start()
 

@@ -12,7 +12,9 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
+
+from tqdm import tqdm
 
 from navit.sources.local_cache import LocalCache
 from navit.sources.missing import check_missing
@@ -25,6 +27,7 @@ _OPEN_FILES = 256
 # Files whose sizes are asked for at the same time.
 _ASKED_AT_ONCE = 32
 
+_T = TypeVar("_T")
 _Read = Callable[[int, int], bytes]  # (start, size) -> bytes of a file
 
 
@@ -105,8 +108,10 @@ def open_storage(path: str, cache: LocalCache | None = None) -> Storage:
 
 def find(
     storage: Storage, path: str, suffixes: tuple[str, ...], *, missing: float = 0.0
-) -> list[str]:
+) -> dict[str, Stat]:
     """The files that `a-{000..127}.tar`, `{a,b}.tar`, a glob or a folder stands for.
+
+    Behind a URL, each may be a request, so a progress bar appears if that takes long.
 
     Args:
       missing: the share of them that may be missing; those are left out and named.
@@ -136,9 +141,8 @@ def find(
     files = list(dict.fromkeys(files))  # patterns may overlap
     if not files:
         raise FileNotFoundError(f"no {' or '.join(suffixes)} file matches {path!r}")
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        found = list(pool.map(functools.partial(_is_there, storage), files))
-    there = [file for file, there in zip(files, found, strict=True) if there]
+    stats = _asked(functools.partial(_stat_or_none, storage), files)
+    there = {f: s for f, s in zip(files, stats, strict=True) if s is not None}
     if not there:
         raise FileNotFoundError(f"there is no file {files[0]}")
     absent = sorted({*files} - {*there})
@@ -148,18 +152,23 @@ def find(
 
 def stats_of(storage: Storage, files: Sequence[str]) -> list[Stat]:
     """`storage.stat` of all files: behind a URL, each may be a request."""
+    return _asked(storage.stat, files)
+
+
+def _asked(ask: Callable[[str], _T], files: Sequence[str]) -> list[_T]:
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        return list(pool.map(storage.stat, files))
+        answers = pool.map(ask, files)
+        return [*tqdm(answers, "sizes of files", len(files), unit=" files", delay=2)]
 
 
-def _is_there(storage: Storage, file: str) -> bool:
+def _stat_or_none(storage: Storage, file: str) -> Stat | None:
+    """None if there is no such file."""
     try:
-        storage.stat(file)
-        return True
+        return storage.stat(file)
     except OSError as error:
         if is_transient(error):
             raise
-        return False
+        return None
 
 
 def open_file(path: str) -> BinaryIO:

@@ -60,18 +60,18 @@ class TarReader:
         cache: LocalCache | None = None,
     ) -> None:
         self._storage = storage.open_storage(shards.path, cache)
-        self._shards = storage.find(
+        found = storage.find(
             self._storage,
             shards.path,
             (".tar", *COMPRESSED),
             missing=shards.missing,
         )
-        for shard in self._shards:
+        for shard in found:
             if shard.endswith(COMPRESSED):
                 what = f"{shard} is compressed, so it"
                 raise ValueError(no_random_access(what, shards))
+        self._shards, stats = [*found], [*found.values()]
         self.classes = class_names(shards.classes)
-        stats = storage.stats_of(self._storage, self._shards)
         remote = storage.is_remote(self._shards[0])
         folder = os.path.dirname(self._shards[0])
         self.place = Place(
@@ -160,7 +160,7 @@ class TarReader:
         read: _Read | None = None,
     ) -> records.Raw:
         """A record whose members `[columns, 2]` are read with `read`."""
-        ask = read or functools.partial(self._storage.read_range, shard)
+        ask = read or functools.partial(self._storage.read_range, shard, keep=True)
 
         def value(number: int) -> Any:
             wanted = self._fields.wanted[number]

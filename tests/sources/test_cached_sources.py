@@ -27,6 +27,7 @@ from navit.config import (
     override,
 )
 from navit.input import pipeline
+from navit.input.image_list import images_of
 from navit.sources.kinds import Opener
 from navit.sources.local_cache import LocalCache
 
@@ -159,3 +160,47 @@ def test_lanes_read_no_byte_twice_without_a_cache(data, store, kind):
 def test_files_that_must_be_local_need_a_cache(data, store, kind):
     with pytest.raises(ValueError, match=r"set data\.cache to a folder"):
         Opener().open(SOURCES[kind]("store:/"))
+
+
+def test_captions_of_single_records_are_cached(data, store, tmp_path):
+    source = Opener(cache=LocalCache(tmp_path, 1 << 24)).open(TarShards("store://tars"))
+    expected = [source.record(i).captions for i in range(4)]
+    store.faults += [AssertionError("it is in the cache")] * 4
+    assert [source.record(i).captions for i in range(4)] == expected
+
+
+def test_parquet_on_a_server_without_ranges_is_not_called_damaged(
+    data, store, monkeypatch
+):
+    async def whole(self, path, start=None, end=None, **options):
+        return self._file(path).read_bytes()
+
+    monkeypatch.setattr(store, "_cat_file", whole)
+    with pytest.raises(OSError, match="cannot send a part of a file"):
+        Opener().open(ParquetImages("store://parquet"))
+
+
+def test_images_to_embed_are_cached(data, store, tmp_path):
+    cache = LocalCache(tmp_path, 1 << 24)
+    for arguments in (["store://folder/3.jpg"], ["store://tars/0.tar"]):
+        image = images_of(arguments, cache=cache)[0]
+        with image.open() as file:
+            expected = file.read()
+        store.faults += [AssertionError("it is in the cache")]
+        with image.open() as file:
+            assert file.read() == expected
+        store.faults.clear()
+
+
+def test_each_file_is_asked_for_once(data, store, monkeypatch):
+    asked, real = [], store._info
+
+    async def info(self, path, **options):
+        asked.append(path)
+        return await real(self, path, **options)
+
+    monkeypatch.setattr(store, "_info", info)
+    Opener().open(TarShards("store://tars/{0..2}.tar"))
+    assert sorted(x for x in asked if x.endswith(".tar")) == [
+        f"store://tars/{n}.tar" for n in range(SHARDS)
+    ]
