@@ -352,7 +352,7 @@ def plan(args: argparse.Namespace) -> int:
         config.data,
         patch_size=patch_size,
         row_lengths=rows,
-        parts=pipeline.parts_of(source),
+        parts=pipeline.parts_of(source, config.data),
     )
     print(
         f"{len(source)} images, global batch of {config.data.rows} rows of "

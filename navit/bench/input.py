@@ -50,7 +50,7 @@ def run(config: Config, batches: int, rounds: int = 3) -> None:
         raise ValueError(f"--batches {batches} measures nothing: give 1 or more")
     source = Opener(cache=open_cache(config.data)).open(config.data.train)
     data, patch_size = config.data, config.model.vision.patch_size
-    parts = pipeline.parts_of(source)
+    parts = pipeline.parts_of(source, data)
     with _timed() as seconds:
         block = plan_block(
             source.sizes, data, patch_size=patch_size, epoch=0, parts=parts

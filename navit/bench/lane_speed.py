@@ -2,6 +2,7 @@
 
   python -m navit.bench.lane_speed              # padding, order and planning
   python -m navit.bench.lane_speed --sizes 1e9  # a host's share of 10^9 images
+  python -m navit.bench.lane_speed --sizes 1e9 --group 100  # in Parquet's row groups
   python -m navit.bench.lane_speed --store 8000 --workers 2  # reading from a store
 
 The object store is one of our own (`navit/bench/object_store.py`), in a process that
@@ -29,6 +30,8 @@ from navit.config import Config, DataConfig, ModelConfig, TarShards, TrainConfig
 from navit.input import pipeline
 from navit.plan.batches import BatchPlans
 from navit.plan.epoch import plan_block
+from navit.plan.lanes import chunk_ends
+from navit.plan.order import Part
 from navit.sources.cache import Place, read_arrays, write_arrays
 from navit.sources.synthetic import photographs
 
@@ -51,13 +54,14 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=64)
     parser.add_argument("--hosts", type=int, default=64, help="for --sizes")
     parser.add_argument("--sizes", type=float, help="plan this many images")
+    parser.add_argument("--group", type=int, help="records of a row group, for --sizes")
     parser.add_argument("--store", type=int, metavar="N", help="read N images")
     parser.add_argument("--workers", type=int, default=0, help="for --store")
     args = parser.parse_args()
     if args.store:
         reading(args.store, args.workers)
     elif args.sizes:
-        planning(int(args.sizes), args.lanes, args.hosts)
+        planning(int(args.sizes), args.lanes, args.hosts, args.group)
     else:
         padding(args.images, args.lanes)
 
@@ -86,8 +90,13 @@ def padding(images: int, lanes: int) -> None:
     print(f"in a random order, {_SHARD / images:.2%} of the pairs share a shard")
 
 
-def planning(images: int, lanes: int, hosts: int) -> None:
-    """Prints how fast one host plans its lanes, and with how much memory."""
+def planning(images: int, lanes: int, hosts: int, group: int | None) -> None:
+    """Prints how fast one host plans its lanes, and with how much memory.
+
+    Args:
+      group: the records that are read in one piece, as of Parquet's row groups; None
+        for tar shards.
+    """
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder), "the sizes", "")
         shapes = {"sizes": (np.dtype(np.int32), (images, 2))}
@@ -98,11 +107,16 @@ def planning(images: int, lanes: int, hosts: int) -> None:
         sizes = _Filled(stored.arrays["sizes"])
         opened = time.perf_counter() - start
         data = dataclasses.replace(_NAFLEX, lanes=lanes)
+        parts = []
+        if group:
+            ends = np.append(np.arange(group, images, group), images)
+            parts = [Part(0, images, 1.0, chunk_ends(ends, data))]
         plans = BatchPlans(
             sizes,  # type: ignore[arg-type]
             data,
             patch_size=16,
             steps=1000,
+            parts=parts,
             process_index=hosts - 1,
             process_count=hosts,
         )
@@ -116,6 +130,7 @@ def planning(images: int, lanes: int, hosts: int) -> None:
                 epoch=0,
                 block=block,
                 lane=lanes - 1,
+                parts=parts,
                 slots=plans.slots,
             )
             used += len(rows.index)

@@ -162,7 +162,7 @@ def steps_for(config: Config, source: Source, target: float) -> Spent:
         config.data,
         patch_size=config.model.vision.patch_size,
         steps=_MOST_STEPS,
-        parts=pipeline.parts_of(source),
+        parts=pipeline.parts_of(source, config.data),
     )
     spent = Spent(0, 0, 0, 0)
     while spent.flops < target:

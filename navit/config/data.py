@@ -138,12 +138,13 @@ class DataConfig:
     `crop`, `flip` and `drop` change how an image is seen, in training only.
     `elastic`: an image may give up this share of its tokens to close a row, which
     pads less and biases resolution downwards; off at 0.
-    `lanes`: an epoch is a random order of chunks of `chunk` neighbouring records, which
-    are dealt to this many lanes. A lane shuffles the records of `window` chunks at a
-    time, and packs `rows / lanes` rows of every batch. A host plans only its own lanes,
-    and reads each of their chunks once, in one piece. This is for data behind a URL,
-    and for more images than one host should plan. A run can go on with any number of
-    hosts that divides `lanes`. 0: one random order of all images.
+    `lanes`: an epoch is a random order of chunks of `chunk` neighbouring records (in
+    Parquet, of whole row groups), which are dealt to this many lanes. A lane shuffles
+    the records of `window` chunks at a time, and packs `rows / lanes` rows of every
+    batch. A host plans only its own lanes, and reads each of their chunks once, in one
+    piece. This is for data behind a URL, and for more images than one host should plan.
+    A run can go on with any number of hosts that divides `lanes`. 0: one random order
+    of all images.
     `workers` is the number of decoding processes; 0 decodes in threads of this process.
     `cache` is a folder on this machine that keeps what is read behind URLs, up to
     `cache_gib` GiB; processes may share it. None keeps nothing.

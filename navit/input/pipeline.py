@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Generator
 from typing import Any
@@ -19,6 +20,7 @@ from navit.input.worker_batches import from_workers, start_worker
 from navit.plan.batches import BatchPlans, LeftOut
 from navit.plan.epoch import VERSION, grids_of
 from navit.plan.groups import host_rows
+from navit.plan.lanes import chunk_ends
 from navit.plan.order import Part
 from navit.plan.strategies.views import check_patch
 from navit.plan.view_groups import room_of, shapes_of
@@ -27,7 +29,7 @@ from navit.sources.kinds import open_source as open_source
 from navit.sources.local_cache import open_cache
 from navit.sources.mixture import MixtureSource
 from navit.sources.overlap import check_overlap
-from navit.sources.source import Source
+from navit.sources.source import InGroups, Source
 
 log = logging.getLogger("navit")
 
@@ -68,17 +70,33 @@ def open_eval_source(data: config.DataConfig, opener: Opener | None = None) -> S
     return opener.open(source)
 
 
-def parts_of(source: Source) -> tuple[Part, ...]:
-    """The parts of a mixture for the plan; none for other sources."""
-    if not isinstance(source, MixtureSource):
-        return ()
-    offsets = np.cumsum([0, *source.counts[:-1]]).tolist()
-    return tuple(map(Part, offsets, source.counts, source.shares))
+def parts_of(source: Source, data: config.DataConfig) -> tuple[Part, ...]:
+    """The parts of a mixture for the plan; one if lanes read the source in groups.
+
+    Raises:
+      ValueError: if a group is too large for a lane.
+    """
+    if isinstance(source, MixtureSource):
+        offsets = np.cumsum([0, *source.counts[:-1]]).tolist()
+        ends = [_chunk_ends(each, data) for each in source.sources]
+        return tuple(map(Part, offsets, source.counts, source.shares, ends))
+    ends_of_one = _chunk_ends(source, data)
+    return () if ends_of_one is None else (Part(0, len(source), 1.0, ends_of_one),)
 
 
-def fingerprint(source: Source) -> str:
+def _chunk_ends(source: Source, data: config.DataConfig) -> np.ndarray | None:
+    if not data.lanes or not isinstance(source, InGroups) or source.groups is None:
+        return None
+    return chunk_ends(source.groups, data)
+
+
+def fingerprint(source: Source, data: config.DataConfig) -> str:
     """Changes with the data, or with the way it is planned."""
-    return f"{source.fingerprint()}, plan {VERSION}"
+    chunks = ""
+    ends = [part.ends for part in parts_of(source, data) if part.ends is not None]
+    if ends:
+        chunks = f", chunks {hashlib.sha256(np.concatenate(ends)).hexdigest()[:16]}"
+    return f"{source.fingerprint()}{chunks}, plan {VERSION}"
 
 
 def check_memory(cfg: config.Config, process_count: int = 1) -> None:
@@ -146,7 +164,7 @@ def train_batches(
     plans = BatchPlans(
         source.sizes,
         data,
-        parts=parts_of(source),
+        parts=parts_of(source, data),
         patch_size=vision.patch_size,
         steps=cfg.train.steps,
         process_index=process_index,

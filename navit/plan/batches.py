@@ -264,7 +264,10 @@ class BatchPlans(Sequence):
         last = max(0, self._data.lanes - 1)
         rows[-1] = len(self._plan(0, blocks - 1, last))
         if self._data.lanes:
-            rows = np.floor(_FEWER_OF_LANE * rows)
+            lanes = self.divided()
+            share = np.full(blocks, lanes.least(0, 0))
+            share[-1] = lanes.least(blocks - 1, last)
+            rows = np.floor(_FEWER_OF_LANE * share * rows)
         rates, needed = self._rows_by_rate()
         epochs = 1
         while True:

@@ -16,11 +16,17 @@ ORDER = 1
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Records `offset` to `offset + count` of a mixture, and their share of it."""
+    """Records `offset` to `offset + count` of a mixture, and their share of it.
+
+    Attributes:
+      ends: `[c]` records of the part up to the end of each of its chunks
+        (`navit.plan.lanes.chunk_ends`); None ends them every `data.chunk` records.
+    """
 
     offset: int
     count: int
     weight: float
+    ends: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 def part_shares(parts: Sequence[Part], count: int) -> list[int]:

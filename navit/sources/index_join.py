@@ -61,6 +61,11 @@ class Index:
         """The records that the usable ones of these numbers are; int64 `[k]`."""
         return usable + np.searchsorted(self.bad_after, usable, "right")
 
+    def usable(self, records: np.ndarray) -> np.ndarray:
+        """How many usable records come before the records `[k]`; int64 `[k]`."""
+        bad = self.bad_after + np.arange(self.left_out)
+        return records - np.searchsorted(bad, records)
+
     def reason(self, number: int) -> str:
         """Why the unusable record of this number cannot be used."""
         return self.reasons[number].decode(errors="replace")

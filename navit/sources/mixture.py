@@ -23,6 +23,7 @@ class MixtureSource:
     images of the other sources have the label -1.
 
     Attributes:
+      sources: these sources.
       counts: the number of images in each source.
       shares: the share of an epoch's images drawn from each source; they sum to 1.
     """
@@ -30,7 +31,7 @@ class MixtureSource:
     def __init__(
         self, sources: Sequence[Source], weights: Sequence[float] = ()
     ) -> None:
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self.counts = [len(source) for source in sources]
         shares = np.array(weights or self.counts, np.float64)
         self.shares: list[float] = (shares / shares.sum()).tolist()
@@ -78,19 +79,17 @@ class MixtureSource:
         """Changes with the sources, their order and their weights."""
         return " + ".join(
             f"{share:.6g} of {source.fingerprint()}"
-            for share, source in zip(self.shares, self._sources, strict=True)
+            for share, source in zip(self.shares, self.sources, strict=True)
         )
 
     def version(self) -> str:
-        return " ".join(source.version() for source in self._sources)
+        return " ".join(source.version() for source in self.sources)
 
     def _joined(self, kind: str, arrays: list[np.ndarray]) -> np.ndarray:
         """One int32 array of all sources: in memory, or in the cache if it is large."""
         if sum(map(len, arrays)) < _IN_MEMORY:
             return np.concatenate(arrays).astype(np.int32)
-        versions = [
-            [source.fingerprint(), source.version()] for source in self._sources
-        ]
+        versions = [[source.fingerprint(), source.version()] for source in self.sources]
         place = Place(None, digest(versions), "")
         if stored := read_arrays(place, f"mixture-{kind}"):
             return stored.arrays["joined"]
@@ -107,4 +106,4 @@ class MixtureSource:
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         part = int(np.searchsorted(self._offsets, index, "right")) - 1
-        return self._sources[part], index - int(self._offsets[part])
+        return self.sources[part], index - int(self._offsets[part])

@@ -87,7 +87,7 @@ class ParquetReader:
                 source.path,
                 largest >> 20,
             )
-        self._ends = np.cumsum(counts)
+        self.group_ends = np.cumsum(counts)
         schema = first.schema.to_arrow_schema()
         self._image = source.image
         chosen = records.choose(source, schema.names, source.path)
@@ -116,7 +116,7 @@ class ParquetReader:
         self._start()
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.group_ends[-1]) if len(self.group_ends) else 0
 
     def name(self, index: int) -> str:
         group, row = self._place(index)
@@ -149,8 +149,8 @@ class ParquetReader:
 
     def _place(self, index: int) -> tuple[int, int]:
         """(row group, row in it)."""
-        group = int(np.searchsorted(self._ends, index, "right"))
-        return group, index - int(self._ends[group - 1] if group else 0)
+        group = int(np.searchsorted(self.group_ends, index, "right"))
+        return group, index - int(self.group_ends[group - 1] if group else 0)
 
     def _open(self, file: str) -> Any:
         if not storage.is_remote(file):

@@ -54,6 +54,13 @@ class PieceReader(Protocol):
     def neighbours(self, indices: Sequence[int]) -> list[Raw]: ...
 
 
+@runtime_checkable
+class GroupReader(Protocol):
+    """A reader that reads a record's whole group, even for one record."""
+
+    group_ends: np.ndarray  # [g] int64, the records up to the end of each group
+
+
 class RecordSource:
     """The `Source` of all usable records of a reader.
 
@@ -77,6 +84,9 @@ class RecordSource:
             )
         self.left_out, self.damaged = self._index.left_out, len(reader.damaged)
         self.sizes = self._index.sizes
+        self.groups: np.ndarray | None = None
+        if isinstance(reader, GroupReader):
+            self.groups = self._index.usable(reader.group_ends)
         task = _task(self._index, reader.classes, reader.place.identity)
         self.tasks = {} if task is None else {"label": task}
 

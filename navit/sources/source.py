@@ -41,6 +41,16 @@ class InPieces(Protocol):
 
 
 @runtime_checkable
+class InGroups(Protocol):
+    """A source that may read the whole group of a record, even for one record.
+
+    `groups` `[g]` int64 has the records up to the end of each; None if it does not.
+    """
+
+    groups: np.ndarray | None
+
+
+@runtime_checkable
 class Source(Protocol):
     """Random access to images with their captions; their sizes are known in advance.
 

@@ -75,7 +75,7 @@ def train(
     pipeline.check_memory(config, jax.process_count())
     opener = Opener(cache=open_cache(config.data))
     source = opener.open(config.data.train)
-    data = pipeline.fingerprint(source)
+    data = pipeline.fingerprint(source, config.data)
     opened = open_tasks(config, opener=opener)
     with use_mesh(mesh):
         budgets.check(config, opened, source)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from helpers import tiny_config
 from PIL import Image
+from stores import serve
 
 from navit.config import override
 from navit.input import pipeline
@@ -90,8 +93,8 @@ def test_an_epoch_reads_each_chunk_once_and_nothing_alone(batches):
     assert len(source.pieces) == len(chunks[0]) + len(chunks[1])
 
 
-def test_hosts_workers_and_resuming_change_no_bit(batches):
-    config = make_config()
+def assert_only_steps_matter(config, batches):
+    """Hosts, workers and resuming change no bit."""
     for hosts in (2, 4):
         parts = [
             list(pipeline.train_batches(config, process_index=i, process_count=hosts))
@@ -104,10 +107,12 @@ def test_hosts_workers_and_resuming_change_no_bit(batches):
         assert_same(together, batches)
     assert_same(pipeline.train_batches(config, start_step=5), batches[5:])
     for workers in (1, 2):
-        found = pipeline.train_batches(
-            make_config(f"data.workers={workers}"), start_step=3
-        )
-        assert_same(found, batches[3:])
+        found = override(config, [f"data.workers={workers}"])
+        assert_same(pipeline.train_batches(found, start_step=3), batches[3:])
+
+
+def test_hosts_workers_and_resuming_change_no_bit(batches):
+    assert_only_steps_matter(make_config(), batches)
 
 
 def test_one_damaged_record_of_a_chunk_is_one_empty_slot(batches, caplog):
@@ -196,3 +201,78 @@ def test_array_records_are_read_together(tmp_path, monkeypatch):
     found = source.neighbours(range(3, 9))
     assert [record.image for record in found] == images[3:9]
     assert found[0].captions == ("image 3",)
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """Two files of 64 images, in row groups of 5, of which one is unreadable."""
+    folder = tmp_path_factory.mktemp("parquet")
+    rng = np.random.default_rng(0)
+    for file in range(2):
+        images = []
+        for i in range(64):
+            buffer = io.BytesIO()
+            pixels = rng.integers(0, 256, (40, 50 + i, 3), np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            images.append(b"no image" if (file, i) == (0, 7) else buffer.getvalue())
+        columns = {"image": images, "caption": ["x"] * 64, "other": ["y" * 9999] * 64}
+        path = folder / f"{file}.parquet"
+        pa.parquet.write_table(pa.table(columns), path, row_group_size=5)
+    return folder
+
+
+def parquet_config(path, *options: str):
+    return override(make_config(), [f"data.train=parquet:{path}", *options])
+
+
+def test_each_row_group_is_read_once_in_an_epoch(parquet, monkeypatch):
+    """Chunks end where row groups end: one request for each group, and no other byte.
+
+    Here the chunks of 8 records that other sources have would cut most groups in two.
+    """
+    store = serve(monkeypatch, parquet)
+    config = parquet_config("store://{0..1}.parquet")
+    source = pipeline.open_source(config.data.train)
+    assert len(source) == 127 and source.groups[:3].tolist() == [5, 9, 14]
+    parts = pipeline.parts_of(source, config.data)
+    plans = BatchPlans(source.sizes, config.data, patch_size=16, steps=1, parts=parts)
+    steps = plans.steps_per_epoch
+    config = override(config, [f"train.steps={steps}"])
+    store.reads.clear()
+    used = set()
+    for batch in pipeline.train_batches(config, source):
+        assert (batch.images.grids[batch.id >= 0] > 0).all()
+        used |= {*batch.id[batch.id >= 0].tolist()}
+    assert len(used) > 0.8 * len(source)
+    groups = np.searchsorted(source.groups, [*used], "right")
+    assert len(store.reads) == len({*store.reads}) == len({*groups.tolist()})
+    data = 0  # the bytes of the columns that are used
+    for path in parquet.iterdir():
+        metadata = pa.parquet.ParquetFile(path).metadata
+        for group in range(metadata.num_row_groups):
+            columns = [metadata.row_group(group).column(i) for i in (0, 1)]
+            data += sum(column.total_compressed_size for column in columns)
+    assert sum(size for *_, size in store.reads) <= 1.05 * data
+
+
+def test_row_groups_change_no_bit_between_hosts_and_workers(parquet):
+    config = parquet_config(parquet, "train.steps=9")
+    assert_only_steps_matter(config, list(pipeline.train_batches(config)))
+
+
+def test_other_row_groups_are_other_data_for_lanes(parquet, tmp_path):
+    """The batches differ, so no run goes on with them."""
+    for path in parquet.iterdir():
+        table = pa.parquet.read_table(path)
+        pa.parquet.write_table(table, tmp_path / path.name, row_group_size=3)
+    found = {}
+    for lanes in (0, 4):
+        configs = [
+            parquet_config(folder, f"data.lanes={lanes}")
+            for folder in (parquet, tmp_path)
+        ]
+        found[lanes] = {
+            pipeline.fingerprint(pipeline.open_source(x.data.train), x.data)
+            for x in configs
+        }
+    assert len(found[0]) == 1 and len(found[4]) == 2

@@ -9,7 +9,7 @@ from navit import strategies
 from navit.config import DataConfig, Sides, TokenDrop, override
 from navit.plan import lanes as lanes_module
 from navit.plan.batches import BatchPlans
-from navit.plan.lanes import lanes_of
+from navit.plan.lanes import chunk_ends, lanes_of
 from navit.plan.order import Part
 
 PATCH = 16
@@ -163,6 +163,77 @@ def test_a_mixture_keeps_its_weights_to_a_chunk():
     assert second == 400 and abs(first - 400 / 3) <= CHUNK
     (batches,) = plans(sizes, data_config(), parts=parts)
     assert (batches[0].index >= 600).mean() > 0.5
+
+
+def random_groups(seed: int, count: int, largest: int) -> np.ndarray:
+    """Ends of groups of 0 to `largest` records, `count` in all."""
+    sizes = np.random.default_rng(seed).integers(0, largest + 1, 4 * count)
+    ends = np.cumsum(sizes)
+    return np.append(ends[ends < count], count)
+
+
+@pytest.mark.parametrize("largest", [1, 3, CHUNK, 2 * CHUNK])
+def test_chunks_end_where_groups_end_and_are_as_large_as_fits(largest):
+    groups = random_groups(largest, 700, largest)
+    ends = chunk_ends(groups, data_config())
+    assert ends[-1] == 700 and {*ends.tolist()} <= {*groups.tolist()}
+    held = np.diff(ends, prepend=0)
+    assert (held > 0).all()
+    for start, end in zip(ends - held, ends, strict=True):
+        own = groups[(groups > start) & (groups <= end)]
+        assert end - start <= CHUNK or len({*own.tolist()}) == 1
+        after = groups[groups > end]
+        assert not len(after) or after[0] - start > CHUNK  # the next does not fit
+    with pytest.raises(ValueError, match=r"a group of 17 records.*fit the 16 .*window"):
+        chunk_ends(np.array([4, 21]), data_config())
+
+
+@pytest.mark.parametrize("largest", [3, 2 * CHUNK])
+def test_lanes_of_groups_hold_each_record_once_in_whole_chunks(largest):
+    ends = chunk_ends(random_groups(1, 1003, largest), data_config())
+    parts = (Part(0, 1003, 1.0, ends),)
+    lanes = lanes_of(data_config(), parts, 1003)
+    ranges = lanes.ranges(np.arange(1003))
+    np.testing.assert_array_equal(np.unique(ranges[:, 1]), ends)
+    assert (
+        np.diff(ranges)[:, 0]
+        == np.diff(ends, prepend=0).repeat(np.diff(ends, prepend=0))
+    ).all()
+    assert (ranges[:, 0] <= np.arange(1003)).all()
+    assert (np.arange(1003) < ranges[:, 1]).all()
+    blocks = range(len(lanes.blocks()))
+    held = [[lanes.order(2, block, i)[0] for block in blocks] for i in range(LANES)]
+    seen = np.concatenate([records for lane in held for records in lane])
+    assert sorted(seen.tolist()) == list(range(1003)) and lanes.images == 1003
+    place = {
+        i: (lane, b)
+        for lane in range(LANES)
+        for b in blocks
+        for i in held[lane][b].tolist()
+    }
+    for start, end in np.unique(ranges, axis=0).tolist():
+        assert len({place[i] for i in range(start, end)}) == 1
+    # A window holds about as many records as without groups.
+    assert CHUNK <= lanes.window * lanes.chunk <= 1.5 * WINDOW * CHUNK
+    assert abs(lanes.blocks().sum() - 1003) <= len(blocks)
+
+
+def test_a_mixture_with_groups_keeps_its_weights():
+    """Parts whose chunks have other sizes give as many images as their weight says."""
+    data, sizes = data_config(), random_sizes(6, 1200)
+    ends = chunk_ends(np.arange(3, 601, 3), data)  # chunks of 6
+    parts = (Part(0, 600, 1.0, ends), Part(600, 600, 2.0))
+    (batches,) = plans(sizes, data, parts=parts)
+    steps = batches.steps_per_epoch
+    rows = [batches[step].index for step in range(steps)]
+    seen = np.concatenate(rows)
+    assert len({*seen.tolist()}) == len(seen) > 0.8 * 900
+    assert abs((seen >= 600).mean() - 2 / 3) < 0.04
+    few, many = (plans(sizes, data, hosts=n, parts=parts) for n in (2, 4))
+    for step in (0, steps - 1, steps, steps + 3):
+        expected = batches[step].index.tolist()
+        for hosts in (few, many):
+            assert np.concatenate([h[step].index for h in hosts]).tolist() == expected
 
 
 def test_what_lanes_cannot_plan_is_refused():

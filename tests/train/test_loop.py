@@ -388,8 +388,8 @@ def test_other_data_in_another_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "check_same", check_same)
     with pytest.raises(ValueError, match=r"data\.train of processes"):
         loop.train(tiny_config(), tmp_path)
-    source = open_source(tiny_config().data.train)
-    assert asked[-1] == pipeline.fingerprint(source)
+    data = tiny_config().data
+    assert asked[-1] == pipeline.fingerprint(open_source(data.train), data)
 
 
 def test_load_gives_the_trained_model(uninterrupted):
