@@ -142,6 +142,8 @@ def open_tasks(
             else task
             for task in tasks
         ]
+    for task in tasks:  # a probe without a source of its own reads all training images
+        tasks_of.open_own(task)
     return [tasks_of.open(task) for task in tasks]
 
 
@@ -203,6 +205,13 @@ class _Tasks:
             data = dataclasses.replace(self._config.data, eval=source)
             self._sources[source] = pipeline.open_eval_source(data, self._opener)
         return self._sources[source]
+
+    def open_own(self, task: EvalTask) -> None:
+        """Opens what a task names itself, if it exists."""
+        if task.source is not None:
+            self.source(task.source)
+        if task.train_source is not None:
+            self._opener.open(task.train_source)
 
     def open(self, task: EvalTask) -> Opened:
         needs = self._config.train.needs

@@ -121,7 +121,9 @@ def find(
       ValueError: if more are missing.
     """
     if not path:
-        raise FileNotFoundError("the source has no path: set data.train.path")
+        raise FileNotFoundError(
+            "the source has no path: set data.train.path (or data.eval.path)"
+        )
     if not is_remote(path):
         path = str(Path(path).expanduser())
     files: list[str] = []

@@ -74,9 +74,10 @@ def train(
         budgets.check_memory(config)
     pipeline.check_memory(config, jax.process_count())
     opener = Opener(cache=open_cache(config.data))
+    # First, as a path that does not exist should not cost the index of all images.
+    opened = open_tasks(config, opener=opener)
     source = opener.open(config.data.train)
     data = pipeline.fingerprint(source, config.data)
-    opened = open_tasks(config, opener=opener)
     with use_mesh(mesh):
         budgets.check(config, opened, source)
     log.info("training on %s", source.fingerprint())

@@ -20,7 +20,15 @@ from helpers import tiny_config
 from PIL import Image
 
 import navit
-from navit.config import Folder, MeshConfig, Mixture, Tfds, override
+from navit.config import (
+    EvalTask,
+    Folder,
+    MeshConfig,
+    Mixture,
+    Synthetic,
+    Tfds,
+    override,
+)
 from navit.evals import budgets
 from navit.evals.tasks import open_tasks
 from navit.input import pipeline
@@ -499,6 +507,39 @@ def test_two_losses_train_and_evaluate_together(tmp_path):
     )
     named = {(row["set"], row["kind"]) for row in found.rows}
     assert named == {("fine", "zero_shot")}
+
+
+@pytest.mark.parametrize("named_by", ["data", "task"])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        (None, "the folder has no path: set .*data.eval.path"),
+        ("/nowhere/photos", "/nowhere/photos"),
+    ],
+)
+def test_an_evaluation_without_data_fails_before_training_images_are_read(
+    tmp_path, monkeypatch, named_by, path, message
+):
+    config, read, real = tiny_config(), [], Opener._open
+    folder = Folder(path)
+    if named_by == "data":
+        changed = dataclasses.replace(config.data, eval=folder)
+        config = dataclasses.replace(config, data=changed)
+    else:  # after one that reads all training images
+        probe = EvalTask("knn", source=Synthetic(size=24, seed=1))
+        tasks = (probe, EvalTask("retrieval", source=folder))
+        changed = dataclasses.replace(config.eval, tasks=tasks)
+        config = dataclasses.replace(config, eval=changed)
+
+    def opened(self, source):
+        read.append(source)
+        return real(self, source)
+
+    monkeypatch.setattr(Opener, "_open", opened)
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        loop.train(config, tmp_path)
+    assert "\n" not in str(error.value)
+    assert folder in read and config.data.train not in read
 
 
 @pytest.mark.parametrize(
