@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -191,6 +192,12 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def compute_capability() -> float | None:
+    """CUDA compute capability of this process's GPU; None without one."""
+    found = getattr(jax.local_devices()[0], "compute_capability", None)
+    return float(found) if found and re.fullmatch(r"\d+\.\d+", found) else None
 
 
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

@@ -51,6 +51,7 @@ def test_good_kernels_pass(capsys, tmp_path):
         "vision attention blocks",
         "vision attention splash",
         "vision attention splash_skip",
+        "vision attention flash",
         "vision fused_mlp",
         "vision norm_project",
         "loss gather",
@@ -90,6 +91,7 @@ def test_a_wrong_kernel_is_reported(capsys, monkeypatch, tmp_path):
         "vision attention blocks": "ok",
         "vision attention splash": "differs",
         "vision attention splash_skip": "differs",
+        "vision attention flash": "ok",
         "vision fused_mlp": "does",
         "vision norm_project": "does",
     }

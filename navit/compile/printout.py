@@ -86,7 +86,9 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
     Raises:
       ValueError: if the compiler fails for another reason than memory.
     """
-    options = {"optimization_level": _LEAST_EFFORT} if dump is None else None
+    gpu = topologies.is_gpu(topology)
+    least = dump is None and not gpu
+    options = {"optimization_level": _LEAST_EFFORT} if least else None
     start, error, compiled = time.perf_counter(), "", None
     try:
         compiled = program.lowered.compile(compiler_options=options)

@@ -89,7 +89,8 @@ def train_program(config: Config, devices: list[Any]) -> Program:
             id=None,
             size=integers(b, slots, 2),
         )
-        lowered = make_train_step(config, optimizer, rules).lower(state, batch)
+        step = make_train_step(config, optimizer, rules)
+        lowered = _lowered(step, devices, state, batch)
     counts = _counts(config, rows)
     return Program(
         lowered=lowered,
@@ -133,7 +134,7 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
         def embed(vision: Any, images: PackedImages) -> Any:
             return vision(images, max_image_tokens=budget).pooled
 
-        lowered = jax.jit(embed).lower(model.vision, images)
+        lowered = _lowered(jax.jit(embed), devices, model.vision, images)
     counts = _counts(config, rows)._replace(captions=0, pairs=0)
     return Program(
         lowered=lowered,
@@ -148,6 +149,12 @@ def eval_program(config: Config, devices: list[Any], budget: int) -> Program:
         optimizer=0,
         batch=_bytes(images),
     )
+
+
+def _lowered(function: Any, devices: list[Any], *args: Any) -> Any:
+    # Without a GPU, jax does not know that "gpu", a device's platform, means CUDA.
+    platforms = ("cuda",) if devices[0].platform == "gpu" else None
+    return function.trace(*args).lower(lowering_platforms=platforms)
 
 
 def _mesh(config: Config, devices: list[Any]) -> tuple[Any, Rules]:

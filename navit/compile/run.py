@@ -36,8 +36,10 @@ def run(
       ValueError: if the slice does not exist, the config does not fit it, or the TPU
         compiler is not installed.
     """
-    # A quick compile makes programs too slow to be worth timing.
-    dump = None if quick else Path(tempfile.mkdtemp(prefix="navit-compile-"))
+    # A quick compile makes programs too slow to be worth timing. For a GPU there is no
+    # schedule, and nothing is quicker.
+    gpu = topologies.is_gpu(topology)
+    dump = None if quick or gpu else Path(tempfile.mkdtemp(prefix="navit-compile-"))
     try:
         topologies.prepare(
             None if dump is None else str(dump)
@@ -56,7 +58,7 @@ def run(
                 if budget is None
                 else program.eval_program(config, devices, budget)
             )
-            long = "minutes" if quick else "ten minutes or more (--quick: fewer)"
+            long = "minutes" if quick or gpu else "ten minutes or more (--quick: fewer)"
             log.info("compiling for %s; this takes %s", topology, long)
             with _ticking():
                 report = printout.compile_program(lowered, topology, dump=dump)

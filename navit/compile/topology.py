@@ -1,4 +1,4 @@
-"""TPU slices by name: devices to compile for on a machine that has none."""
+"""TPU slices and GPUs by name: devices to compile for on a machine that has none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
+from navit.compile import gpus
 from navit.libtpu import quiet
 
 
@@ -29,11 +30,21 @@ CHIPS = {
 }
 
 _NAME = re.compile(rf"({'|'.join(CHIPS)}):(\d+)x(\d+)(?:x(\d+))?")
+_GPU_NAME = re.compile(rf"({'|'.join(gpus.GPUS)}):(\d+)")
+
+
+def is_gpu(name: str) -> bool:
+    """Whether a topology is a node of GPUs, such as "h100:8"."""
+    return name.partition(":")[0] in gpus.GPUS
 
 
 def chip(name: str) -> Chip:
-    """The chip of a slice such as "v5e:16x16"."""
-    return CHIPS[name.partition(":")[0]]
+    """The chip of a slice such as "v5e:16x16", or the GPU of a node such as "h100:8".
+
+    GPUs have no clock: their compiler writes no schedule.
+    """
+    kind = name.partition(":")[0]
+    return Chip(gpus.usable_memory(kind), None) if is_gpu(name) else CHIPS[kind]
 
 
 def prepare(dump: str | None = None) -> None:
@@ -54,6 +65,8 @@ def prepare(dump: str | None = None) -> None:
 def devices(name: str, slices: int = 1) -> list[Any]:
     """The devices of a slice such as "v5e:16x16", "v5p:4x4x4" or "tpu7x:2x2x1".
 
+    "h100:8" is a node of eight GPUs.
+
     Args:
       slices: the number of such slices (pods), joined by the data-centre network.
 
@@ -61,11 +74,14 @@ def devices(name: str, slices: int = 1) -> list[Any]:
       ValueError: if the name is invalid, or the compiler refuses the slice or is not
         installed.
     """
+    if (match := _GPU_NAME.fullmatch(name)) and slices == 1 and int(match[2]):
+        return gpus.devices(match[1], int(match[2]))
     match = _NAME.fullmatch(name)
     if not match:
         raise ValueError(
             f"topology {name!r} is not one of v5e:ROWSxCOLUMNS, v6e:ROWSxCOLUMNS, "
-            "v5p:XxYxZ, tpu7x:XxYxZ, for example v6e:4x4"
+            "v5p:XxYxZ, tpu7x:XxYxZ, for example v6e:4x4; nor GPUs of one node, for "
+            f"example h100:8 ({', '.join(gpus.GPUS)})"
         )
     flat, given = match[1] in ("v5e", "v6e"), match[4] is None
     if flat != given:

@@ -84,9 +84,9 @@ class ModelConfig:
     init_scale: float = 10.0
     init_bias: float = -10.0
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    attention: Literal["auto", "xla", "unpack", "blocks", "splash", "splash_skip"] = (
-        "auto"
-    )
+    attention: Literal[
+        "auto", "xla", "unpack", "blocks", "splash", "splash_skip", "flash"
+    ] = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     scan_unroll: int = 1
     fused: bool = True

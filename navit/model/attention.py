@@ -13,15 +13,24 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from navit.kernels import flash as gpu
 from navit.kernels.blocks import blocks
 from navit.kernels.splash import SAVED, splash, splash_skip
 from navit.kernels.splash_blocks import LANES, SUBLANES, WHOLE_ROW, Segments, spread
 from navit.kernels.unpack import unpack
-from navit.sharding import platform
+from navit.sharding import compute_capability, platform
 
 _log = logging.getLogger(__name__)
-# The implementations that are TPU kernels.
-KERNELS: dict[str, Any] = {"splash": splash, "splash_skip": splash_skip}
+# The implementations that are Pallas kernels, and the platform that each runs on.
+KERNELS: dict[str, Any] = {
+    "splash": splash,
+    "splash_skip": splash_skip,
+    "flash": gpu.flash,
+}
+PLATFORMS = {"splash": "tpu", "splash_skip": "tpu", "flash": "gpu"}
+# The dense mask is the only one whose results on a GPU do not rest on kernels that have
+# never run on one: `navit.bench.attention_speed` and `navit check` there decide.
+ON_GPU = "xla"
 
 
 def attention(
@@ -61,20 +70,24 @@ def attention(
           block; the fastest for every such row.
         * "splash_skip": a TPU kernel for longer rows that visits only pairs of blocks
           with a segment in common; work grows with the sum of squared lengths. Row
-          lengths must be multiples of 128 tokens for both kernels. Neither takes
-          keys of another length than the queries: with `kv_segment_ids`, "xla" runs in
-          their place.
+          lengths must be multiples of 128 tokens for both kernels.
+        * "flash": GPU kernels that skip in the same way, for compute capability 8.0
+          (Ampere) and later, and rows of a multiple of 16 tokens. They have never run
+          on a GPU (docs/devices.md).
         * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
           kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
           "unpack" if the bounds show that all segments are short, "xla" if rows are,
-          and otherwise "blocks". On other platforms "xla".
+          and otherwise "blocks". On a GPU "xla".
+
+        TPU and GPU kernels take no keys of another length than the queries: with
+        `kv_segment_ids`, "xla" runs in their place.
       max_segments: the largest segment id that any row may have.
       max_segment_tokens: the longest segment that any row may have, of queries and of
         keys. Longer segments would be cut, so take this bound from the plan.
 
     Raises:
       ValueError: if the shapes do not agree, the implementation is unknown, "unpack"
-        has no bounds, or a TPU kernel is requested on another platform or for a row
+        has no bounds, or a kernel is requested on another platform or for a row
         length it does not support.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
@@ -193,7 +206,7 @@ def _attend(
       arrays: q, k and v, `[b, n, h, k]` each, or only qkv, `[b, n, c]`.
     """
     n, channels = arrays[0].shape[1], sum(math.prod(x.shape[2:]) for x in arrays) // 3
-    crossed = kv_segment_ids is not None and platform() == "tpu"
+    crossed = kv_segment_ids is not None and platform() != "cpu"
     if segment_ids is None or (crossed and implementation in (None, *KERNELS)):
         implementation = "xla"
     elif implementation is None and platform() == "cpu":
@@ -219,7 +232,7 @@ def _attend(
     elif implementation != "unpack":
         raise ValueError(
             f'implementation {implementation!r} is not one of None, "xla", "unpack", '
-            '"blocks", "splash", "splash_skip"'
+            '"blocks", "splash", "splash_skip", "flash"'
         )
     elif not max_segments or not max_segment_tokens:
         raise ValueError(
@@ -287,7 +300,7 @@ def choice(platform: str, row_tokens: int, channels: int) -> str:
       channels: of queries, on each device.
     """
     if platform != "tpu":
-        return "xla"
+        return "xla" if misfit(ON_GPU, row_tokens, channels, platform) else ON_GPU
     name = "splash" if row_tokens <= WHOLE_ROW else "splash_skip"
     if why := misfit(name, row_tokens, channels, platform):
         _warn_once(
@@ -308,8 +321,10 @@ def misfit(
     """
     if implementation not in KERNELS:
         return None
-    if platform != "tpu":
-        return f"is a TPU kernel, and this runs on a {platform}"
+    if platform != (own := PLATFORMS[implementation]):
+        return f"is a {own.upper()} kernel, and this runs on a {platform}"
+    if own == "gpu":
+        return _misfit_on_gpu(row_tokens)
     if row_tokens % LANES or channels % (2 * SUBLANES):
         return (
             f"takes a multiple of {LANES} tokens in a row and of {2 * SUBLANES} "
@@ -317,6 +332,20 @@ def misfit(
         )
     if implementation == "splash" and row_tokens > WHOLE_ROW:
         return f"takes rows of up to {WHOLE_ROW} tokens, not {row_tokens}"
+    return None
+
+
+def _misfit_on_gpu(row_tokens: int) -> str | None:
+    if not gpu.available():
+        return "needs Pallas' Triton backend, which this version of jax has no more"
+    capability = compute_capability()
+    if capability is not None and capability < gpu.CAPABILITY:
+        return (
+            f"needs compute capability {gpu.CAPABILITY} (Ampere) or later, and this "
+            f"GPU has {capability}"
+        )
+    if row_tokens % gpu.SIDE:
+        return f"takes a multiple of {gpu.SIDE} tokens in a row, not {row_tokens}"
     return None
 
 

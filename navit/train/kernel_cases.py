@@ -23,7 +23,7 @@ from navit.kernels.fused_mlp import MlpWeights, fused_mlp
 from navit.kernels.norm_project import ProjectWeights, norm_project
 from navit.kernels.splash_blocks import LANES, heads_fill_lanes
 from navit.losses.contrastive import sigmoid_loss, uses_ring
-from navit.model.attention import KERNELS, attention_qkvpacked, misfit
+from navit.model.attention import KERNELS, PLATFORMS, attention_qkvpacked, misfit
 from navit.model.layers import compute_dtype
 from navit.sharding import Rules, platform, split_rows
 from navit.train.comparison import Case, Implementation
@@ -65,12 +65,13 @@ def attention_case(
         size = heads * logits / 2**28
         too_large = f"the plain path's logits would take {size:.1f} GiB, over 1"
     segments = jnp.asarray(ids, jnp.int32)
+    interpret = platform() == "cpu" and simulation()
 
     def attend(name: str, q: Array, k: Array, v: Array, weights: Any) -> Array:
         del weights
         qkv = jnp.concatenate([q, k, v], -1)
         if name in KERNELS:
-            return KERNELS[name](qkv, segments, width=width, interpret=simulation())
+            return KERNELS[name](qkv, segments, width=width, interpret=interpret)
         return attention_qkvpacked(
             qkv,
             segments,
@@ -89,8 +90,9 @@ def attention_case(
             Implementation(
                 f"{tower} attention {name}",
                 functools.partial(attend, name),
-                too_large or misfit(name, n, channels, _kernel_platform()),
-                name in KERNELS and bool(simulation()),
+                too_large
+                or misfit(name, n, channels, _kernel_platform(PLATFORMS.get(name))),
+                name in KERNELS and bool(interpret),
             )
             for name in names
         ],
@@ -283,6 +285,6 @@ def simulation() -> Any:
     return jax.default_backend() != "tpu" and pltpu.InterpretParams()
 
 
-def _kernel_platform() -> str:
-    """Where TPU kernels run: a CPU interprets them."""
-    return "tpu" if platform() == "cpu" else platform()
+def _kernel_platform(own: str | None = "tpu") -> str:
+    """Where kernels of the platform `own` run: a CPU interprets them."""
+    return own if own and platform() == "cpu" else platform()

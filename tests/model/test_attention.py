@@ -237,6 +237,7 @@ def test_kernels_refuse_shapes_with_the_values_and_the_remedy():
     assert "not 128 and 24" in misfit("splash_skip", 128, 24, "tpu")
     assert "up to 1152 tokens, not 1280" in misfit("splash", 1280, 16, "tpu")
     assert "this runs on a gpu" in misfit("splash", 128, 16, "gpu")
+    assert "GPU kernel, and this runs on a tpu" in misfit("flash", 128, 16, "tpu")
 
 
 @pytest.fixture(params=["many segments", "one segment"])
@@ -336,11 +337,14 @@ def test_cross_attention_on_two_devices_equals_that_on_one(crossed):
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["splash", "splash_skip", None])
-def test_cross_attention_on_a_tpu_takes_the_dense_mask(
-    crossed, monkeypatch, implementation
+@pytest.mark.parametrize(
+    "where, implementation",
+    [("tpu", "splash"), ("tpu", "splash_skip"), ("tpu", None), ("gpu", "flash")],
+)
+def test_cross_attention_on_an_accelerator_takes_the_dense_mask(
+    crossed, monkeypatch, where, implementation
 ):
-    """TPU kernels read queries and keys of one length from one array."""
+    """Its kernels read queries and keys of one length from one array."""
     q, k, v, ids, key_ids, bounds = crossed
 
     ids, key_ids = jnp.asarray(ids), jnp.asarray(key_ids)
@@ -359,5 +363,5 @@ def test_cross_attention_on_a_tpu_takes_the_dense_mask(
         )(q, k, v)
 
     expected = run("xla")
-    monkeypatch.setattr("navit.model.attention.platform", lambda: "tpu")
+    monkeypatch.setattr("navit.model.attention.platform", lambda: where)
     np.testing.assert_array_equal(run(implementation), expected)
