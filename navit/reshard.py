@@ -33,7 +33,7 @@ from navit.sources.kinds import Opener
 from navit.sources.local_cache import LocalCache
 from navit.sources.pieces import Advance, Piece, pieces_of
 from navit.sources.tar_fields import IMAGES
-from navit.train.bucket import Bucket, is_url
+from navit.sources.bucket import Bucket, is_url
 
 log = logging.getLogger("navit")
 

@@ -87,14 +87,16 @@ def pieces_of(
     if isinstance(source, config.TarShards):
         stored = storage.open_storage(source.path)
         suffixes = (".tar", *COMPRESSED)
-        files = storage.find(stored, source.path, suffixes, missing=source.missing)
-        return _of_files(stored, files, lambda number, file: in_order.tar_samples(file))
+        found = storage.find(stored, source.path, suffixes, missing=source.missing)
+        return _of_files(
+            stored, [*found.items()], lambda number, file: in_order.tar_samples(file)
+        )
     if isinstance(source, config.TfRecords):
         stored = storage.open_storage(source.path)
-        files = array_record.find(source, stored, (".tfrecord*",))
-        names = _chosen(source, stored, files)
+        found = array_record.find(source, stored, (".tfrecord*",))
+        names = _chosen(source, stored, *next(iter(found.items())))
         read = functools.partial(_example_samples, names, {})
-        return _of_files(stored, files, read, class_names(source.classes))
+        return _of_files(stored, [*found.items()], read, class_names(source.classes))
     if isinstance(source, config.Tfds):
         from navit.sources.tfds import Prepared
 
@@ -107,55 +109,56 @@ def pieces_of(
             spans = dict(enumerate(dataset.spans))
             read = functools.partial(_example_samples, names, spans)
             files = [span.file for span in dataset.spans]
-            return _of_files(stored, files, read, dataset.classes)
+            stats = storage.stats_of(stored, files)
+            with_stats = [*zip(files, stats, strict=True)]
+            return _of_files(stored, with_stats, read, dataset.classes)
     return _of_records(Opener(cache=cache).open(source), images)
 
 
 def _of_files(
     stored: storage.Storage,
-    files: Sequence[str],
+    files: Sequence[tuple[str, storage.Stat]],
     read: Callable[[int, BinaryIO], Iterator[Sample]],
     classes: tuple[str, ...] = (),
 ) -> Pieces:
     """One piece a file; `read` gets its number and the open file."""
-    sizes = [stat.size for stat in storage.stats_of(stored, files)]
 
     def samples(number: int, advance: Advance) -> Iterator[Sample]:
-        with _opened(stored, files[number], sizes[number], advance) as file:
+        with _opened(stored, *files[number], advance) as file:
             yield from read(number, file)
 
     pieces = [
-        Piece(file, size, functools.partial(samples, number))
-        for number, (file, size) in enumerate(zip(files, sizes, strict=True))
+        Piece(file, stat.size, functools.partial(samples, number))
+        for number, (file, stat) in enumerate(files)
     ]
-    names = digest(zip([Path(file).name for file in files], sizes, strict=True))
+    names = digest([(Path(file).name, stat.size) for file, stat in files])
     version = f"{len(files)} files (names and sizes {names[:16]})"
     return Pieces(pieces, version, classes)
 
 
 def _opened(
-    stored: storage.Storage, file: str, size: int, advance: Advance
+    stored: storage.Storage, file: str, stat: storage.Stat, advance: Advance
 ) -> BinaryIO:
     def part(start: int, count: int) -> bytes:
         data = stored.read_range(file, start, count)
         advance(len(data))
         return data
 
-    return storage.opened(part, size, max(stored.block, _BLOCK))
+    return storage.opened(part, stat.size, max(stored.block, _BLOCK))
 
 
 def _chosen(
-    source: config.TfRecords, stored: storage.Storage, files: Sequence[str]
+    source: config.TfRecords, stored: storage.Storage, file: str, stat: storage.Stat
 ) -> list[str]:
     """The features with the image, the caption and the label, by the first examples."""
-    with _opened(stored, files[0], stored.stat(files[0]).size, lambda _: None) as file:
+    with _opened(stored, file, stat, lambda _: None) as opened:
         try:
-            first = [*itertools.islice(in_order.tf_examples(file), _LOOKED_AT)]
+            first = [*itertools.islice(in_order.tf_examples(opened), _LOOKED_AT)]
             parsed = [examples.parse(data) for data in first]
         except in_order.DAMAGE as error:
-            raise ValueError(f"{files[0]}: {reason(error)}") from None
+            raise ValueError(f"{file}: {reason(error)}") from None
     available = sorted({name for example in parsed for name in example})
-    return [source.image, *records.choose(source, available, files[0])]
+    return [source.image, *records.choose(source, available, file)]
 
 
 def _example_samples(
