@@ -88,7 +88,10 @@ def reshard(
         raise ValueError(f"a shard needs 1 image or more, not {images}")
     work, folder = pieces_of(source, images, cache), _Folder(out)
     present = folder.names()
-    made_of = {"source": repr(source), "images": images, "data": work.version}
+    given = source
+    if isinstance(source, config.TarShards):  # its other fields change no shard
+        given = config.TarShards(source.path)
+    made_of = {"source": repr(given), "images": images, "data": work.version}
     _check(folder, present, made_of)
     numbers = range(share.process, len(work.pieces), share.processes)
     todo = [n for n in numbers if _report(n) not in present]
@@ -238,9 +241,12 @@ def _finished(
     else:
         shards = config.TarShards(folder.out)
     if classes:
+        file = f"{folder.out}/classes.json"
         folder.write("classes.json", json.dumps(classes, indent=0))
-        if not is_url(folder.out):  # else it must be copied to be read
-            shards = dataclasses.replace(shards, classes=f"{folder.out}/classes.json")
+        if is_url(folder.out):
+            log.info("%s names the classes: copy it here, for `classes`", file)
+        else:
+            shards = dataclasses.replace(shards, classes=file)
     made = sum(report.shards for report in reports)
     log.info("wrote %d images in %d shards to %s", written, made, folder.out)
     if left_out or damaged:

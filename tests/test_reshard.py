@@ -37,6 +37,7 @@ from navit.reshard import reshard
 from navit.sources import in_order
 from navit.sources.index import Share, Unfinished
 from navit.sources.kinds import open_source
+from navit.sources.local_cache import LocalCache
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample"
 ROWS = list(csv.DictReader((SAMPLE / "captions.csv").read_text().splitlines()))
@@ -269,8 +270,11 @@ def test_tars_keep_their_keys_and_all_their_members(tmp_path):
     with tarfile.open(tmp_path / "out" / "00000-00000.tar") as tar:
         found = {x.name: tar.extractfile(x).read() for x in tar}
     assert found == {name.replace("JPG", "jpg"): data for name, data in given.items()}
-    source = open_source(dataclasses.replace(shards, caption=None))
+    source = open_source(shards)
     assert [source.record(i).captions for i in range(2)] == [("c",), ("spaces",)]
+    again = TarShards(f"{tmp_path}/*.tgz", caption="txt")  # of the same shards
+    source = open_source(reshard(again, str(tmp_path / "out")))
+    assert [source.record(i).captions for i in range(len(source))] == [("spaces",)]
 
 
 def test_several_captions_and_none_come_back(tmp_path):
@@ -406,8 +410,16 @@ def test_shards_of_something_else_are_not_mixed_in(sources, tmp_path):
 
 
 def test_both_ends_may_be_behind_a_url(sources, sample, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     remote = fsspec.filesystem("memory")
+    remote.put(sources["tfds"].data_dir, "/prepared", recursive=True)
+    prepared = dataclasses.replace(sources["tfds"], data_dir="memory://prepared")
+    with pytest.raises(ValueError, match="--cache of navit reshard"):
+        reshard(prepared, "memory://made/tfds")
+    cache = LocalCache(tmp_path / "cache", 2**30)
+    made = open_source(reshard(prepared, "memory://made/tfds", images=4, cache=cache))
+    assert sorted(contents(made)) == sorted(sample)
+    assert json.loads(remote.cat("/made/tfds/classes.json")) == CLASSES
     for file in Path(sources["tar.gz"].path).parent.glob("*.tar.gz"):
         remote.pipe(f"/given/{file.name}", file.read_bytes())
     for process, ends in (

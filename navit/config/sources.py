@@ -78,6 +78,7 @@ class TarShards:
     """Tar files of `KEY.jpg` with `KEY.txt`, `KEY.json` or `KEY.cls` (WebDataset).
 
     `path`: `~/cc12m/{00000..01242}.tar`, a glob, or a folder of .tar files; URLs too.
+    Compressed ones (.tar.gz) are for `navit reshard` only.
     `caption`, `label`: the member's extension, and for a .json also the field, as
     `json.caption` or `json.meta.title`. A caption of None means the .txt, or else the
     field `caption` of the .json. `classes`: a file of class names.

@@ -165,8 +165,8 @@ def _mirrored(source: config.Tfds, cache: LocalCache | None) -> str:
     if cache is None:
         raise ValueError(
             f"the dataset in {url!r} must be copied to this machine to be read: set "
-            "data.cache to a folder for copies, or mount the bucket (gcsfuse, "
-            "mount-s3) and name its folder"
+            "data.cache to a folder for copies (--cache of navit reshard), or mount "
+            "the bucket (gcsfuse, mount-s3) and name its folder"
         )
     stored = storage.open_storage(url)
     root = cache.folder / "tfds" / digest([url])[:16]
