@@ -350,8 +350,12 @@ def test_what_cannot_be_used_is_left_out_named_and_counted(tmp_path, caplog):
 
 def test_a_truncated_tfrecord_is_used_up_to_the_damage(tmp_path, prepared, caplog):
     whole = tfrecord_of(examples())
+    (tmp_path / "0.tfrecord").write_bytes(whole[:9])
+    with pytest.raises(ValueError, match=r"0\.tfrecord: record 0 has 9 bytes of its"):
+        reshard(TfRecords(str(tmp_path)), str(tmp_path / "out"))
     (tmp_path / "a.tfrecord").write_bytes(whole[:-30])
     found = open_source(reshard(TfRecords(str(tmp_path)), str(tmp_path / "out")))
+    assert "0.tfrecord: record 0 has 9 bytes" in caplog.text
     assert len(found) == len(ROWS) - 1
     assert "a.tfrecord: record 16 should have" in caplog.text
     shutil.copytree(prepared, tmp_path / "set")

@@ -68,9 +68,11 @@ def tf_examples(file: BinaryIO) -> Iterator[bytes]:
         head = opened.read(12)
         if not head:
             return
+        if len(head) < 12:
+            raise EOFError(f"record {number} has {len(head)} bytes of its first 12")
         size = int.from_bytes(head[:8], "little")
         data = opened.read(size + 4) if size <= _LONGEST else b""
-        if len(head) < 12 or len(data) < size + 4:
+        if len(data) < size + 4:
             raise EOFError(f"record {number} should have {size} bytes")
         yield data[:size]
 

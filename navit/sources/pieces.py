@@ -94,7 +94,7 @@ def pieces_of(
     if isinstance(source, config.TfRecords):
         stored = storage.open_storage(source.path)
         found = array_record.find(source, stored, (".tfrecord*",))
-        names = _chosen(source, stored, *next(iter(found.items())))
+        names = _chosen(source, stored, [*found.items()])
         read = functools.partial(_example_samples, names, {})
         return _of_files(stored, [*found.items()], read, class_names(source.classes))
     if isinstance(source, config.Tfds):
@@ -148,17 +148,26 @@ def _opened(
 
 
 def _chosen(
-    source: config.TfRecords, stored: storage.Storage, file: str, stat: storage.Stat
+    source: config.TfRecords,
+    stored: storage.Storage,
+    files: Sequence[tuple[str, storage.Stat]],
 ) -> list[str]:
     """The features with the image, the caption and the label, by the first examples."""
-    with _opened(stored, file, stat, lambda _: None) as opened:
+    parsed: list[dict[str, list]] = []
+    problem = f"{files[0][0]} has no record"
+    for file, stat in files:
         try:
-            first = [*itertools.islice(in_order.tf_examples(opened), _LOOKED_AT)]
-            parsed = [examples.parse(data) for data in first]
+            with _opened(stored, file, stat, lambda _: None) as opened:
+                for data in itertools.islice(in_order.tf_examples(opened), _LOOKED_AT):
+                    parsed.append(examples.parse(data))
         except in_order.DAMAGE as error:
-            raise ValueError(f"{file}: {reason(error)}") from None
+            problem = f"{file}: {reason(error)}"
+        if parsed:
+            break
+    else:
+        raise ValueError(problem)
     available = sorted({name for example in parsed for name in example})
-    return [source.image, *records.choose(source, available, file)]
+    return [source.image, *records.choose(source, available, source.path)]
 
 
 def _example_samples(
