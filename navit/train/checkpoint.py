@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from navit import config as config_lib
@@ -33,6 +34,9 @@ FORMAT = 3
 _SAME_MODEL = 2
 
 _PARTIAL = ".partial"
+
+# How often processes tell one another whether their parts are written.
+_TELL_SECONDS = 0.5
 
 # Warnings of orbax about files that no other process sees.
 _EXPECTED = ("Skipping merge of OCDBT", "for `primary_host=None`")
@@ -78,6 +82,7 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._verified: int | None = None
+        self._abandoned = False  # as another process cannot write its part
 
     def below(self, folder: str) -> Checkpoints:
         """Writes one checkpoint in a folder of this work directory."""
@@ -91,7 +96,7 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, config: Config, data: str) -> None:
-        """Starts writing a checkpoint; `close` waits until it is on disk.
+        """Starts writing a checkpoint; `wait` waits until it is on disk.
 
         Args:
           data: the fingerprint of the training data.
@@ -116,7 +121,7 @@ class Checkpoints:
         self._write(0, about, model=model)
 
     def _write(self, step: int, about: dict[str, Any], **trees: Any) -> None:
-        self._wait()
+        self.wait()
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         partial = self._folder / f"{step}{_PARTIAL}"
         if hosts.first() or self._remote is not None:
@@ -149,15 +154,37 @@ class Checkpoints:
             for old in outdated(steps(self._folder), keep, every):
                 shutil.rmtree(self._folder / str(old))
 
-    def _wait(self) -> None:
-        if self._saving:
-            (step, future), self._saving = self._saving, None
-            try:
-                future.result()
-            except Exception as error:  # tensorstore raises many types
-                raise self._unwritten(step, error) from error
+    def failed(self) -> bool:
+        """Whether the last checkpoint cannot be written; `save` and `wait` say why."""
+        future = self._saving[1] if self._saving else None
+        return future is not None and future.done() and future.exception() is not None
 
-    def _unwritten(self, step: int, error: Exception) -> OSError:
+    def wait(self) -> None:
+        """Waits until everything is on disk; raises the same errors as `save`.
+
+        Collective: if one process fails, all raise, since they wait for one another.
+        """
+        if not self._saving:
+            return
+        (step, future), self._saving = self._saving, None
+        several = jax.process_count() > 1
+        while True:
+            concurrent.futures.wait([future], _TELL_SECONDS if several else None)
+            is_done = future.done()
+            error = future.exception() if is_done else None
+            told = hosts.gather(np.array([is_done, error is not None]))
+            if told[:, 1].any():
+                break
+            if told[:, 0].all():
+                return
+        why = "" if error is None else str(self._unwritten(step, error))
+        reasons = [text for text in hosts.gather_texts(why) if text]
+        self._abandoned = several
+        if self._remote is not None:
+            self._remote.give_up()
+        raise OSError(why or reasons[0]) from error
+
+    def _unwritten(self, step: int, error: BaseException) -> OSError:
         """A one-line error for users; tensorstore's own message fills a screen."""
         why = str(error).partition("\n")[0]
         for cause in map(os.strerror, _CAUSES):
@@ -302,12 +329,15 @@ class Checkpoints:
         return trees
 
     def close(self) -> None:
-        """Waits until everything is on disk; raises the same errors as `save`."""
+        """Waits for this process's part; raises the same errors as `save`."""
+        saving, self._saving = self._saving, None
         try:
-            self._wait()
+            if saving and (error := saving[1].exception()):
+                raise self._unwritten(saving[0], error) from error
         finally:
-            self._background.shutdown()
-            self._checkpointer.close()
+            self._background.shutdown(wait=not self._abandoned)
+            if not self._abandoned:
+                self._checkpointer.close()
 
     def _restore(self, items: ocp.args.Composite) -> Any:
         step = self._latest()

@@ -62,13 +62,18 @@ class Interruption:
             # None: set by a C library, as jax does in a run of several processes.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after this step; the same answer in every process."""
+    def after(self, step: int, failed: bool = False) -> bool:
+        """Whether to stop after this step; the same answer in every process.
+
+        Args:
+          failed: whether this process cannot go on, as its checkpoint was not written.
+        """
+        wanted = self.requested or failed
         if jax.process_count() == 1:
-            return self.requested
+            return wanted
         if step < self._ask_at:
             return False
-        stop, now, steps = hosts.any_of(self.requested), time.perf_counter(), 1
+        stop, now, steps = hosts.any_of(wanted), time.perf_counter(), 1
         if self._asked is not None:  # the first interval includes compilation
             last, then = self._asked
             # From the slowest process, so that all ask at the same step.

@@ -114,7 +114,7 @@ def train(
                     interruption,
                 )
                 checkpoints.save(state, config, data)
-                checkpoints.close()  # a Ctrl-C waits for this too
+                checkpoints.wait()  # a Ctrl-C waits for this too
         finally:
             checkpoints.close()
         step = int(state.step)
@@ -194,7 +194,7 @@ def _steps(
             if traced or step == first_step + 1:  # traced or compiled: not in the rates
                 jax.block_until_ready(metrics)
                 meter.start_clock()
-            stop = step == last_step or interruption.after(step)
+            stop = step == last_step or interruption.after(step, checkpoints.failed())
             save = step % config.train.checkpoint_every == 0 or stop
             if save or step % config.train.log_every == 0:
                 watch.check(step, state, checkpoints)

@@ -22,6 +22,7 @@ from helpers import tiny_config
 
 import navit
 from navit.config import Config, override
+from navit.sources.bucket import Bucket
 from navit.sources.synthetic import SyntheticSource
 from navit.train import hosts, loop, remote_workdir
 from navit.train.interruption import Interruption
@@ -93,6 +94,15 @@ def lose_images(patch):
         return found._replace(image=b"no image") if lost else found
 
     patch(SyntheticSource, "record", record)
+
+
+def fail_uploads():
+    """This process cannot send its part of a checkpoint."""
+
+    def send(bucket, folder, names, below=""):
+        raise OSError(f"{bucket.url}: quota exceeded")
+
+    Bucket.send = send
 
 
 def start(workdir, *options, step=0, process=-1, mishap="pass"):
@@ -264,6 +274,18 @@ def test_processes_ask_one_another_in_time(monkeypatch, seconds, steps):
     interruption.requested = True
     clock[0] += seconds
     assert any(interruption.after(step) for step in range(50, 50 + steps))
+
+
+@pytest.mark.slow
+def test_a_failed_upload_in_one_ends_all_with_a_line_each(tmp_path):
+    options = ["mesh.data=8", "train.checkpoint_every=1"]
+    url, mishap = f"file://{tmp_path}/run", "test_hosts.fail_uploads()"
+    codes, outputs = finish(start(url, *options, step=2, process=1, mishap=mishap))
+    assert codes == [1, 1], "\n".join(outputs)
+    for process, output in enumerate(outputs):
+        last = output.strip().splitlines()[-1]
+        assert last.startswith(f"navit: process {process}: OSError: cannot write"), last
+        assert "quota exceeded" in last
 
 
 @pytest.mark.slow
