@@ -125,11 +125,11 @@ class Bucket:
         """Asks; raises an OSError of one line, or FileNotFoundError."""
         try:
             return self._retried(ask)
-        except FileNotFoundError:
-            raise
         except Exception as error:  # each file system has errors of its own
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise OSError(f"{self.url}: {reason}") from error
+            missing = isinstance(error, FileNotFoundError)
+            kind = FileNotFoundError if missing else OSError
+            raise kind(f"{self.url}: {reason}") from error
 
 
 def _each(do: Callable[[str], None], names: Iterable[str]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import functools
 import math
 import random
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -28,6 +28,12 @@ _TRANSIENT = (
     errno.EAGAIN,
     errno.EIO,
 )
+# What HTTP, gcsfs and s3fs raise if a server cannot be reached, by module.
+_DISCONNECTED = {
+    "aiohttp": ("ClientConnectionError", "ClientPayloadError"),
+    "google.auth.exceptions": ("TransportError",),
+    "botocore.exceptions": ("HTTPClientError", "ConnectionError"),
+}
 
 T = TypeVar("T")
 
@@ -71,12 +77,9 @@ def is_transient(error: BaseException | None) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
-    transient = isinstance(error, TimeoutError | ConnectionError)
-    return (
-        transient
-        or isinstance(error, _aiohttp_errors())
-        or is_transient(error.__cause__)
-    )
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    return _is_disconnected(error) or is_transient(error.__cause__)
 
 
 def is_exhausted(error: BaseException | None) -> bool:
@@ -93,11 +96,10 @@ def http_status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-@functools.cache
-def _aiohttp_errors() -> tuple[type[Exception], ...]:
-    """What aiohttp raises for a broken connection; not always an OSError."""
-    try:
-        import aiohttp
-    except ImportError:
-        return ()
-    return aiohttp.ClientConnectionError, aiohttp.ClientPayloadError
+def _is_disconnected(error: BaseException) -> bool:
+    """Whether a client could not reach its server; these are not always OSErrors."""
+    for module, names in _DISCONNECTED.items():
+        kinds = (getattr(sys.modules.get(module), name, ()) for name in names)
+        if isinstance(error, tuple(kinds)):
+            return True
+    return False
