@@ -2,7 +2,10 @@
 
   python -m navit.bench.kills
   python -m navit.bench.kills --kills 5 --damages 3 --out /tmp/kills
+  python -m navit.bench.kills --kills 5 --damages 3 --workdir s3://bucket/kills
 
+With `--workdir`, the work directories are below this URL, where only checkpoints show
+how far a run is. A run that follows a killed one first waits 40 seconds for its lock.
 Each run is the command `navit train` in a process of its own, with the config below: 40
 steps, and a checkpoint after each second one. It prints one line a check and exits with
 1 if one fails.
@@ -14,7 +17,7 @@ steps, and a checkpoint after each second one. It prints one line a check and ex
   the run must resume from the checkpoint before it, and end the same.
 * A full disk and a read-only work directory must give an error of one line, and leave
   what was saved: the same command without the fault must end the same. The disk is full
-  because no file may grow beyond 20 kB (prlimit).
+  because no file may grow beyond 20 kB (prlimit). Not with `--workdir`.
 * A second run in a work directory that is in use must be refused, and the first must
   end the same.
 """
@@ -27,7 +30,6 @@ import functools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,10 +53,12 @@ from navit.config import (
     VisionConfig,
 )
 from navit.sharding import Rules
+from navit.sources.bucket import Bucket, is_url
 from navit.train.checkpoint import Checkpoints
 from navit.train.optim import make_optimizer
+from navit.train.remote_workdir import Remote
 from navit.train.state import TrainState, init_state
-from navit.train.workdir import FOLDER, steps
+from navit.train.workdir import FOLDER
 
 _STEPS, _EVERY = 40, 2
 # Commands of util-linux. With the first, no file grows beyond 20 kB; with the second,
@@ -93,24 +97,42 @@ class Ended(NamedTuple):
 
 
 class Runs:
-    """Starts runs of `get_config` in folders of `out`, and compares how they end."""
+    """Starts runs of `get_config`, and compares how they end.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    Args:
+      out: a folder for work directories, or for copies of those behind a URL.
+      url: a URL to have work directories below.
+    """
+
+    def __init__(self, out: Path, url: str | None = None) -> None:
+        self.out, self._url = out, url
         self._env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        self.whole = out / "whole"
+        self.whole = self.place("whole")
         ended = self.finish(self.start(self.whole))
         if ended.code:
             raise RuntimeError(f"the undisturbed run fails: {ended.error}")
-        self._losses, self._state = _losses(self.whole), restored(self.whole)
-        log = (self.whole / "metrics.jsonl").read_text().splitlines()
+        copy = self._here(self.whole)
+        self._losses, self._state = _losses(copy), restored(copy)
+        log = (copy / "metrics.jsonl").read_text().splitlines()
         self.seconds_per_step = json.loads(log[-1])["seconds_per_step"]
 
-    def start(self, workdir: Path, *prefix: str) -> subprocess.Popen[str]:
+    def place(self, name: str) -> Path | str:
+        """The work directory of this name."""
+        return self.out / name if self._url is None else f"{self._url}/{name}"
+
+    def _here(self, workdir: Path | str) -> Path:
+        """The work directory, or a copy of one behind a URL."""
+        if isinstance(workdir, Path):
+            return workdir
+        copy, bucket = self.out / workdir.rpartition("/")[2], Bucket(workdir)
+        bucket.fetch(bucket.names(), copy)
+        return copy
+
+    def start(self, workdir: Path | str, *prefix: str) -> subprocess.Popen[str]:
         """Starts `navit train`, as the arguments of the command `prefix` if given."""
         navit = "import sys; from navit.cli import console; sys.exit(console())"
         command = [sys.executable, "-c", navit, "train", __file__]
@@ -135,26 +157,30 @@ class Runs:
         process.kill()
         process.communicate()
 
-    def ends_the_same(self, workdir: Path) -> str:
+    def ends_the_same(self, workdir: Path | str) -> str:
         """Runs to the end; returns what is wrong with the result, or nothing."""
         ended = self.finish(self.start(workdir))
         if ended.code:
             return f"exit code {ended.code}: {ended.error.strip()}"
         return self.difference(workdir)
 
-    def difference(self, workdir: Path) -> str:
+    def difference(self, workdir: Path | str) -> str:
         """How a finished run differs from the undisturbed one, if it does."""
-        if _losses(workdir) != self._losses:
+        copy = self._here(workdir)
+        if _losses(copy) != self._losses:
             return "the log has other losses"
-        a, b = jax.tree.leaves(restored(workdir)), jax.tree.leaves(self._state)
+        a, b = jax.tree.leaves(restored(copy)), jax.tree.leaves(self._state)
         same = len(a) == len(b) and all(map(np.array_equal, a, b))
         return "" if same else "other weights"
 
 
-def last(workdir: Path) -> int:
+def last(workdir: Path | str) -> int:
     """The latest finished checkpoint, or 0."""
-    folder = workdir / FOLDER
-    return max(steps(folder), default=0) if folder.is_dir() else 0
+    return max(Remote(files_of(workdir), Path()).steps(), default=0)
+
+
+def files_of(workdir: Path | str) -> Bucket:
+    return Bucket(workdir if isinstance(workdir, str) else f"file://{workdir}")
 
 
 def restored(workdir: Path) -> TrainState:
@@ -169,41 +195,46 @@ def restored(workdir: Path) -> TrainState:
         checkpoints.close()
 
 
-def kill(runs: Runs, workdir: Path, rng: random.Random) -> tuple[str, str]:
+def kill(runs: Runs, workdir: Path | str, rng: random.Random) -> tuple[str, str]:
     """Kills a run at a random moment; what is wrong then, and where it was."""
     process = runs.start(workdir)
     step = rng.randrange(_STEPS)
-    while process.poll() is None and _logged_steps(workdir) < step:
+    while process.poll() is None and _progress(workdir) < step:
         time.sleep(0.001)
-    time.sleep(rng.uniform(0, runs.seconds_per_step))
+    steps = _EVERY if is_url(workdir) else 1  # to the next that can be seen
+    time.sleep(rng.uniform(0, steps * runs.seconds_per_step))
     process.kill()
     process.communicate()
-    folder = workdir / FOLDER
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    where = f"after step {_logged_steps(workdir)}, {last(workdir)} saved"
-    if not all(map(str.isdecimal, names)):
+    where = f"after step {_progress(workdir)}, {last(workdir)} saved"
+    files = files_of(workdir)
+    saved = {str(step) for step in Remote(files, Path()).steps()}
+    if {name.split("/")[1] for name in files.names(FOLDER)} - saved:
         where += ", the next being written"
     return runs.ends_the_same(workdir), where
 
 
-def damage(runs: Runs, workdir: Path, rng: random.Random) -> tuple[str, str]:
+def damage(runs: Runs, workdir: Path | str, rng: random.Random) -> tuple[str, str]:
     """Damages a file of the latest checkpoint; what is wrong then, and the damage."""
-    shutil.copytree(runs.whole, workdir)
-    folder = workdir / FOLDER / str(_STEPS)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    file = rng.choice([path for path in files if path.stat().st_size])
-    data, how = file.read_bytes(), rng.choice(["cut", "zeroed", "flipped", "deleted"])
+    whole, files = files_of(runs.whole), files_of(workdir)
+    for name in whole.names():
+        files.write(name, whole.read(name) or b"")
+    folder = f"{FOLDER}/{_STEPS}"
+    name = rng.choice([x for x in files.names(folder) if files.read(x)])
+    data, how = (
+        files.read(name) or b"",
+        rng.choice(["cut", "zeroed", "flipped", "deleted"]),
+    )
     at = rng.randrange(len(data))
     if how == "cut":
-        file.write_bytes(data[:at])
+        files.write(name, data[:at])
     elif how == "zeroed":
-        file.write_bytes(bytes(len(data)))
+        files.write(name, bytes(len(data)))
     elif how == "flipped":
         bit = bytes([data[at] ^ 1 << rng.randrange(8)])
-        file.write_bytes(data[:at] + bit + data[at + 1 :])
+        files.write(name, data[:at] + bit + data[at + 1 :])
     else:
-        file.unlink()
-    what = f"{file.relative_to(folder)} {how}"
+        files.remove(name)
+    what = f"{name.removeprefix(f'{folder}/')} {how}"
     ended = runs.finish(runs.start(workdir))
     if ended.code:
         return f"exit code {ended.code}: {ended.error.strip()}", what
@@ -244,7 +275,7 @@ def _recovers(
     return runs.ends_the_same(workdir), line
 
 
-def second(runs: Runs, workdir: Path) -> tuple[str, str]:
+def second(runs: Runs, workdir: Path | str) -> tuple[str, str]:
     """Starts two runs in one work directory; what is wrong, and the second's error."""
     first = runs.start(workdir)
     while first.poll() is None and not last(workdir):
@@ -262,12 +293,13 @@ def checks(
 ) -> Iterator[tuple[str, str, str]]:
     """For each check: what it is, what is wrong if anything, and where it was."""
     for i in range(kills):
-        yield "kill -9", *kill(runs, runs.out / f"kill-{i}", rng)
+        yield "kill -9", *kill(runs, runs.place(f"kill-{i}"), rng)
     for i in range(damages):
-        yield "damage", *damage(runs, runs.out / f"damage-{i}", rng)
-    yield "full disk", *full_disk(runs, runs.out / "full")
-    yield "read-only", *read_only(runs, runs.out / "read_only")
-    yield "two runs", *second(runs, runs.out / "two")
+        yield "damage", *damage(runs, runs.place(f"damage-{i}"), rng)
+    if isinstance(runs.whole, Path):
+        yield "full disk", *full_disk(runs, runs.out / "full")
+        yield "read-only", *read_only(runs, runs.out / "read_only")
+    yield "two runs", *second(runs, runs.place("two"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -276,12 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--damages", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="keep the work directories here")
+    parser.add_argument("--workdir", metavar="URL", help="have them below this URL")
     args = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory(prefix="navit-kills-") as temporary:
         out = args.out or Path(temporary)
         out.chmod(0o755) if not args.out else out.mkdir(parents=True)
-        return report(Runs(out), args)
+        return report(Runs(out, args.workdir), args)
 
 
 def report(runs: Runs, args: argparse.Namespace) -> int:
@@ -303,7 +336,10 @@ def _losses(workdir: Path) -> list[Any]:
     return [(x["step"], x["loss"]) for x in logged if "loss" in x]
 
 
-def _logged_steps(workdir: Path) -> int:
+def _progress(workdir: Path | str) -> int:
+    """The last step that can be seen: in the log, or behind a URL a checkpoint."""
+    if isinstance(workdir, str):
+        return last(workdir)
     log = workdir / "metrics.jsonl"
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
