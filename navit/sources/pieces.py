@@ -88,15 +88,15 @@ def pieces_of(
         stored = storage.open_storage(source.path)
         suffixes = (".tar", *COMPRESSED)
         found = storage.find(stored, source.path, suffixes, missing=source.missing)
-        return _of_files(
-            stored, [*found.items()], lambda number, file: in_order.tar_samples(file)
-        )
+        files = [*found.items()]
+        return _of_files(stored, files, lambda number, file: in_order.tar_samples(file))
     if isinstance(source, config.TfRecords):
         stored = storage.open_storage(source.path)
         found = array_record.find(source, stored, (".tfrecord*",))
-        names = _chosen(source, stored, [*found.items()])
+        files = [*found.items()]
+        names = _chosen(source, stored, files)
         read = functools.partial(_example_samples, names, {})
-        return _of_files(stored, [*found.items()], read, class_names(source.classes))
+        return _of_files(stored, files, read, class_names(source.classes))
     if isinstance(source, config.Tfds):
         from navit.sources.tfds import Prepared
 
@@ -105,13 +105,13 @@ def pieces_of(
             stored = storage.open_storage(dataset.files[0])
             # In an example, the names of nested features have slashes.
             caption, label = dataset.caption, dataset.label
-            names = [x.replace(".", "/") for x in (source.image, caption, label)]
+            features = [x.replace(".", "/") for x in (source.image, caption, label)]
             spans = dict(enumerate(dataset.spans))
-            read = functools.partial(_example_samples, names, spans)
-            files = [span.file for span in dataset.spans]
-            stats = storage.stats_of(stored, files)
-            with_stats = [*zip(files, stats, strict=True)]
-            return _of_files(stored, with_stats, read, dataset.classes)
+            read = functools.partial(_example_samples, features, spans)
+            names = [span.file for span in dataset.spans]
+            stats = storage.stats_of(stored, names)
+            files = [*zip(names, stats, strict=True)]
+            return _of_files(stored, files, read, dataset.classes)
     return _of_records(Opener(cache=cache).open(source), images)
 
 
