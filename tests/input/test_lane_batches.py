@@ -1,6 +1,7 @@
 """Batches from lanes: each chunk is read once; hosts and workers change nothing."""
 
 import io
+import itertools
 import tarfile
 import threading
 from pathlib import Path
@@ -93,18 +94,25 @@ def test_an_epoch_reads_each_chunk_once_and_nothing_alone(batches):
     assert len(source.pieces) == len(chunks[0]) + len(chunks[1])
 
 
+def on_hosts(config, count, start, stop):
+    """The global batches of steps `start` to `stop`, of a run of so many hosts."""
+    parts = []
+    for i in range(count):
+        found = pipeline.train_batches(
+            config, start_step=start, process_index=i, process_count=count
+        )
+        parts.append(list(itertools.islice(found, stop - start)))
+        found.close()
+    return [
+        jax.tree.map(lambda *x: np.concatenate(x), *of_step)
+        for of_step in zip(*parts, strict=True)
+    ]
+
+
 def assert_only_steps_matter(config, batches):
     """Hosts, workers and resuming change no bit."""
     for hosts in (2, 4):
-        parts = [
-            list(pipeline.train_batches(config, process_index=i, process_count=hosts))
-            for i in range(hosts)
-        ]
-        together = [
-            jax.tree.map(lambda *x: np.concatenate(x), *of_step)
-            for of_step in zip(*parts, strict=True)
-        ]
-        assert_same(together, batches)
+        assert_same(on_hosts(config, hosts, 0, len(batches)), batches)
     assert_same(pipeline.train_batches(config, start_step=5), batches[5:])
     for workers in (1, 2):
         found = override(config, [f"data.workers={workers}"])
@@ -113,6 +121,20 @@ def assert_only_steps_matter(config, batches):
 
 def test_hosts_workers_and_resuming_change_no_bit(batches):
     assert_only_steps_matter(make_config(), batches)
+
+
+def test_a_run_moves_from_4_to_2_to_8_hosts_across_an_epochs_end():
+    config = make_config("data.lanes=8", "data.rows=16", "train.steps=9")
+    batches = list(pipeline.train_batches(config))
+    source = pipeline.open_source(config.data.train)
+    plans = BatchPlans(source.sizes, config.data, patch_size=16, steps=9)
+    assert 2 < plans.steps_per_epoch < 5  # it ends on 2 hosts
+    moved = [
+        batch
+        for hosts, start, stop in ((4, 0, 2), (2, 2, 5), (8, 5, 9))
+        for batch in on_hosts(config, hosts, start, stop)
+    ]
+    assert_same(moved, batches)
 
 
 def test_one_damaged_record_of_a_chunk_is_one_empty_slot(batches, caplog):
