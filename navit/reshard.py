@@ -25,6 +25,7 @@ from tqdm import tqdm
 from navit import config
 from navit.files import replacing, write_atomic
 from navit.sources import in_order, summary
+from navit.sources.bucket import Bucket, is_url
 from navit.sources.images import open_image
 from navit.sources.in_order import Sample
 from navit.sources.index import ALL, Share, Unfinished
@@ -33,7 +34,6 @@ from navit.sources.kinds import Opener
 from navit.sources.local_cache import LocalCache
 from navit.sources.pieces import Advance, Piece, pieces_of
 from navit.sources.tar_fields import IMAGES
-from navit.sources.bucket import Bucket, is_url
 
 log = logging.getLogger("navit")
 

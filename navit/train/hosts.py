@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 
@@ -27,6 +28,13 @@ log = logging.getLogger("navit")
 
 # Counts of processes that launchers set: Slurm (this step), Open MPI, TPU slices.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+
+# The libraries of collectives that name themselves when a connection breaks.
+_COLLECTIVES = ("Gloo", "NCCL")
+
+# Jax ends all processes when process 0 does, so it waits these seconds after an error:
+# others may have the same error, and would not come to print it.
+_LAST = 5
 
 
 @contextlib.contextmanager
@@ -70,6 +78,7 @@ def joined(
             "--coordinator HOST:PORT --processes N --process I, or pass --processes 1 "
             "to run alone)"
         ) from error
+    began = time.monotonic()
     try:
         if not first():
             log.setLevel(logging.WARNING)  # only process 0 reports progress
@@ -84,14 +93,29 @@ def joined(
             raise
         # A clean exit would wait for the others, which wait for this one.
         expected = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)
-        if debug or not isinstance(error, expected):
+        lost = _is_lost(error)
+        if debug or not (lost or isinstance(error, expected)):
             traceback.print_exc()
         name = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+        if lost:
+            name = (
+                f"lost another process after {time.monotonic() - began:.0f} s: what it "
+                "printed, or its host's log, says why; the same command resumes the "
+                f"run ({str(error).partition(chr(10))[0]})"
+            )
         print(f"navit: process {jax.process_index()}: {name}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        if first():
+            time.sleep(_LAST)
         os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     jax.distributed.shutdown()
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether a collective failed, as a process that takes part has ended."""
+    kinds = (ValueError, jax.errors.JaxRuntimeError)
+    return isinstance(error, kinds) and any(x in str(error) for x in _COLLECTIVES)
 
 
 def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:

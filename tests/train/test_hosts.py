@@ -16,16 +16,20 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_config
 
 import navit
 from navit.config import Config, override
+from navit.input import pipeline
 from navit.sources.bucket import Bucket
 from navit.sources.synthetic import SyntheticSource
 from navit.train import hosts, loop, remote_workdir
+from navit.train import step as step_lib
 from navit.train.interruption import Interruption
+from navit.train.workdir import steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 5
@@ -57,7 +61,8 @@ def get_config() -> Config:
     return override(tiny_config(steps=STEPS), OPTIONS)
 
 
-# Before the command line runs: what the process of this index does at a step.
+# Before the command line runs: what the process of this index does at a step; all do if
+# it is None.
 MISHAPS = """
 import os, sys
 sys.path.insert(0, {tests!r})
@@ -73,7 +78,7 @@ def batches(config, source, *, start_step=0, **kwargs):
             return self
         def __next__(self):
             self.step += 1
-            if self.step == {step} and kwargs["process_index"] == {process}:
+            if self.step == {step} and {process} in (None, kwargs["process_index"]):
                 {mishap}
             return next(found)
         def close(self):
@@ -103,6 +108,22 @@ def fail_uploads():
         raise OSError(f"{bucket.url}: quota exceeded")
 
     Bucket.send = send
+
+
+def lose_the_loss(batches, images):
+    """The batches; the loss of one with any of these images is not a number."""
+    real, bad = step_lib.batch_loss, -7
+
+    def loss(model, batch, *others):
+        value, parts = real(model, batch, *others)
+        return jnp.where((batch.label == bad).any(), jnp.nan, value), parts
+
+    def marked(batch):
+        label = np.where(np.isin(batch.id, images), bad, batch.label)
+        return batch._replace(label=label.astype(np.int32))
+
+    step_lib.batch_loss = loss
+    return (marked(batch) for batch in batches)
 
 
 def start(workdir, *options, step=0, process=-1, mishap="pass"):
@@ -297,7 +318,50 @@ def test_an_error_in_one_ends_all(tmp_path):
     )
     assert codes[1] == 1 and codes[0] != 0, "\n".join(outputs)
     assert "navit: process 1: ValueError: no disk" in outputs[1]
+    assert "navit: process 0: lost another process after" in outputs[0]
+    assert "Traceback" not in outputs[0] and "stack trace" not in outputs[0]
     assert time.monotonic() - began < 200
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all_at_the_same_step(tmp_path):
+    """One update is left out, and the second ends the run; nothing is written twice."""
+    options = [
+        *PRESETS["fsdp"],
+        "data.train.size=200",
+        "train.log_every=100",
+        "train.on_nonfinite=skip:1",
+    ]
+    planned = list(pipeline.train_batches(override(get_config(), options)))
+    # In rows of process 1; all images are in one epoch.
+    bad = [int(planned[step - 1].id[-1].max()) for step in (2, 4)]
+    assert [[i for i in bad if i in batch.id] for batch in planned] == [
+        [],
+        bad[:1],
+        [],
+        bad[1:],
+        [],
+    ]
+    mishap = f"nonlocal found; found = test_hosts.lose_the_loss(found, {bad})"
+    processes = start(tmp_path, *options, step=1, process=None, mishap=mishap)
+    codes, outputs = finish(processes)
+    assert codes == [1, 1], "\n".join(outputs)
+    for process, output in enumerate(outputs):
+        assert "at step 2: this update is left out (1 of at most 1)" in output
+        error = f"navit: process {process}: FloatingPointError: the loss is nan"
+        (line,) = [line for line in output.splitlines() if error in line]
+        assert "at step 4: lower optim.lr" in line and "step 3 is saved" in line
+        assert "the state of step 3" in line
+    kept = tmp_path / "nonfinite"
+    notes = [json.loads(x) for x in (kept / "batches.jsonl").read_text().splitlines()]
+    assert [note["step"] for note in notes] == [2, 4]
+    for note in notes:
+        ids = planned[note["step"] - 1].id
+        assert note["ids"] == np.unique(ids[ids >= 0]).tolist()
+    assert steps(kept / "checkpoints") == [3]
+    about = json.loads((kept / "checkpoints/3/about/metadata").read_text())
+    assert about["skipped"] == 1
+    assert steps(tmp_path / "checkpoints") == [3]
 
 
 def test_half_an_address_is_an_error():
