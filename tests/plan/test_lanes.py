@@ -1,6 +1,7 @@
 """navit.plan.lanes: an epoch of chunks, dealt to lanes that hosts share."""
 
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_epochs_and_seeds_differ_and_nothing_else_matters():
 
     assert order() == order()
     assert len({tuple(order()), tuple(order(1)), tuple(order(0, 1))}) == 3
+
+
+@pytest.mark.parametrize(
+    "parts, expected",
+    [
+        ((), 414969390),
+        ((Part(0, 600, 1.0), Part(600, 403, 3.0)), 4115999311),
+    ],
+)
+def test_runs_that_are_saved_go_on_in_their_order(parts, expected):
+    """If this changes, so must `navit.plan.epoch.VERSION`."""
+    found = lanes_of(data_config(), parts, 1003).order(epoch=2, block=1, lane=3)
+    assert zlib.crc32(np.concatenate(found).astype("<i8").tobytes()) == expected
 
 
 OPTIONS = [
