@@ -387,13 +387,13 @@ def _parser() -> argparse.ArgumentParser:
 
     compile_ = parsers.add_parser(
         "compile",
-        help="compile the training step for a TPU slice, without a TPU",
+        help="compile the training step for TPUs or GPUs, without any",
         description="Compiles CONFIG's training step (or its image tower) with the "
         "TPU compiler, for a\nslice that need not exist. Shows whether it fits in "
         "memory, how long a step and its\nparts take by the compiler's own schedule, "
         "and what the devices send one another.\nExit code 1: it does not fit; 2: it "
         "could not be determined. Takes minutes and\nabout 3 GB of memory; needs pip "
-        "install 'jax[tpu]'.",
+        "install 'jax[tpu]'. For GPUs (pip install\n'jax[cuda12]') there are no times.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  navit compile configs/siglip2_b16_naflex.py --topology "
         "v5e:4x4 \\\n      data.rows=1024 mesh.fsdp=16 mesh.data=1",
@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
         "--topology",
         required=True,
         help="v5e:4x4, v6e:16x16, v5p:4x4x4, tpu7x:2x2x1, ...; mesh.slices=2 means two "
-        "of them",
+        "of them; or GPUs of a node: t4:1, l4:1, a100-40:1, a100-80:8, h100:8, h200:8",
     )
     compile_.add_argument(
         "--evaluate",

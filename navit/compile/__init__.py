@@ -1,1 +1,1 @@
-"""Compiles a training step for a TPU that is not there, and reports its cost."""
+"""Compiles a training step for TPUs or GPUs that are not there; reports its cost."""

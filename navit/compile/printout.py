@@ -20,6 +20,8 @@ from navit.model import flops
 _MIB = 2**20
 # XLA's `ExecutionOptions.EFFORT_O0` (xla.proto).
 _LEAST_EFFORT = 9
+# The suffix of an instruction that the compiler copied.
+_COPY = r"(\.(\d+|remat\d*|clone))+$"
 
 PARTS = (
     "attention",
@@ -49,6 +51,7 @@ class Report:
         is unknown.
       unpriced: operations for which the compiler gives no cost. Their products are
         counted at the device's peak; without products they count as nothing.
+      kernels: how often a step runs each Pallas kernel and each library's routine.
       model_tflops: the model's operations on real tokens, for one device's share.
       mfu_bound: `model_tflops` divided by time and peak.
     """
@@ -68,6 +71,7 @@ class Report:
     milliseconds: dict[str, float] | None
     step_milliseconds: float | None
     unpriced: int
+    kernels: dict[str, int]
     model_tflops: float
     mfu_bound: float | None
     images_per_second: float | None
@@ -88,7 +92,11 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
     """
     gpu = topologies.is_gpu(topology)
     least = dump is None and not gpu
-    options = {"optimization_level": _LEAST_EFFORT} if least else None
+    options: dict[str, Any] | None = None
+    if least:
+        options = {"optimization_level": _LEAST_EFFORT}
+    elif gpu:  # without one XLA cannot time Triton's products against cuBLAS's
+        options = {"xla_gpu_enable_triton_gemm": False}
     start, error, compiled = time.perf_counter(), "", None
     try:
         compiled = program.lowered.compile(compiler_options=options)
@@ -107,6 +115,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         "batches": 2 * program.batch / _MIB,
     }
     parts, unpriced, collectives = None, 0, []
+    kernels_run: collections.Counter[str] = collections.Counter()
     if compiled is not None:
         analysis = compiled.memory_analysis()
         needed = (
@@ -118,6 +127,8 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         memory["activations"] = analysis.temp_size_in_bytes / _MIB
         memory["peak"] = (needed + program.batch) / _MIB
         operations = schedule.operations(compiled.as_text())
+        for op in operations:
+            kernels_run[re.sub(_COPY, "", op.kernel)] += op.runs if op.kernel else 0
         collectives = _collectives(operations)
         if dump is not None and clock is not None:
             kernels = kernel_cycles(dump)
@@ -153,6 +164,7 @@ def compile_program(program: Program, topology: str, *, dump: Path | None) -> Re
         milliseconds=parts and {k: round(v, 3) for k, v in parts.items()},
         step_milliseconds=step and round(step, 3),
         unpriced=unpriced,
+        kernels=dict(+kernels_run),
         model_tflops=round(total_flops / 1e12, 4),
         mfu_bound=total_flops / (step / 1e3) / peak if step and peak else None,
         images_per_second=on_each and program.counts.images * on_each,
@@ -198,6 +210,10 @@ def table(report: Report) -> str:
     lines += [f"  {name:16}{value:>12,.0f}" for name, value in memory.items()]
     if report.milliseconds is None or report.step_milliseconds is None:
         why = "leave out --quick" if report.quick else "the chip's clock is not known"
+        if topologies.is_gpu(report.topology):
+            runs = ", ".join(f"{n} x {name}" for name, n in report.kernels.items())
+            lines.append(f"kernels and library routines in a step: {runs or 'none'}")
+            why = "the GPU's compiler writes no schedule"
         lines.append(f"no times: {why}")
     else:
         step = report.step_milliseconds
@@ -252,7 +268,7 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _work(op: schedule.Operation) -> tuple[Any, ...]:
     """A key that is equal for a kernel and its recomputation."""
-    name = re.sub(r"(\.(\d+|remat\d*|clone))+$", "", op.kernel)
+    name = re.sub(_COPY, "", op.kernel)
     return name, op.products, op.taken, part_of(op.scope)
 
 

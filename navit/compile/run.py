@@ -33,7 +33,7 @@ def run(
     """Compiles, prints, and returns the exit code: 1 if something does not fit.
 
     Raises:
-      ValueError: if the slice does not exist, the config does not fit it, or the TPU
+      ValueError: if the slice does not exist, the config does not fit it, or its
         compiler is not installed.
     """
     # A quick compile makes programs too slow to be worth timing. For a GPU there is no

@@ -48,7 +48,7 @@ class Operation:
         operations fused with communication, and kernels that declare their FLOPs.
       runs: how many times it runs in a step.
       kernel: the name of a Pallas kernel, which has no cycles either
-        (`navit.compile.kernel_times`).
+        (`navit.compile.kernel_times`), or of a routine of a GPU's library.
       taken: the share of steps that run each branch of a kernel, if it declares them.
       collectives: communication, either this operation or fused into it.
     """
@@ -131,6 +131,8 @@ def _walk(
             if shares := _first(r'"taken":\s*"([^"]*)"', line):
                 taken = tuple(float(x) for x in shares.split())
                 products = float(_first(r'"flops":"(\d+)"', line) or 0)
+        elif target := _first(r'custom_call_target="(__[^"]+)"', line):
+            kernel = _first(r', name = "(\w+)", num_stages', line) or target
         sent = list(_sent(line, runs, scope, computations[computation]))
         if opcode == "fusion":
             for each in called:
