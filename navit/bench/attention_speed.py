@@ -4,6 +4,7 @@
   python -m navit.bench.attention_speed --mixes 2x4096x16,4x1024xnaflex
   python -m navit.bench.attention_speed --mixes 1x4096x1 --windows 8
   python -m navit.bench.attention_speed --topology v6e:1x1
+  python -m navit.bench.attention_speed --width 64,72      # on a GPU
 
 On this machine, each line is one mix: rows x tokens in a row x images in a row, all
 images being as long as fits, or images of drawn lengths: of sides that are uniform in
@@ -11,6 +12,11 @@ images being as long as fits, or images of drawn lengths: of sides that are unif
 ("native"). Times are medians of interleaved rounds, and "unpack" has the bounds that a
 plan would give it. With --windows, images are nearly square, and attention is within
 squares of that many patches, as in most blocks of Qwen2.5-VL.
+
+On a GPU, arrays are bfloat16, rows have 1024 to 8192 tokens, and "flash" is timed too,
+with two that navit does not use: "cudnn", cuDNN's packed sequences (Hopper and later),
+and "mha", the kernel that is a part of jax. An implementation that does not run is
+named with the reason. Nothing of this has been run on a GPU.
 
 With a TPU topology, nothing runs and no TPU is needed. The TPU compiler compiles
 forward and backward passes of 16,384 tokens, in images of 64 to 1024 tokens packed into
@@ -34,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from navit.bench.provenance import provenance
 from navit.compile import kernel_times, schedule, topology
 from navit.compile.program import visited_blocks
 from navit.config import MeshConfig
@@ -44,6 +51,14 @@ from navit.plan.rows import pack_rows
 from navit.sharding import make_mesh
 
 IMPLEMENTATIONS = ("xla", "unpack", "blocks")
+# By platform: on any other than a GPU, as on a CPU.
+MIXES = {
+    "cpu": "8x256x1,2x1024x1,2x1024x4,2x1024x16,1x4096x4,1x4096x16,"
+    "4x576xnavit,4x1024xnavit,1x4096xnavit,4x1024xnaflex,1x4096xnaflex,"
+    "4x1024xnative,1x4096xnative",
+    "gpu": "16x1024xnaflex,4x4096xnaflex,2x8192xnaflex,"
+    "16x1024xnative,4x4096xnative,2x8192xnative",
+}
 # Token counts of patches of 16 pixels, and the most that there can be.
 LENGTHS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], int]] = {
     "navit": (lambda rng, n: (rng.uniform(64, 384, n) / 16) ** 2, 576),
@@ -67,14 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--mixes",
-        default="8x256x1,2x1024x1,2x1024x4,2x1024x16,1x4096x4,1x4096x16,"
-        "4x576xnavit,4x1024xnavit,1x4096xnavit,4x1024xnaflex,1x4096xnaflex,"
-        "4x1024xnative,1x4096xnative",
         help="rows x row tokens x images in a row (or navit, naflex, native), "
         "comma-separated",
     )
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--width", type=int, default=64, help="channels of a head")
+    parser.add_argument("--width", default="64", help="channels of a head; some")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--windows", type=int, metavar="SIDE", help="attend within windows of patches"
@@ -88,22 +100,26 @@ def main() -> None:
     parser.add_argument("--dump", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.dump:
-        _compiled(args.topology, args.only, args.heads, args.width, args.dump)
+        _compiled(args.topology, args.only, args.heads, int(args.width), args.dump)
         return
     if args.topology:
-        _scheduled(args.topology, args.only, args.heads, args.width)
+        _scheduled(args.topology, args.only, args.heads, int(args.width))
         return
-    print(f"{args.heads} heads of {args.width}, {jax.default_backend()}; milliseconds")
-    print(
-        f"{'rows x tokens x images':>24}{'':10}", *map("{:>10}".format, IMPLEMENTATIONS)
-    )
-    for mix in args.mixes.split(","):
-        rows, tokens, images = mix.split("x", 2)
-        sizes = args.heads, args.width, args.rounds, args.windows
-        _line(int(rows), int(tokens), images, *sizes)
+    gpu = jax.default_backend() == "gpu"
+    names = [*IMPLEMENTATIONS, *(("flash", *CANDIDATES) if gpu else ())]
+    mixes = args.mixes or MIXES["gpu" if gpu else "cpu"]
+    print(provenance())
+    for width in map(int, args.width.split(",")):
+        print(f"{args.heads} heads of {width}; milliseconds, times as fast as xla")
+        print(f"{'rows x tokens x images':>24}{'':10}", *map("{:>15}".format, names))
+        for mix in mixes.split(","):
+            rows, tokens, images = mix.split("x", 2)
+            sizes = args.heads, width, args.rounds, args.windows
+            _line(names, int(rows), int(tokens), images, *sizes)
 
 
 def _line(
+    names: list[str],
     rows: int,
     tokens: int,
     images: str,
@@ -113,8 +129,9 @@ def _line(
     window: int | None,
 ) -> None:
     rng = np.random.default_rng(0)
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     q, k, v = jnp.asarray(
-        rng.standard_normal((3, rows, tokens, heads, width), np.float32)
+        rng.standard_normal((3, rows, tokens, heads, width), np.float32), dtype
     )
     if images in LENGTHS:
         draw, longest = LENGTHS[images]
@@ -131,8 +148,8 @@ def _line(
     if window is not None:
         segment_ids = _windows(ids, each, window)
         longest = min(longest, window**2)
-    calls: dict[str, list[Callable[[], object]]] = {"forward": [], "gradients": []}
-    for name in IMPLEMENTATIONS:
+    calls: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "gradients": {}}
+    for name in names:
         attend = functools.partial(
             attention,
             segment_ids=segment_ids,
@@ -140,22 +157,82 @@ def _line(
             max_segments=int(segment_ids.max()),
             max_segment_tokens=longest,
         )
+        if name in CANDIDATES:
+            attend = functools.partial(CANDIDATES[name], ids=ids)
         forward = jax.jit(attend)
         total = jax.jit(
-            jax.grad(lambda *x, attend=attend: (attend(*x) ** 2).sum(), (0, 1, 2))
+            jax.grad(
+                lambda *x, attend=attend: (attend(*x).astype(jnp.float32) ** 2).sum(),
+                (0, 1, 2),
+            )
         )
-        calls["forward"].append(functools.partial(forward, q, k, v))
-        calls["gradients"].append(functools.partial(total, q, k, v))
+        try:
+            for what, call in (("forward", forward), ("gradients", total)):
+                jax.block_until_ready(call(q, k, v))
+                calls[what][name] = functools.partial(call, q, k, v)
+        except Exception as error:  # whatever a library or its kernel raises
+            if name in IMPLEMENTATIONS:
+                raise
+            print(f"{name} is left out: {str(error).splitlines()[0][:160]}")
+            calls["forward"].pop(name, None)
     for what, sides in calls.items():
-        times: list[list[float]] = [[] for _ in sides]
-        for round in range(rounds + 1):  # the first compiles
-            for side, milliseconds in zip(sides, times, strict=True):
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
                 start = time.perf_counter()
                 jax.block_until_ready(side())
-                if round:
-                    milliseconds.append(1000 * (time.perf_counter() - start))
-        medians = [f"{statistics.median(x):10.1f}" for x in times]
-        print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *medians, flush=True)
+                times[name].append(1000 * (time.perf_counter() - start))
+        medians = {name: statistics.median(x) for name, x in times.items()}
+        cells = [
+            f"{medians[x]:9.2f} {medians['xla'] / medians[x]:5.2f}"
+            if x in medians
+            else f"{'-':>15}"
+            for x in names
+        ]
+        print(f"{f'{rows} x {tokens} x {images}':>24} {what:9}", *cells, flush=True)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, *, ids: np.ndarray) -> jax.Array:
+    """cuDNN's attention over packed sequences, which jax has no public name for.
+
+    Segments must be contiguous from the start of a row. Padding is not written.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import (
+        MaskType,
+        dot_product_attention,
+    )
+
+    slots = np.arange(1, ids.max() + 1)
+    lengths = (ids[..., None] == slots).sum(1)
+    ends = np.cumsum(lengths, -1)
+    offsets = np.concatenate([np.zeros_like(ends[:, :1]), ends], -1)
+    used = lengths > 0
+    lengths = np.where(used, lengths, -1).astype(np.int32)
+    first = np.ones_like(used[:, :1])
+    offsets = np.where(np.concatenate([first, used], -1), offsets, -1).astype(np.int32)
+    out = dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=jnp.asarray(lengths),
+        kv_seqlen=jnp.asarray(lengths),
+        q_offsets=jnp.asarray(offsets),
+        kv_offsets=jnp.asarray(offsets),
+        mask_type=MaskType.PADDING,
+        scale=q.shape[-1] ** -0.5,
+    )
+    return jnp.where(jnp.asarray(ids > 0)[..., None, None], out, 0)
+
+
+def _mha(q: jax.Array, k: jax.Array, v: jax.Array, *, ids: np.ndarray) -> jax.Array:
+    """jax's own kernel through Triton, which masks all pairs of a row."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
+    out: jax.Array = mha(q, k, v, jnp.asarray(ids), sm_scale=q.shape[-1] ** -0.5)
+    return out
+
+
+CANDIDATES = {"cudnn": _cudnn, "mha": _mha}
 
 
 def _windows(ids: np.ndarray, lengths: list[np.ndarray], window: int) -> jax.Array:

@@ -6,7 +6,8 @@
 Both sides use the same weights (B/16, random), the photographs of data/sample in mixed
 shapes, and the same cores. They take turns, and the median of the rounds counts.
 "whole" starts at JPEG bytes, "model" at prepared patches. transformers runs its own
-processor (Pillow) and model in float32, with batches of --batch images.
+processor (Pillow) and model in float32, with batches of --batch images; both sides are
+in bfloat16 on a GPU, where this has not been run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from navit import weights
+from navit.bench.provenance import provenance
 from navit.config import Config, ModelConfig
 from navit.convert.stored import Weights, shapes_of
 from navit.embed_batches import rows_at_once
@@ -50,6 +52,7 @@ def main() -> None:
         help="enlarge the photographs to this longer side, such as 4000 for a camera",
     )
     args = parser.parse_args()
+    print(provenance())
     files = sorted(SAMPLE.glob("*.jpg"))
     photographs = [file.read_bytes() for file in files]
     if args.side:
@@ -105,10 +108,12 @@ def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
     except ImportError:
         print("torch and transformers are not installed: measuring only navit")
         return None
-    model = Siglip2Model.from_pretrained(path).eval()
+    on_gpu = jax.default_backend() == "gpu"
+    where = dict(device="cuda", dtype=torch.bfloat16) if on_gpu else {}
+    model = Siglip2Model.from_pretrained(path).eval().to(**where)
     processor = Siglip2ImageProcessorPil.from_pretrained(path)
 
-    def prepare(images: list[bytes], budget: int) -> list[dict]:
+    def prepare(images: list[bytes], budget: int) -> list[Any]:
         opened = [
             ImageOps.exif_transpose(Image.open(io.BytesIO(x))).convert("RGB")
             for x in images
@@ -120,10 +125,12 @@ def _transformers(path: Path, batch: int) -> Callable[..., Side] | None:
             for i in range(0, len(opened), batch)
         ]
 
-    def forward(parts: list[dict]) -> np.ndarray:
+    def forward(parts: list[Any]) -> np.ndarray:
         with torch.no_grad():
-            pooled = [model.vision_model(**part).pooler_output for part in parts]
-        z = torch.cat(pooled)
+            pooled = [
+                model.vision_model(**part.to(**where)).pooler_output for part in parts
+            ]
+        z = torch.cat(pooled).float().cpu()
         return (z / z.norm(dim=-1, keepdim=True)).numpy()
 
     def side(images: list[bytes], budget: int) -> Side:

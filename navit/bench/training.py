@@ -2,15 +2,18 @@
 
   python -m navit.bench.training                       # only navit
   pip install torch timm && python -m navit.bench.training --peer timm
+  pip install torch transformers && python -m navit.bench.training --peer torch \\
+      --size B --tokens 65536 --rows 1024,4096      # on a GPU
 
-The model is a tower (Ti by default) with mean pooling and 100 classes; a step is the
-loss and the gradients of all parameters, without an update. Both sides take the same
-images, of drawn lengths (`navit.bench.attention_speed`), in float32: navit packs them
-into rows of each length, and timm's NaFlexViT pads them to the longest of the step.
-They take turns on the same cores. A rate is of the median time of the rounds, a ratio
-the median of the rounds' ratios. "products" is the share of navit's time that the
-blocks' products with parameters need by themselves; attention's own products are not
-among them.
+With `--peer torch` both towers are trained, on a CPU or a GPU
+(`navit.bench.torch_pair`). Otherwise the model is a tower (Ti by default) with mean
+pooling and 100 classes; a step is the loss and the gradients of all parameters, without
+an update. Both sides take the same images, of drawn lengths
+(`navit.bench.attention_speed`), in float32: navit packs them into rows of each length,
+and timm's NaFlexViT pads them to the longest of the step. They take turns on the same
+cores. A rate is of the median time of the rounds, a ratio the median of the rounds'
+ratios. "products" is the share of navit's time that the blocks' products with parameters
+need by themselves; attention's own products are not among them.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peer", choices=("timm",), help="compare to this library")
+    parser.add_argument("--peer", choices=("timm", "torch"), help="compare to it")
     parser.add_argument("--size", default="Ti", help="Ti, S, B, L or So400m")
     parser.add_argument("--mixes", default="navit,naflex,native")
     parser.add_argument("--rows", default="576,1024,2048,4096", help="row lengths")
@@ -50,6 +53,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.peer == "torch":
+        from navit.bench import torch_pair  # which imports this module
+
+        torch_pair.run(args)
+        return
     peer = _timm(args.size) if args.peer else None
     print(f"{args.size}/16, {jax.default_backend()}; images a second")
     titles = ("mix", "row", "fill", "navit", args.peer or "", "ratio", "products")

@@ -1,8 +1,8 @@
-"""navit.bench.training: what it times."""
+"""navit.bench.training and attention_speed: what they time."""
 
 import numpy as np
 
-from navit.bench import training
+from navit.bench import attention_speed, torch_pair, training
 
 
 def test_every_step_holds_whole_images_in_valid_rows():
@@ -17,3 +17,29 @@ def test_every_step_holds_whole_images_in_valid_rows():
             batch.images.check()
             assert (batch.images.grids.prod(-1).sum(-1) <= row).all()
             assert (batch.label >= 0).sum() == len(part.grids)
+
+
+def test_an_implementation_that_does_not_run_is_named(capsys):
+    """On a CPU: cuDNN is not there, and "flash" is for GPUs."""
+    attention_speed._line(["xla", "flash", "cudnn"], 1, 64, "2", 1, 16, 1, None)
+    text = capsys.readouterr().out
+    assert "flash is left out: implementation='flash' is a GPU kernel" in text
+    assert "cudnn is left out: cuDNN is not detected" in text
+    for line, what in zip(
+        text.splitlines()[-2:], ("forward", "gradients"), strict=True
+    ):
+        assert line.split()[5] == what and line.split()[8:] == ["-", "-"]
+
+
+def test_a_step_of_both_towers_has_a_caption_for_every_image():
+    parts = training._steps("navit", 576, 2, 2)
+    config = torch_pair._config("Ti", 576, parts, 576)
+    counts = torch_pair._counts(parts)
+    assert counts.images == sum(len(part.grids) for part in parts)
+    for part in parts:
+        batch = torch_pair._batch(config, part)
+        batch.images.check()
+        images, slots = batch.owner.shape
+        assert batch.text.shape == (images, slots, torch_pair.CAPTION)
+        owned = batch.owner[batch.owner >= 0]
+        assert len(owned) == len(part.grids) and owned.max() < slots

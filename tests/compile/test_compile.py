@@ -190,10 +190,52 @@ def test_parts(scope, part):
     assert part_of(scope) == part
 
 
-@pytest.mark.parametrize("name", ["v6e", "v4:2x2x1", "v5e:4x4x4", "v5p:4x4", "v6e:ax4"])
+@pytest.mark.parametrize(
+    "name",
+    ["v6e", "v4:2x2x1", "v5e:4x4x4", "v5p:4x4", "v6e:ax4", "h100", "h100:0", "a10:1"],
+)
 def test_an_unknown_slice_is_an_error(name):
     with pytest.raises(ValueError, match=r"v5e|v5p|v6e"):
         topology.devices(name)
+
+
+def test_a_gpu_has_the_memory_that_jax_takes_and_no_clock(monkeypatch):
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    assert topology.chip("h100:8") == (pytest.approx(0.75 * 79.11), None)
+    monkeypatch.setenv(name, ".9")
+    assert topology.chip("t4:1").memory == pytest.approx(0.9 * 14.76)
+    assert topology.is_gpu("t4:1") and not topology.is_gpu("v6e:4x4")
+
+
+def test_a_gpus_kernels_are_counted():
+    """Pallas' by their name, a library's by its routine."""
+    cublas = 'custom_call_target="__cublas$lt$matmul", backend_config={}'
+    text = PROGRAM.replace('custom_call_target="tpu_custom_call"', cublas)
+    (op,) = (x for x in schedule.operations(text) if x.kernel)
+    assert (op.kernel, op.runs) == ("__cublas$lt$matmul", 12)
+    flash = (
+        'custom_call_target="__gpu$xla.gpu.triton", backend_config={ir = "ML", '
+        'name = "flash_forward", num_stages = 2 : i32}'
+    )
+    text = PROGRAM.replace('custom_call_target="tpu_custom_call"', flash)
+    assert [x.kernel for x in schedule.operations(text) if x.kernel] == [
+        "flash_forward"
+    ]
+
+
+@pytest.mark.parametrize("name", ["t4:1", "h100:2"])
+def test_a_step_compiles_for_gpus(tmp_path, name):
+    """With jax's CUDA plugin, on a machine without a GPU or its driver."""
+    pytest.importorskip("jax_plugins.xla_cuda12", reason="jax[cuda12] is not installed")
+    kernel = "xla" if name == "t4:1" else "flash"
+    more = (f"model.attention={kernel}", "model.vision.depth=1", "data.rows=8")
+    done, (found,) = compile_quickstart(tmp_path, *more, topology=name)
+    assert done.returncode == 0, done.stdout
+    assert found["fits"] and 0 < found["memory"]["peak"] < found["memory"]["limit"]
+    assert "no times: the GPU's compiler writes no schedule" in done.stdout
+    assert ("flash_backward" in found["kernels"]) == (kernel == "flash")
+    assert bool(found["collectives"]) == (name == "h100:2")
 
 
 def test_a_command_without_a_tpu_is_quiet():
@@ -224,14 +266,15 @@ def test_mesh_axes_may_share_a_side_of_a_slice():
     assert done.stdout.count("'fsdp': 8") == 2, done.stderr
 
 
-def compile_quickstart(tmp_path, *options):
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+def compile_quickstart(tmp_path, *options, topology="v5e:2x2"):
+    if topology == "v5e:2x2":
+        pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
     out = tmp_path / "found.json"
     small = ("data.row_tokens=256", "data.budgets=64,256", "data.slots=4")
     code = "import sys; from navit.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "compile", "configs/quickstart.py"]
     done = subprocess.run(
-        [*command, "--topology", "v5e:2x2", "--quick", "--json", out, *small, *options],
+        [*command, "--topology", topology, "--quick", "--json", out, *small, *options],
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
