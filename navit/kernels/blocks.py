@@ -212,16 +212,15 @@ def _forward(q, k, v, ids, key_ids, block, own):  # type: ignore[no-untyped-def]
             def visit(carry: Any) -> Any:
                 at, sums, top, weight = carry
                 keys, values = (_taken(x, unit * m + at, block) for x in (k, v))
-                seen = _ids(visits.key_ids, row, at, block)[:, None] == segments[None]
-                # Keys come first: reductions over them are then over whole vectors.
-                logits = _dot(keys, own, (((1,), (1,)), ((), ())))
+                seen = segments[:, None] == _ids(visits.key_ids, row, at, block)[None]
+                logits = _dot(own, keys, (((1,), (1,)), ((), ())))
                 logits = jnp.where(seen, logits, _LOWEST)
-                higher = jnp.maximum(top, logits.max(0))
-                weights = jnp.where(seen, jnp.exp(logits - higher[None]), 0)
+                higher = jnp.maximum(top, logits.max(1))
+                weights = jnp.where(seen, jnp.exp(logits - higher[:, None]), 0)
                 shrunk = jnp.exp(top - higher)
                 sums = sums * shrunk[:, None]
-                sums += _dot(weights, values, (((0,), (0,)), ((), ())))
-                return at + block, sums, higher, weight * shrunk + weights.sum(0)
+                sums += _dot(weights, values, (((1,), (0,)), ((), ())))
+                return at + block, sums, higher, weight * shrunk + weights.sum(1)
 
             start = (
                 visits.key[t],
