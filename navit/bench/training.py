@@ -12,8 +12,8 @@ an update. Both sides take the same images, of drawn lengths
 (`navit.bench.attention_speed`), in float32: navit packs them into rows of each length,
 and timm's NaFlexViT pads them to the longest of the step. They take turns on the same
 cores. A rate is of the median time of the rounds, a ratio the median of the rounds'
-ratios. "products" is the share of navit's time that the blocks' products with parameters
-need by themselves; attention's own products are not among them.
+ratios. "products" is the share of navit's time that the blocks' products with
+parameters need by themselves; attention's own products are not among them.
 """
 
 from __future__ import annotations
