@@ -29,11 +29,8 @@ log = logging.getLogger("navit")
 # Counts of processes that launchers set: Slurm (this step), Open MPI, TPU slices.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
-# The libraries of collectives that name themselves when a connection breaks.
-_COLLECTIVES = ("Gloo", "NCCL")
-
-# Jax ends all processes when process 0 does, so it waits these seconds after an error:
-# others may have the same error, and would not come to print it.
+# Jax ends all processes when process 0 does. After an error, that one waits for so many
+# seconds, as others may have the same error and need time to print it.
 _LAST = 5
 
 
@@ -113,9 +110,9 @@ def joined(
 
 
 def _is_lost(error: BaseException) -> bool:
-    """Whether a collective failed, as a process that takes part has ended."""
+    """Whether the connection to another process broke, as Gloo reports it on CPUs."""
     kinds = (ValueError, jax.errors.JaxRuntimeError)
-    return isinstance(error, kinds) and any(x in str(error) for x in _COLLECTIVES)
+    return isinstance(error, kinds) and "Gloo" in str(error)
 
 
 def _started_as_one_of_several(env: Mapping[str, str] = os.environ) -> bool:
