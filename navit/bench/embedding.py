@@ -5,9 +5,11 @@
 
 Both sides use the same weights (B/16, random), the photographs of data/sample in mixed
 shapes, and the same cores. They take turns, and the median of the rounds counts.
-"whole" starts at JPEG bytes, "model" at prepared patches. transformers runs its own
-processor (Pillow) and model in float32, with batches of --batch images; both sides are
-in bfloat16 on a GPU, where this has not been run.
+"whole" starts at JPEG bytes, "model" at prepared patches. A ratio above 1 means that
+navit is faster: by the clock, and by the processor time of all threads, which other
+work on the machine disturbs less. transformers runs its own processor (Pillow) and
+model in float32, with batches of --batch images. On a GPU, where this has not been run,
+both sides are in bfloat16.
 """
 
 from __future__ import annotations
@@ -153,17 +155,21 @@ def _report(sides: dict[str, Side], budget: int, count: int, rounds: int) -> Non
         print(f"{budget:5} tokens  smallest cosine {(a * b).sum(-1).min():.4f}")
     for what in ("whole", "model"):
         times: dict[str, list[float]] = {name: [] for name in sides}
+        busy: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
-                start = time.perf_counter()
+                start, used = time.perf_counter(), time.process_time()
                 side[what]()
                 times[name].append(time.perf_counter() - start)
+                busy[name].append(time.process_time() - used)
         medians = {name: count / statistics.median(x) for name, x in times.items()}
         text = "  ".join(
             f"{name} {rate:6.2f} images/s" for name, rate in medians.items()
         )
         if len(sides) > 1:
             text += f"  ratio {medians['navit'] / medians['transformers']:.2f}"
+            ours, theirs = (statistics.median(x) for x in busy.values())
+            text += f", by processor time {theirs / ours:.2f}"
         print(f"{budget:5} tokens  {what:5}  {text}", flush=True)
 
 

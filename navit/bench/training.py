@@ -13,7 +13,8 @@ an update. Both sides take the same images, of drawn lengths
 and timm's NaFlexViT pads them to the longest of the step. They take turns on the same
 cores. A rate is of the median time of the rounds, a ratio the median of the rounds'
 ratios. "products" is the share of navit's time that the blocks' products with
-parameters need by themselves; attention's own products are not among them.
+parameters need by themselves; attention's own products are not among them. The last
+lines compare the ratios to the aims.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ from navit.plan.rows import Rows, pack_rows
 from navit.train.step import batch_loss
 
 CLASSES = 100
+# The least ratio at the best row length, and at any.
+AIMS = {"navit": 1.6, "naflex": 1.3, "native": 1.3}
+AT_ANY_LENGTH = 1.0
 
 
 def main() -> None:
@@ -50,7 +54,7 @@ def main() -> None:
     parser.add_argument("--mixes", default="navit,naflex,native")
     parser.add_argument("--rows", default="576,1024,2048,4096", help="row lengths")
     parser.add_argument("--tokens", type=int, default=4096, help="in a step, about")
-    parser.add_argument("--steps", type=int, default=3, help="in a round")
+    parser.add_argument("--steps", type=int, default=1, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.peer == "torch":
@@ -62,6 +66,7 @@ def main() -> None:
     print(f"{args.size}/16, {jax.default_backend()}; images a second")
     titles = ("mix", "row", "fill", "navit", args.peer or "", "ratio", "products")
     print(*map("{:>8}".format, titles), flush=True)
+    ratios: dict[str, list[float]] = {}
     for mix in args.mixes.split(","):
         for row in map(int, args.rows.split(",")):
             if row < LENGTHS[mix][1]:
@@ -71,7 +76,24 @@ def main() -> None:
             if peer is not None:
                 sides["peer"] = peer(parts)
             sides["products"] = _products(args.size, row, parts)
-            _report(mix, row, parts, sides, args)
+            ratio = _report(mix, row, parts, sides, args.rounds)
+            if ratio is not None:
+                ratios.setdefault(mix, []).append(ratio)
+    for mix, found in ratios.items():
+        print(_verdict(mix, found), flush=True)
+
+
+def _verdict(mix: str, ratios: list[float]) -> str:
+    """Whether the ratios at all row lengths reach the aims."""
+    checks = [
+        ("best", max(ratios), AIMS[mix]),
+        ("least", min(ratios), AT_ANY_LENGTH),
+    ]
+    parts = [
+        f"{name} {ratio:.2f}, aim {aim} {'met' if ratio >= aim else 'missed'}"
+        for name, ratio, aim in checks
+    ]
+    return f"{mix}: {'; '.join(parts)}"
 
 
 def _steps(mix: str, row_tokens: int, rows: int, steps: int) -> list[Rows]:
@@ -218,28 +240,31 @@ def _report(
     row: int,
     parts: list[Rows],
     sides: dict[str, Callable[[], Any]],
-    args: argparse.Namespace,
-) -> None:
+    rounds: int,
+) -> float | None:
+    """Times the sides, prints a line, and returns the ratio to the peer if any."""
     images = sum(len(part.grids) for part in parts)
     tokens = sum(int(part.lengths.sum()) for part in parts)
     fill = tokens / sum(len(part) * row for part in parts)
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for round in range(args.rounds + 1):  # the first compiles
+    for round in range(rounds + 1):  # the first compiles
         for name, run in sides.items():
             start = time.perf_counter()
             run()
             if round:
                 times[name].append(time.perf_counter() - start)
     taken = {name: statistics.median(x) for name, x in times.items()}
-    peer = ratio = ""
+    peer, ratio = "", None
     if "peer" in times:
         peer = f"{images / taken['peer']:.2f}"
         pairs = zip(times["peer"], times["navit"], strict=True)
-        ratio = f"{statistics.median(b / a for b, a in pairs):.2f}"
+        ratio = statistics.median(b / a for b, a in pairs)
     pairs = zip(times["products"], times["navit"], strict=True)
     products = f"{statistics.median(b / a for b, a in pairs):.2f}"
-    figures = (f"{images / taken['navit']:.2f}", peer, ratio, products)
+    shown = "" if ratio is None else f"{ratio:.2f}"
+    figures = (f"{images / taken['navit']:.2f}", peer, shown, products)
     print(f"{mix:>8} {row:8} {fill:8.3f}", *map("{:>8}".format, figures), flush=True)
+    return ratio
 
 
 if __name__ == "__main__":

@@ -43,3 +43,9 @@ def test_a_step_of_both_towers_has_a_caption_for_every_image():
         assert batch.text.shape == (images, slots, torch_pair.CAPTION)
         owned = batch.owner[batch.owner >= 0]
         assert len(owned) == len(part.grids) and owned.max() < slots
+
+
+def test_the_best_and_the_least_ratio_are_held_to_their_aims():
+    assert training._verdict("native", [1.4, 0.9]) == (
+        "native: best 1.40, aim 1.3 met; least 0.90, aim 1.0 missed"
+    )
