@@ -61,7 +61,8 @@ def attention(
         * "xla": the reference: a dense `[n, m]` mask; work grows with n times m.
         * "unpack": gathers every segment into its own row, attends one row at a time so
           that the logits stay in a CPU's cache, and puts the result back. Exact, and
-          the fastest on a CPU if all segments are short. Needs the two bounds below.
+          the fastest on a CPU if all segments are short, or if each row of 129 to 256
+          tokens is one segment. Needs the bounds below.
         * "blocks": visits, for each block of queries, only the keys of its segments. On
           a CPU, work grows with the sum of squared lengths, whatever the lengths: with
           rows of 1024 or more, 1.5 to 20 times as fast as "xla"
@@ -76,14 +77,15 @@ def attention(
           on a GPU (docs/devices.md).
         * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
           kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
-          "unpack" if the bounds show that all segments are short, "xla" if rows are,
+          "unpack" if the bounds show that it is the fastest, "xla" if rows are short,
           and otherwise "blocks". On a GPU "xla".
 
         TPU and GPU kernels take no keys of another length than the queries: with
         `kv_segment_ids`, "xla" runs in their place.
       max_segments: the largest segment id that any row may have.
       max_segment_tokens: the longest segment that any row may have, of queries and of
-        keys. Longer segments would be cut, so take this bound from the plan.
+        keys. Longer segments would be cut, so take this bound from the plan. With
+        max_segments=1, None means the whole row.
 
     Raises:
       ValueError: if the shapes do not agree, the implementation is unknown, "unpack"
@@ -206,11 +208,13 @@ def _attend(
       arrays: q, k and v, `[b, n, h, k]` each, or only qkv, `[b, n, c]`.
     """
     n, channels = arrays[0].shape[1], sum(math.prod(x.shape[2:]) for x in arrays) // 3
+    longest = max(n, arrays[-1].shape[1])
+    if max_segments == 1 and max_segment_tokens is None:
+        max_segment_tokens = longest
     crossed = kv_segment_ids is not None and platform() != "cpu"
     if segment_ids is None or (crossed and implementation in (None, *KERNELS)):
         implementation = "xla"
     elif implementation is None and platform() == "cpu":
-        longest = max(n, arrays[-1].shape[1])
         implementation = choice_on_cpu(longest, max_segments, max_segment_tokens)
     elif implementation is None:
         implementation = choice(platform(), n, channels)
@@ -290,7 +294,9 @@ def choice_on_cpu(
         less = max_segments * max_segment_tokens**2 <= row_tokens**2
         if less and max_segment_tokens <= 64:
             return "unpack"
-    return "xla" if row_tokens <= (256 if max_segments == 1 else 128) else "blocks"
+    if row_tokens <= 128:
+        return "xla"
+    return "unpack" if max_segments == 1 and row_tokens <= 256 else "blocks"
 
 
 def choice(platform: str, row_tokens: int, channels: int) -> str:

@@ -149,7 +149,9 @@ def test_saved_values_spare_the_loops_of_the_forward_pass():
         (1024, 20, 64, "unpack"),
         (64, 1, None, "xla"),
         (64, 20, 64, "xla"),  # bounds that say nothing
-        (256, 1, 256, "xla"),
+        (128, 1, 128, "xla"),
+        (256, 1, 256, "unpack"),
+        (256, 2, 256, "blocks"),
         (1024, 1, 1024, "blocks"),
     ],
 )

@@ -170,7 +170,6 @@ def test_rows_of_one_image_need_no_gathering(row):
         one,
         implementation="unpack",
         max_segments=1,
-        max_segment_tokens=q.shape[1],
     )
     real = np.asarray(one) > 0
     np.testing.assert_allclose(
