@@ -16,6 +16,8 @@ from jax.experimental import mesh_utils
 
 from navit.config import MeshConfig
 
+# CUDA compute capability of the first GPUs with bfloat16 matrix units.
+AMPERE = 8.0
 Axes = str | tuple[str, ...] | None
 
 
@@ -198,6 +200,16 @@ def compute_capability() -> float | None:
     """CUDA compute capability of this process's GPU; None without one."""
     found = getattr(jax.local_devices()[0], "compute_capability", None)
     return float(found) if found and re.fullmatch(r"\d+\.\d+", found) else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the program being traced will run where XLA multiplies bfloat16.
+
+    It refuses such products with float32 sums on GPUs older than Ampere
+    ("Unsupported algorithm ... ALG_DOT_BF16_BF16_F32"), as `jax.nn`'s attention has.
+    """
+    capability = compute_capability() if platform() == "gpu" else None
+    return capability is None or capability >= AMPERE
 
 
 def place_of(x: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

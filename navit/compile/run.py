@@ -48,7 +48,8 @@ def run(
 
         devices = topologies.devices(topology, config.mesh.slices)
         if config.model.dtype == "auto":
-            model = dataclasses.replace(config.model, dtype="bfloat16")
+            dtype = topologies.compute_dtype(topology)
+            model = dataclasses.replace(config.model, dtype=dtype)
             config = dataclasses.replace(config, model=model)
         budgets = config.eval.budgets if evaluate else (None,)
         reports = []

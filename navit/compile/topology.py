@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from navit.compile import gpus
 from navit.libtpu import quiet
@@ -36,6 +36,12 @@ _GPU_NAME = re.compile(rf"({'|'.join(gpus.GPUS)}):(\d+)")
 def is_gpu(name: str) -> bool:
     """Whether a topology is a node of GPUs, such as "h100:8"."""
     return name.partition(":")[0] in gpus.GPUS
+
+
+def compute_dtype(name: str) -> Literal["bfloat16", "float32"]:
+    """What `model.dtype=auto` is there (`navit.model.layers`)."""
+    gpu = gpus.GPUS.get(name.partition(":")[0])
+    return "float32" if gpu and gpu.capability < (8, 0) else "bfloat16"
 
 
 def chip(name: str) -> Chip:

@@ -69,8 +69,9 @@ class MergerConfig:
 class ModelConfig:
     """Both towers, the logit scale and bias, and how they are computed.
 
-    `dtype="auto"` is bfloat16 on an accelerator and float32 on a CPU, where bfloat16 is
-    slower. Parameters, softmax and losses are always float32.
+    `dtype="auto"` is bfloat16 on an accelerator. It is float32 on a CPU, where bfloat16
+    is slower, and on a GPU older than Ampere (T4), for which jax's attention does not
+    compile in it. Parameters, softmax and losses are always float32.
     `fused` lets TPUs run the norms and products around attention as separate kernels
     if they fit (`navit/kernels/fused.py`).
     `merger`: between the image tower and the language model that it was trained with;

@@ -33,8 +33,6 @@ except ImportError:  # removed from jax
     triton = None  # type: ignore[assignment]
 
 LOG2E = math.log2(math.e)
-# The least that Triton compiles for: Ampere.
-CAPABILITY = 8.0
 # The side of a product's operand, at least: that of a GPU's matrix units.
 SIDE = 16
 

@@ -18,7 +18,7 @@ from navit.kernels.blocks import blocks
 from navit.kernels.splash import SAVED, splash, splash_skip
 from navit.kernels.splash_blocks import LANES, SUBLANES, WHOLE_ROW, Segments, spread
 from navit.kernels.unpack import unpack
-from navit.sharding import compute_capability, platform
+from navit.sharding import AMPERE, compute_capability, platform
 
 _log = logging.getLogger(__name__)
 # The implementations that are Pallas kernels, and the platform that each runs on.
@@ -345,10 +345,10 @@ def _misfit_on_gpu(row_tokens: int) -> str | None:
     if not gpu.available():
         return "needs Pallas' Triton backend, which this version of jax has no more"
     capability = compute_capability()
-    if capability is not None and capability < gpu.CAPABILITY:
+    if capability is not None and capability < AMPERE:
         return (
-            f"needs compute capability {gpu.CAPABILITY} (Ampere) or later, and this "
-            f"GPU has {capability}"
+            f"needs compute capability {AMPERE} (Ampere) or later, and this GPU has "
+            f"{capability}"
         )
     if row_tokens % gpu.SIDE:
         return f"takes a multiple of {gpu.SIDE} tokens in a row, not {row_tokens}"

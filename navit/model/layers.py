@@ -11,16 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from navit.kernels.fused import EPSILON
-from navit.sharding import Rules, platform
+from navit.sharding import Rules, multiplies_bfloat16, platform
 
 _LINEAR_INIT = jax.nn.initializers.xavier_uniform()
 _BIAS_INIT = jax.nn.initializers.zeros
 
 
 def compute_dtype(name: str) -> Any:
-    """The dtype of that name; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    """The dtype of that name; "auto" is bfloat16 on an accelerator.
+
+    It is float32 on a CPU, and on a GPU older than Ampere, which cannot multiply it.
+    """
     if name == "auto":
-        name = "float32" if platform() == "cpu" else "bfloat16"
+        accelerated = platform() != "cpu" and multiplies_bfloat16()
+        name = "bfloat16" if accelerated else "float32"
     return jnp.dtype(name)
 
 

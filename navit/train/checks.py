@@ -15,7 +15,12 @@ from navit.config import Config, Folder
 from navit.config.model import ROUNDING
 from navit.input import tokens
 from navit.model.attention import misfit
-from navit.sharding import Rules, platform
+from navit.sharding import (
+    Rules,
+    compute_capability,
+    multiplies_bfloat16,
+    platform,
+)
 from navit.sources.source import Source
 from navit.train.trackers import check_installed
 
@@ -184,10 +189,15 @@ def check_devices(config: Config, rules: Rules) -> None:
 
     Raises:
       ValueError: if the rows, in whole groups, or a parameter cannot be split evenly,
-        or if a TPU kernel is chosen that does not run here.
+        or if a kernel or dtype is chosen that does not run here.
     """
     _check_rows(config, rules.size("batch"))
     check_parameters(config, rules)
+    if config.model.dtype == "bfloat16" and not multiplies_bfloat16():
+        raise ValueError(
+            "model.dtype=bfloat16 needs a GPU of compute capability 8.0 (Ampere) or "
+            f"later, and this one has {compute_capability()}: use model.dtype=auto"
+        )
     name = config.model.attention
     channels = config.model.vision.width // rules.size("tensor")
     if why := misfit(name, config.data.row_tokens, channels, platform()):

@@ -1,5 +1,6 @@
 """Training steps lower for CUDA on a machine without a GPU, over eight devices."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 
 from navit import config as config_lib
+from navit import sharding
 from navit.batch import Batch, PackedImages
 from navit.model import attention
+from navit.model.layers import compute_dtype
 from navit.sharding import Rules, platform
+from navit.train.checks import check_devices
 from navit.train.optim import make_optimizer
 from navit.train.state import init_state
 from navit.train.step import make_train_step
@@ -80,6 +84,24 @@ def test_a_step_lowers_for_cuda(name, implementation, fsdp):
     assert (f"{rows}x{heads}x{n}x{n}xf32" in text) == (implementation == "auto")
     for kernel in ("flash_forward", "flash_backward"):
         assert (kernel in text) == (implementation == "flash")
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0"])
+def test_a_gpu_older_than_ampere_computes_in_float32(capability, monkeypatch):
+    class Gpu:
+        compute_capability = capability
+
+    old = capability == "7.5"
+    monkeypatch.setattr(sharding.jax, "local_devices", lambda: [Gpu()])
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=H100)
+    config = config_lib.load(CONFIGS / "quickstart.py", ["model.dtype=bfloat16"])
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert compute_dtype("auto") == ("float32" if old else "bfloat16")
+        assert compute_dtype("bfloat16") == "bfloat16"
+        refused = pytest.raises(ValueError, match=r"this one has 7\.5: use model.dtype")
+        with refused if old else contextlib.nullcontext():
+            check_devices(config, Rules())
+    assert compute_dtype("auto") == "float32"  # on a CPU
 
 
 def test_a_gpu_takes_the_dense_mask_by_default():
