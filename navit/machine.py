@@ -208,7 +208,7 @@ def _kernels(
         verdicts.append(verdict)
         print(_line(verdict), flush=True)
     if any(x.interpreted for x in verdicts):
-        print("interpreted: Pallas simulates a TPU here, so no times are compared")
+        print("interpreted: Pallas simulates a TPU or GPU here: no times are compared")
     return verdicts
 
 

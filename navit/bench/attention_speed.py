@@ -13,10 +13,11 @@ images being as long as fits, or images of drawn lengths: of sides that are unif
 plan would give it. With --windows, images are nearly square, and attention is within
 squares of that many patches, as in most blocks of Qwen2.5-VL.
 
-On a GPU, arrays are bfloat16 (float32 before Ampere), rows have 1024 to 8192 tokens, and
-"flash" is timed too, with two that navit does not use: "cudnn", cuDNN's packed sequences
-(Hopper and later), and "mha", the kernel that is a part of jax. An implementation that
-does not run is named with the reason. Nothing of this has been run on a GPU.
+On a GPU, arrays are bfloat16 (float32 before Ampere), rows have 1024 to 8192 tokens,
+and "flash" is timed too, with two that navit does not use: "cudnn", cuDNN's packed
+sequences (Hopper and later), and "mha", the kernel that is a part of jax. An
+implementation that does not run is named with the reason. Nothing of this has been run
+on a GPU.
 
 With a TPU topology, nothing runs and no TPU is needed. The TPU compiler compiles
 forward and backward passes of 16,384 tokens, in images of 64 to 1024 tokens packed into

@@ -29,7 +29,7 @@ class Verdict:
       tolerance: the most that either may be.
       seconds, plain_seconds: one call with gradients, of the implementation (None if
         it is interpreted) and of the plain path.
-      interpreted: Pallas simulates a TPU.
+      interpreted: Pallas simulates a TPU or GPU.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Implementation(NamedTuple):
 
     Attributes:
       misfit: why this device or config cannot run it; None if it can.
-      interpreted: Pallas simulates a TPU.
+      interpreted: Pallas simulates a TPU or GPU.
     """
 
     name: str

@@ -224,6 +224,7 @@ def test_a_gpus_kernels_are_counted():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t4:1", "h100:2"])
 def test_a_step_compiles_for_gpus(tmp_path, name):
     """With jax's CUDA plugin, on a machine without a GPU or its driver."""
