@@ -36,14 +36,14 @@ def connect(url: str) -> tuple[Any, str]:
         import fsspec
     except ImportError:
         raise ValueError(
-            f"{url} is opened by fsspec, which is not installed: pip install fsspec, "
+            f"{url!r} is opened by fsspec, which is not installed: pip install fsspec, "
             "and gcsfs for gs://, s3fs for s3:// or aiohttp for https://"
         ) from None
     options = {"auto_mkdir": True} if url.startswith("file:") else {}
     try:
         return fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:  # or the protocol's own package
-        raise ValueError(f"{url} cannot be opened: {error}") from None
+        raise ValueError(f"{url!r} cannot be opened: {error}") from None
 
 
 class Bucket:

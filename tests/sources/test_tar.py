@@ -385,7 +385,7 @@ def clock(monkeypatch) -> list[float]:
         now[0] += seconds
 
     monkeypatch.setattr("navit.sources.transient.time.sleep", sleep)
-    monkeypatch.setattr("navit.sources.remote.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("navit.sources.transient.time.monotonic", lambda: now[0])
     return now
 
 

@@ -174,7 +174,7 @@ def test_errors_name_the_url(url, tmp_path, monkeypatch):
     message = str(error.value)
     assert f"cannot write the checkpoint {url}/checkpoints/0" in message
     assert "\n" not in message
-    with pytest.raises(ValueError, match=r"nothing://bucket cannot be opened"):
+    with pytest.raises(ValueError, match="'nothing://bucket' cannot be opened"):
         Bucket("nothing://bucket")
     with pytest.raises(ValueError, match=r"has a file '\.\./x': delete it"):
         Bucket(url).fetch(["../x"], tmp_path)
