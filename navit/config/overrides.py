@@ -140,9 +140,10 @@ def _apply(node: Any, changes: dict[str, Any], path: str = "") -> Any:
                 f"{full}: {type(node).__name__} has no field {key!r}; "
                 f"{_known(key, hints)}"
             )
-        text = change.get(_WHOLE, "")
-        if why := getattr(node, "removed", {}).get(text.partition(":")[0]):
-            raise ValueError(f"{full}={text} was removed: {why}")
+        if _choices(hints[key]):
+            text = change.get(_WHOLE, "")
+            if why := getattr(node, "removed", {}).get(text.partition(":")[0]):
+                raise ValueError(f"{full}={text} was removed: {why}")
         values[key] = _changed(getattr(node, key), change, hints[key], full)
     try:
         return dataclasses.replace(node, **values)

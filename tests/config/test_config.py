@@ -115,6 +115,8 @@ def test_a_config_that_names_a_stream_is_told_what_replaces_it(tmp_path):
         message = error_of(f"data.{key}=stream:x")
         assert message.startswith(f"data.{key}=stream:x was removed")
         assert remedy in message
+    cache = config.override(Config(), ["data.cache=stream"]).data.cache
+    assert cache == "stream"
     path = tmp_path / "old.py"
     path.write_text("from navit.config import Stream\n")
     with pytest.raises(ValueError, match="Stream was removed: .*" + remedy):
