@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from navit import config
 from navit.sources import storage, table, tar
+from navit.sources.bucket import is_url
 from navit.sources.local_cache import LocalCache
 from navit.sources.tar_fields import IMAGES
 
@@ -42,7 +43,7 @@ def images_of(
     """
     images: list[Named] = []
     for argument in arguments:
-        remote, suffix = storage.is_remote(argument), _suffix(argument)
+        remote, suffix = is_url(argument), _suffix(argument)
         if argument == "-":
             listed = [name for line in lines if (name := line.rstrip("\r\n"))]
             images += images_of(listed, must_exist=must_exist, cache=cache)
@@ -85,7 +86,7 @@ def _in_folder(folder: str, cache: LocalCache | None) -> list[Named]:
 
 
 def _joined(folder: str, name: str) -> str:
-    if storage.is_remote(folder):
+    if is_url(folder):
         return f"{folder.rstrip('/')}/{name}"
     return str(Path(folder) / name)
 
@@ -95,7 +96,7 @@ def _file(path: str, cache: LocalCache | None) -> Named:
 
 
 def _open(path: str, cache: LocalCache | None) -> BinaryIO:
-    if not storage.is_remote(path):
+    if not is_url(path):
         return storage.open_file(path)
     opened = storage.open_storage(path, cache)
     size = opened.stat(path).size

@@ -12,6 +12,7 @@ import numpy as np
 
 from navit import config
 from navit.sources import examples, records, storage
+from navit.sources.bucket import is_url
 from navit.sources.cache import Place, digest, read_arrays, write_arrays
 from navit.sources.cached_records import CachedRecords, Span, count_records
 from navit.sources.local_cache import LocalCache
@@ -50,7 +51,7 @@ class ArrayRecordReader:
                     config.TfRecords(**vars(source)),
                 )
                 raise ValueError(no_random_access(what, other))
-        remote = storage.is_remote(source.path)
+        remote = is_url(source.path)
         files, stats = [*found], [tuple(stat) for stat in found.values()]
         opened = _open_cached(files, stored, stats) if remote else _open(files)
         self._source: Any = opened[0]
@@ -110,7 +111,7 @@ def find(
     A suffix may end in `*`: TFDS writes a.array_record-00000-of-00008.
     """
     path = source.path
-    if storage.is_remote(path):
+    if is_url(path):
         marks = (*"*?[{", *(suffix.rstrip("*") for suffix in suffixes))
         folder = not any(mark in path for mark in marks)
     else:

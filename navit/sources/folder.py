@@ -14,6 +14,7 @@ import numpy as np
 
 from navit import config
 from navit.sources import karpathy, records, storage
+from navit.sources.bucket import is_url
 from navit.sources.cache import Place, digest
 from navit.sources.index import ALL, Share, measure
 from navit.sources.index_join import Index
@@ -57,7 +58,7 @@ class FolderSource:
     ) -> None:
         path = _path(folder)
         self._storage = storage.open_storage(path, cache)
-        remote = storage.is_remote(path)
+        remote = is_url(path)
         listing = self._storage.listing(path)
         self._root, table = _find(folder, listing)
         splits = _splits(folder)
@@ -154,7 +155,7 @@ class FolderSource:
     def _image(self, file: str, size: int) -> str | BinaryIO:
         """A path, as a local file is not kept open, unlike a shard."""
         path = self._path(file)
-        if not storage.is_remote(path):
+        if not is_url(path):
             return path
         return storage.open_image(self._storage, path, 0, size, self._storage.block)
 
@@ -210,11 +211,11 @@ def _path(folder: config.Folder) -> str:
 def _root(folder: config.Folder) -> str:
     """The folder without a trailing slash."""
     path = _path(folder)
-    return path.rstrip("/") if storage.is_remote(path) else str(Path(path).expanduser())
+    return path.rstrip("/") if is_url(path) else str(Path(path).expanduser())
 
 
 def _resolved(path: str) -> str:
-    return path if storage.is_remote(path) else str(Path(path).resolve())
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def _find(

@@ -16,6 +16,7 @@ import numpy as np
 
 from navit import config
 from navit.sources import records, storage
+from navit.sources.bucket import is_url
 from navit.sources.cache import Place, digest
 from navit.sources.local_cache import LocalCache
 from navit.sources.names import class_names
@@ -66,7 +67,7 @@ class ParquetReader:
                 log.warning("left out, damaged: %s", self.damaged[-1])
                 continue
             first = first or metadata
-            if storage.is_remote(file):
+            if is_url(file):
                 self._metadata[file] = metadata
             if metadata.schema.names != first.schema.names:
                 raise ValueError(
@@ -95,7 +96,7 @@ class ParquetReader:
         named = class_names(source.classes)
         self.classes = named or _huggingface_names(schema, self._label)
         self.place = Place(
-            None if storage.is_remote(files[0]) else Path(files[0]).parent,
+            None if is_url(files[0]) else Path(files[0]).parent,
             f"{source.path} (image {self._image}, caption {self._caption or 'none'}, "
             f"label {self._label or 'none'})",
             digest([files, [tuple(stat) for stat in stats.values()]]),
@@ -153,7 +154,7 @@ class ParquetReader:
         return group, index - int(self.group_ends[group - 1] if group else 0)
 
     def _open(self, file: str) -> Any:
-        if not storage.is_remote(file):
+        if not is_url(file):
             return self._parquet.ParquetFile(file)
         read = functools.partial(self._storage.read_range, file, keep=True)
         opened = storage.unbuffered(read, self._lengths[file])

@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from navit.sources.bucket import connect
 from navit.sources.local_cache import LocalCache
-from navit.sources.transient import Retries, http_status, is_transient
+from navit.sources.transient import Retries, is_transient
 
 # Seconds between tries, and without a success.
 _WAITS = (0.1, 0.5, 2.0, 4.0)
@@ -138,9 +138,10 @@ class Remote:
             if is_transient(error):
                 reason = str(error.__cause__ or error) or type(error).__name__
                 raise ConnectionError(f"{path}: {reason}") from None
-            if http_status(error) is None and isinstance(error, OSError | ValueError):
+            if isinstance(error, FileNotFoundError | NoRanges | ValueError):
                 raise
-            raise OSError(f"{path}: {error}") from None
+            reason = str(error) or type(error).__name__
+            raise OSError(f"{path}: {reason}") from None
 
 
 def _stat_of(info: dict) -> Stat:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from navit.sources.bucket import is_url
 from navit.sources.local_cache import LocalCache
 from navit.sources.missing import check_missing
 from navit.sources.remote import Remote, Stat
@@ -93,17 +94,13 @@ class Local:
         return sorted(str(p) for p in parts if not p.is_dir())
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def open_storage(path: str, cache: LocalCache | None = None) -> Storage:
     """The storage that reads `path`.
 
     Args:
       cache: keeps what is read behind a URL.
     """
-    return Remote(path, cache) if is_remote(path) else Local()
+    return Remote(path, cache) if is_url(path) else Local()
 
 
 def find(
@@ -124,7 +121,7 @@ def find(
         raise FileNotFoundError(
             "the source has no path: set data.train.path (or data.eval.path)"
         )
-    if not is_remote(path):
+    if not is_url(path):
         path = str(Path(path).expanduser())
     files: list[str] = []
     for plain in [path] if os.path.isfile(path) else _braces(path):
@@ -167,8 +164,8 @@ def _stat_or_none(storage: Storage, file: str) -> Stat | None:
     """None if there is no such file."""
     try:
         return storage.stat(file)
-    except OSError as error:
-        if is_transient(error):
+    except FileNotFoundError as error:
+        if is_transient(error):  # HTTP's, if the server fails
             raise
         return None
 

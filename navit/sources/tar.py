@@ -16,6 +16,7 @@ import numpy as np
 from navit import config
 from navit.sources import index as sizes_index
 from navit.sources import records, storage, tar_scan
+from navit.sources.bucket import is_url
 from navit.sources.cache import Place, digest
 from navit.sources.index import ALL, Share
 from navit.sources.index_join import Index
@@ -72,7 +73,7 @@ class TarReader:
                 raise ValueError(no_random_access(what, shards))
         self._shards, stats = [*found], [*found.values()]
         self.classes = class_names(shards.classes)
-        remote = storage.is_remote(self._shards[0])
+        remote = is_url(self._shards[0])
         folder = os.path.dirname(self._shards[0])
         self.place = Place(
             folder if remote else Path(folder),
@@ -192,7 +193,7 @@ class TarReader:
             functools.partial(self._storage.read_range, shard),
             length,
             self._fields,
-            speed=tar_scan.REMOTE if storage.is_remote(shard) else tar_scan.LOCAL,
+            speed=tar_scan.REMOTE if is_url(shard) else tar_scan.LOCAL,
             stopped=stopped,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 from navit import config
 from navit.files import write_atomic
 from navit.sources import records, storage
+from navit.sources.bucket import is_url
 from navit.sources.cache import Place, digest
 from navit.sources.cached_records import CachedRecords, Span
 from navit.sources.local_cache import LocalCache
@@ -44,7 +45,7 @@ class Prepared:
                 f"the dataset {source.name!r} needs tensorflow_datasets: pip install "
                 "tensorflow-datasets (TensorFlow is not needed)"
             ) from None
-        self.remote = storage.is_remote(source.data_dir or "")
+        self.remote = is_url(source.data_dir or "")
         folder = _mirrored(source, cache) if self.remote else source.data_dir
         self.builder = _builder(tfds, source, folder)
         info, place = self.builder.info, str(self.builder.data_path)

@@ -59,8 +59,10 @@ class Retries:
                 if not is_transient(error):
                     raise
                 now = time.monotonic()
-                self._failing_since = self._failing_since or now
-                if wait is None or now - self._failing_since > self._patience:
+                # Another thread may reset it meanwhile.
+                since = self._failing_since or now
+                self._failing_since = since
+                if wait is None or now - since > self._patience:
                     raise
             else:
                 self._failing_since = None
@@ -73,7 +75,7 @@ def is_transient(error: BaseException | None) -> bool:
     """Whether the same request may succeed later, judged by the error or its cause."""
     if error is None:
         return False
-    if (status := http_status(error)) is not None:
+    if (status := _http_status(error)) is not None:
         return status in (408, 429) or status >= 500
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return True
@@ -90,7 +92,7 @@ def is_exhausted(error: BaseException | None) -> bool:
     return number in _EXHAUSTED or is_exhausted(error.__cause__)
 
 
-def http_status(error: BaseException) -> int | None:
+def _http_status(error: BaseException) -> int | None:
     """The HTTP status of an error, under aiohttp's name or gcsfs's."""
     status = getattr(error, "status", getattr(error, "code", None))
     return status if isinstance(status, int) else None

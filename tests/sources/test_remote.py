@@ -7,6 +7,8 @@ import pytest
 from stores import Busy, serve
 
 from navit.sources.remote import Remote
+from navit.sources.storage import find
+from navit.sources.transient import Retries
 
 
 @pytest.fixture
@@ -49,6 +51,29 @@ def test_a_busy_store_is_asked_again_until_a_bound(store, monkeypatch):
     with pytest.raises(ConnectionError, match="store://a"):
         remote.read_range("store://a", 0, 2)
     assert not store.faults
+
+
+def test_an_answer_to_another_thread_does_not_break_a_retry():
+    class Retried(Retries):
+        _failing_since = property(lambda _: None, lambda *_: None)  # reset at once
+
+    def ask():
+        if errors:
+            raise errors.pop()
+        return 7
+
+    errors = [ConnectionResetError()]
+    assert Retried(0.0, patience=60.0)(ask) == 7
+
+
+def test_a_file_that_may_not_be_read_is_not_missing(store, monkeypatch):
+    async def refuse(self, path, **options):
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(store, "_info", refuse)
+    remote = Remote("store://a")
+    with pytest.raises(OSError, match="store://a: Forbidden"):
+        find(remote, "store://{a,b}", ("a", "b"), missing=1.0)
 
 
 def test_a_server_without_ranges_is_named(store, monkeypatch):
