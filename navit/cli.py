@@ -330,7 +330,9 @@ def _parser() -> argparse.ArgumentParser:
         "  navit reshard SOURCE OUT --processes 2 --process 1",
     )
     reshard.add_argument("source", metavar="SOURCE", help="KIND:PATH")
-    reshard.add_argument("out", metavar="OUT", help="a new folder, or a URL of one")
+    reshard.add_argument(
+        "out", type=_workdir, metavar="OUT", help="a new folder, or a URL of one"
+    )
     reshard.add_argument(
         "overrides",
         nargs="*",

@@ -279,7 +279,7 @@ def reshard(args: argparse.Namespace) -> int:
     try:
         shards = reshard(
             data.train,
-            args.out,
+            str(args.out),
             images=args.images,
             share=Share(process=process, processes=processes),
             cache=open_cache(data),

@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 import logging
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from navit import config
 from navit.files import replacing, write_atomic
 from navit.sources import in_order, summary
-from navit.sources.bucket import Bucket, is_url
+from navit.sources.bucket import Bucket, check_writable, is_url
 from navit.sources.images import open_image
 from navit.sources.in_order import Sample
 from navit.sources.index import ALL, Share, Unfinished
@@ -33,7 +32,7 @@ from navit.sources.index_part import reason
 from navit.sources.kinds import Opener
 from navit.sources.local_cache import LocalCache
 from navit.sources.pieces import Advance, Piece, pieces_of
-from navit.sources.tar_fields import IMAGES
+from navit.sources.tar_fields import COMPRESSED, IMAGES
 
 log = logging.getLogger("navit")
 
@@ -86,7 +85,7 @@ def reshard(
     """
     if images < 1:
         raise ValueError(f"a shard needs 1 image or more, not {images}")
-    work, folder = pieces_of(source, images, cache), _Folder(out)
+    folder, work = _Folder(out), pieces_of(source, images, cache)
     present = folder.names()
     given = source
     if isinstance(source, config.TarShards):  # its other fields change no shard
@@ -129,7 +128,8 @@ def _check(folder: _Folder, present: set[str], made_of: dict) -> None:
     """Notes what the shards are made of; raises ValueError if it is something else."""
     text = folder.read(_MADE_OF)
     if text is None:
-        if strange := sorted(x for x in present if re.fullmatch(r"[^/]*\.tar", x)):
+        tars = (x for x in present if x.endswith((".tar", *COMPRESSED)))
+        if strange := sorted(x for x in tars if "/" not in x):
             raise ValueError(
                 f"{folder.out} already has {strange[0]}: name an empty or a new folder"
             )
@@ -234,8 +234,8 @@ def _finished(
     left_out = [line for report in reports for line in report.left_out]
     damaged = [report.damage for report in reports if report.damage]
     if not written:
-        first = (left_out + damaged)[0]
-        raise ValueError(f"not one record of {source} can be used; the first: {first}")
+        first, *_ = [*left_out, *damaged, "it has no samples"]
+        raise ValueError(f"not one record of {source} can be used: {first}")
     if isinstance(source, config.TarShards):
         shards = dataclasses.replace(source, path=folder.out, missing=0.0)
     else:
@@ -276,6 +276,7 @@ class _Folder:
     """Where the shards go: a folder on this machine or behind a URL."""
 
     def __init__(self, out: str) -> None:
+        check_writable(out)
         self.out = out.rstrip("/")
         self._bucket = Bucket(out) if is_url(out) else None
         self._root = Path(out).expanduser()

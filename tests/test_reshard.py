@@ -394,7 +394,7 @@ def test_a_little_gzip_does_not_fill_the_memory(tmp_path, caplog, monkeypatch):
     assert "0.tar.gz: c: it has 12000 bytes" in caplog.text
     assert "1.tar.gz: a header of 1073741824 bytes is refused" in caplog.text
     assert "2.tar.gz: a header of 5 bytes is refused" in caplog.text
-    with pytest.raises(ValueError, match="record 0 should have 65535 bytes"):
+    with pytest.raises(ValueError, match="record 0 has 65535 bytes, more than"):
         reshard(TfRecords(f"{tmp_path}/*.tfrecord.gz"), str(tmp_path / "other"))
 
 
@@ -404,9 +404,14 @@ def test_shards_of_something_else_are_not_mixed_in(sources, tmp_path):
         reshard(sources["tar"], str(tmp_path / "out"), images=5)
     with pytest.raises(ValueError, match=r"holds shards with source=TarShards"):
         reshard(sources["folder"], str(tmp_path / "out"), images=4)
-    (tmp_path / "x.tar").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"already has x\.tar: name an empty"):
-        reshard(sources["tar"], str(tmp_path))
+    for name in ("x.tgz", "x.tar"):
+        (tmp_path / name).write_bytes(tar_of({"no_suffix": b""}))
+        with pytest.raises(ValueError, match=rf"already has {name}: name an empty"):
+            reshard(sources["tar"], str(tmp_path))
+    with pytest.raises(ValueError, match=r"x\.tar.* can be used: it has no samples"):
+        reshard(TarShards(str(tmp_path / "x.tar")), str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="nothing can be written behind http"):
+        reshard(sources["tar"], "https://localhost:1/out")
     with pytest.raises(ValueError, match=r"not one record .* no encoded image"):
         reshard(Synthetic(3), str(tmp_path / "drawn"))
     with pytest.raises(ValueError, match=r"no 'jpg' \(it has: caption, image, label\)"):

@@ -1,12 +1,14 @@
 """Files below a URL of an object store: gs://, s3:// and others that fsspec opens.
 
-Folders are never made, but for file://: object stores have none, and may make a bucket.
+Folders are made only behind file://. Object stores have none, and some would make a
+bucket instead.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,15 @@ T = TypeVar("T")
 def is_url(path: object) -> bool:
     """Whether a path is a URL; a `Path` never is one, since it drops a slash."""
     return isinstance(path, str) and "://" in path
+
+
+def check_writable(url: str) -> None:
+    """Raises ValueError for a web server, where nothing can be written."""
+    if re.match("https?://", url):
+        raise ValueError(
+            f"{url}: nothing can be written behind http: name a folder, or the URL of "
+            "a bucket (gs://, s3://)"
+        )
 
 
 def connect(url: str) -> tuple[Any, str]:

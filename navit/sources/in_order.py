@@ -71,7 +71,10 @@ def tf_examples(file: BinaryIO) -> Iterator[bytes]:
         if len(head) < 12:
             raise EOFError(f"record {number} has {len(head)} bytes of its first 12")
         size = int.from_bytes(head[:8], "little")
-        data = opened.read(size + 4) if size <= _LONGEST else b""
+        if size > _LONGEST:
+            limit = f"more than the limit of {_LONGEST}"
+            raise EOFError(f"record {number} has {size} bytes, {limit}")
+        data = opened.read(size + 4)
         if len(data) < size + 4:
             raise EOFError(f"record {number} should have {size} bytes")
         yield data[:size]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ import jax
 
 from navit import config as config_lib
 from navit.config import Config
-from navit.sources.bucket import Bucket, is_url
+from navit.sources.bucket import Bucket, check_writable, is_url
 from navit.train import checksums, hosts, remote_lock
 from navit.train.checks import check_unchanged
 from navit.train.workdir import FOLDER, outdated
@@ -142,9 +141,14 @@ class Remote:
         """Sends the log, the tables and whatever else has changed since the last time.
 
         Only process 0 does: it writes these.
+
+        Raises:
+          ValueError: if another run has taken the lock: its files would be replaced.
         """
         if not hosts.first():
             return
+        if self.lock is not None:
+            self.lock.check()
         changed = {}
         for path in self._local.rglob("*"):
             name = path.relative_to(self._local).as_posix()
@@ -193,11 +197,7 @@ def training(
     if not is_url(workdir):
         yield Path(workdir), None
         return
-    if re.match("https?://", str(workdir)):
-        raise ValueError(
-            f"--workdir {workdir}: nothing can be written behind http: name a folder, "
-            "or the URL of a bucket (gs://, s3://)"
-        )
+    check_writable(str(workdir))
     bucket = Bucket(str(workdir))
     with _copy(bucket) as remote, contextlib.ExitStack() as stack:
         if config is not None and (before := remote.config()) is not None:
@@ -210,7 +210,8 @@ def training(
         try:
             yield remote._local, remote
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to show
+            # The first error is the one to show.
+            with contextlib.suppress(OSError, ValueError):
                 remote.send_files()
             raise
         remote.send_files()
@@ -231,7 +232,9 @@ def reading(workdir: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _copy(bucket: Bucket) -> Iterator[Remote]:
     """An empty copy on this machine; messages have the URL in its place."""
-    with tempfile.TemporaryDirectory(prefix="navit-") as temporary:
+    # A checkpoint that was given up may still be written there at the end.
+    made = tempfile.TemporaryDirectory(prefix="navit-", ignore_cleanup_errors=True)
+    with made as temporary:
         local = Path(temporary) / bucket.url.rpartition("/")[2]
         local.mkdir()
 
