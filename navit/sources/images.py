@@ -134,9 +134,10 @@ def open_image(data: bytes | BinaryFile) -> Image.Image:
 
 
 def _webp_size(file: BinaryFile) -> tuple[int, int] | None:
-    """(height, width) of a WebP (RFC 9649), of which Pillow reads the whole file.
+    """(height, width) of a WebP (RFC 9649) by its header; Pillow reads the whole file.
 
-    None if it is something else, or has EXIF, which is at its end.
+    None if it is something else, or has EXIF or XMP, which are at its end and may turn
+    it.
     """
     file.seek(0)
     head = file.read(30)
@@ -150,7 +151,7 @@ def _webp_size(file: BinaryFile) -> tuple[int, int] | None:
     elif kind == b"VP8L" and byte == 0x2F:
         both = int.from_bytes(head[21:25], "little")
         width, height = (both & 0x3FFF) + 1, (both >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8X" and not byte & 0x08:
+    elif kind == b"VP8X" and not byte & 0x0C:
         width = int.from_bytes(head[24:27], "little") + 1
         height = int.from_bytes(head[27:30], "little") + 1
     else:

@@ -339,6 +339,14 @@ def test_of_a_webp_only_the_header_is_read(options):
         assert opened.read() == data
 
 
+def test_a_webp_that_its_xmp_turns_is_upright():
+    """Pillow takes the orientation from there if there is no EXIF."""
+    file = io.BytesIO()
+    turned = b'<rdf:Description tiff:Orientation="6"/>'
+    Image.new("RGB", (30, 20)).save(file, "webp", xmp=turned)
+    assert size_of(file) == (30, 20)
+
+
 def test_a_range_of_a_file_reads_as_the_file_does(rng):
     data = rng.bytes(1000)
     with storage.opened(lambda a, n: data[a : a + n], 1000, 64) as file:
