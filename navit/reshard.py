@@ -47,7 +47,7 @@ _NAMED = 10
 
 
 class Report(NamedTuple):
-    """What a piece has become, and what could not be used of it."""
+    """What a piece became: its shards and images, and what could not be used."""
 
     shards: int
     images: int
@@ -66,8 +66,8 @@ def reshard(
     """Writes tar shards of at most `images` images each, and makes their sizes index.
 
     The samples of tars keep their keys and all their members. Other records become
-    KEY.jpg (or what the image is), with KEY.txt for a caption or KEY.json for several,
-    and KEY.cls for a label. Names of classes go to classes.json. No image is decoded.
+    KEY.jpg (or .png and so on), with KEY.txt for a caption or KEY.json for several, and
+    KEY.cls for a label. Names of classes go to classes.json. No image is decoded.
 
     Args:
       out: a folder or a URL.
@@ -227,8 +227,8 @@ def _finished(
     if len(reports) < count:
         raise Unfinished(
             f"process {share.process} of {share.processes} is done, and others are "
-            f"not: {len(reports)} of {count} parts are in {folder.out}. The last makes "
-            "the index"
+            f"not: {len(reports)} of {count} parts are in {folder.out}. The process "
+            "that finishes last makes the index"
         )
     written = sum(report.images for report in reports)
     left_out = [line for report in reports for line in report.left_out]
@@ -244,15 +244,19 @@ def _finished(
         file = f"{folder.out}/classes.json"
         folder.write("classes.json", json.dumps(classes, indent=0))
         if is_url(folder.out):
-            log.info("%s names the classes: copy it here, for `classes`", file)
+            log.info(
+                "%s names the classes: copy it to this machine, and set classes= "
+                "to the copy",
+                file,
+            )
         else:
             shards = dataclasses.replace(shards, classes=file)
     made = sum(report.shards for report in reports)
     log.info("wrote %d images in %d shards to %s", written, made, folder.out)
     if left_out or damaged:
         log.warning(
-            "%d records are left out, and the rest of %d damaged files: the files in "
-            "%s/%s list them",
+            "%d records are left out, and the rest of %d damaged files; %s/%s lists "
+            "them",
             len(left_out),
             len(damaged),
             folder.out,

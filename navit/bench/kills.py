@@ -4,15 +4,15 @@
   python -m navit.bench.kills --kills 5 --damages 3 --out /tmp/kills
   python -m navit.bench.kills --kills 5 --damages 3 --workdir s3://bucket/kills
 
-With `--workdir`, the work directories are below this URL, where only checkpoints show
-how far a run is. A run that follows a killed one first waits 40 seconds for its lock.
 Each run is the command `navit train` in a process of its own, with the config below: 40
 steps, and a checkpoint after each second one. It prints one line a check and exits with
-1 if one fails.
+1 if one fails. With `--workdir`, the work directories are below this URL, where only
+checkpoints show how far a run is. A run that follows a killed one first waits for its
+lock, 40 seconds.
 
-* kill -9 at a random moment of a random step, and the same command
-  again: the state after the last step must equal that of an undisturbed run to the bit,
-  and the log must have the same losses.
+* kill -9 at a random moment of a random step, and the same command again: the state
+  after the last step must equal that of an undisturbed run to the bit, and the log must
+  have the same losses.
 * A random file of the latest checkpoint is cut, zeroed, deleted or has a bit flipped:
   the run must resume from the checkpoint before it, and end the same.
 * A full disk and a read-only work directory must give an error of one line, and leave
@@ -220,10 +220,8 @@ def damage(runs: Runs, workdir: Path | str, rng: random.Random) -> tuple[str, st
         files.write(name, whole.read(name) or b"")
     folder = f"{FOLDER}/{_STEPS}"
     name = rng.choice([x for x in files.names(folder) if files.read(x)])
-    data, how = (
-        files.read(name) or b"",
-        rng.choice(["cut", "zeroed", "flipped", "deleted"]),
-    )
+    data = files.read(name) or b""
+    how = rng.choice(["cut", "zeroed", "flipped", "deleted"])
     at = rng.randrange(len(data))
     if how == "cut":
         files.write(name, data[:at])

@@ -142,7 +142,7 @@ def open_tasks(
             else task
             for task in tasks
         ]
-    for task in tasks:  # a probe without a source of its own reads all training images
+    for task in tasks:  # before the training images, which other probes read
         tasks_of.open_own(task)
     return [tasks_of.open(task) for task in tasks]
 
@@ -207,7 +207,7 @@ class _Tasks:
         return self._sources[source]
 
     def open_own(self, task: EvalTask) -> None:
-        """Opens what a task names itself, if it exists."""
+        """Opens the sources that a task names itself, in case one is missing."""
         if task.source is not None:
             self.source(task.source)
         if task.train_source is not None:

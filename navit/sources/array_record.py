@@ -35,8 +35,8 @@ class ArrayRecordReader:
 
     Raises:
       FileNotFoundError, ValueError: if there is no file, files are behind a URL and
-        there is no cache, no file can be opened, or the
-        records are not `tf.train.Example`s with the named features.
+        there is no cache, no file can be opened, or the records are not
+        `tf.train.Example`s with the named features.
     """
 
     def __init__(

@@ -48,8 +48,9 @@ class Piece(NamedTuple):
 
     Attributes:
       name: comes before the names of its samples; empty for a range of records.
-      size: what `samples` passes to its argument, all in all.
-      samples: reads the samples.
+      size: its bytes, or its records.
+      samples: reads the samples, and calls its argument with the size of each part of
+        `size` that is read.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Pieces(NamedTuple):
 def pieces_of(
     source: config.AnySource, images: int, cache: LocalCache | None = None
 ) -> Pieces:
-    """Opens a source.
+    """Opens a source, and divides it into pieces.
 
     Args:
       images: the number of records in a range.
