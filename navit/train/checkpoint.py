@@ -82,7 +82,15 @@ class Checkpoints:
         self._background = concurrent.futures.ThreadPoolExecutor(1)
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._verified: int | None = None
-        self._abandoned = False  # as another process cannot write its part
+        self._abandoned = False
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if hosts.is_lost(error):
+            self._abandon()
+        self.close()
 
     def below(self, folder: str) -> Checkpoints:
         """Writes one checkpoint in a folder of this work directory."""
@@ -179,10 +187,15 @@ class Checkpoints:
                 return
         why = "" if error is None else str(self._unwritten(step, error))
         reasons = [text for text in hosts.gather_texts(why) if text]
-        self._abandoned = several
+        if several:
+            self._abandon()
+        raise OSError(why or reasons[0]) from error
+
+    def _abandon(self) -> None:
+        """Ends all waiting, as another process cannot write its part."""
+        self._saving, self._abandoned = None, True
         if self._remote is not None:
             self._remote.give_up()
-        raise OSError(why or reasons[0]) from error
 
     def _unwritten(self, step: int, error: BaseException) -> OSError:
         """A one-line error for users; tensorstore's own message fills a screen."""

@@ -1,7 +1,7 @@
 """Several processes that train one model: how they join, and what they agree on.
 
-Every process runs the same program on its own rows. All functions here but `first` are
-collective: every process calls them at the same point.
+Every process runs the same program on its own rows. All functions here but `first` and
+`is_lost` are collective: every process calls them at the same point.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ log = logging.getLogger("navit")
 # Counts of processes that launchers set: Slurm (this step), Open MPI, TPU slices.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
 
-# Jax ends all processes when process 0 does. After an error, that one waits for so many
-# seconds, as others may have the same error and need time to print it.
+# Jax ends all processes when process 0 ends. So after an error, process 0 waits for
+# these seconds, in which others can print the same error.
 _LAST = 5
 
 
@@ -90,7 +90,7 @@ def joined(
             raise
         # A clean exit would wait for the others, which wait for this one.
         expected = (ValueError, OSError, FloatingPointError, KeyboardInterrupt)
-        lost = _is_lost(error)
+        lost = is_lost(error)
         if debug or not (lost or isinstance(error, expected)):
             traceback.print_exc()
         name = f"{type(error).__name__}: {error}" if str(error) else repr(error)
@@ -109,7 +109,7 @@ def joined(
     jax.distributed.shutdown()
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException | None) -> bool:
     """Whether the connection to another process broke, as Gloo reports it on CPUs."""
     kinds = (ValueError, jax.errors.JaxRuntimeError)
     return isinstance(error, kinds) and "Gloo" in str(error)

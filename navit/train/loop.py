@@ -91,13 +91,12 @@ def train(
     hosts.check_same("what is evaluated", budgets.describe(opened))
     running = replace_failed(config, mesh, rules)
     with use_mesh(mesh), lock.held(workdir):
-        checkpoints = Checkpoints(
+        with Checkpoints(
             workdir,
             keep=config.train.keep,
             keep_every=config.train.keep_every,
             remote=remote,
-        )
-        try:
+        ) as checkpoints:
             state = start(config, running, data, workdir, rules, checkpoints, initial)
             first_step = int(state.step)
             with Interruption() as interruption:
@@ -115,8 +114,6 @@ def train(
                 )
                 checkpoints.save(state, config, data)
                 checkpoints.wait()  # a Ctrl-C waits for this too
-        finally:
-            checkpoints.close()
         step = int(state.step)
         outcome = interruption.outcome()  # even after the last step
         if not outcome:

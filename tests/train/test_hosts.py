@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +109,11 @@ def fail_uploads():
         raise OSError(f"{bucket.url}: quota exceeded")
 
     Bucket.send = send
+
+
+def die_while_sending():
+    """This process is killed when it sends its part of a checkpoint."""
+    Bucket.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def lose_the_loss(batches, images):
@@ -307,6 +313,17 @@ def test_a_failed_upload_in_one_ends_all_with_a_line_each(tmp_path):
         last = output.strip().splitlines()[-1]
         assert last.startswith(f"navit: process {process}: OSError: cannot write"), last
         assert "quota exceeded" in last
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_sends_ends_the_others_in_a_line(tmp_path):
+    """Process 0 waits for its part of the checkpoint then, and must not wait on."""
+    options = ["mesh.data=8", "train.checkpoint_every=1"]
+    url, mishap = f"file://{tmp_path}/run", "test_hosts.die_while_sending()"
+    codes, outputs = finish(start(url, *options, step=2, process=1, mishap=mishap))
+    assert codes == [1, -signal.SIGKILL], "\n".join(outputs)
+    last = outputs[0].strip().splitlines()[-1]
+    assert last.startswith("navit: process 0: lost another process after"), last
 
 
 @pytest.mark.slow
