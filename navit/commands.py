@@ -254,8 +254,8 @@ def _share(args: argparse.Namespace) -> tuple[int, int]:
         0 <= (args.process or 0) < processes
     ):
         raise ValueError(
-            f"--process {args.process} of --processes {args.processes}: name both, as "
-            "--process 0 --processes 2 and --process 1 --processes 2"
+            f"--process {args.process} of --processes {args.processes}: name both, and "
+            "count from 0, as --process 0 --processes 2 and --process 1 --processes 2"
         )
     return args.process or 0, processes
 

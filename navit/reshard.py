@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import logging
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -268,6 +269,7 @@ def _finished(
             f"{folder.out} has {len(opened) + opened.left_out} images, and {written} "
             "were written: delete it, and run the command again"
         )
+    folder.clean()
     log.info("%s", summary.describe(folder.out, opened))
     return shards
 
@@ -307,6 +309,12 @@ class _Folder:
             self._bucket.write(name, text.encode())
         else:
             write_atomic(self._root / name, text.encode())
+
+    def clean(self) -> None:
+        """Deletes what killed processes had begun to write; call it after the last."""
+        if self._bucket is None:
+            for path in self._root.glob(".*.tar.*/"):
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Path]:

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -248,8 +249,11 @@ def test_a_run_that_was_killed_writes_only_what_is_missing(
     with pytest.raises(KeyboardInterrupt):
         reshard(sources[kind], str(out), images=4)
     assert sorted(shards_in(out)) == opened[:3]
+    left = out / f".{opened[3]}.killed"  # as SIGKILL leaves it
+    left.mkdir()
+    (left / opened[3]).write_bytes(b"half")
     again = reshard(sources[kind], str(out), images=4)
-    assert shards_in(out) == shards_in(tmp_path / "whole")
+    assert shards_in(out) == shards_in(tmp_path / "whole") and not left.exists()
     assert len({*opened}) == len(opened) - 1  # only the fourth was written twice
     assert contents(open_source(again)) == contents(open_source(whole))
     opened.clear()
@@ -344,8 +348,22 @@ def test_what_cannot_be_used_is_left_out_named_and_counted(tmp_path, caplog):
     usable = [row for row in ROWS[:8] if row["file"] not in names[1:3]]
     got = [read_image(found, i) for i in range(len(found))]
     assert got[:6] == [image(row) for row in usable]
-    assert got[-1] == image(ROWS[0]) and 7 <= len(got) < 6 + 9 + 1
+    assert got[6] == image(ROWS[0])  # of 3.tar, as 1.tar.gz comes after all .tar
+    assert got[7:] == [image(row) for row in ROWS[8 : 8 + len(got) - 7]]
+    assert 4 < len(got) - 6 < 9
     assert {path.name for path in tmp_path.parent.glob("*up*")} == set()
+
+
+def test_a_truncated_gzip_is_used_up_to_the_damage(tmp_path):
+    whole = tar_of(members())
+    packed = gzip.compress(whole)[:-2000]
+    (tmp_path / "0.tar.gz").write_bytes(packed)
+    readable = len(zlib.decompressobj(wbits=31).decompress(packed))
+    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
+        ends = [x.offset_data + x.size for x in tar if x.name.endswith(".cls")]
+    usable = sum(end <= readable for end in ends)
+    found = open_source(reshard(TarShards(str(tmp_path)), str(tmp_path / "out")))
+    assert 0 < usable <= len(found) <= usable + 1 < len(ROWS) + 1
 
 
 def test_a_truncated_tfrecord_is_used_up_to_the_damage(tmp_path, prepared, caplog):

@@ -203,7 +203,7 @@ def _path(folder: config.Folder) -> str:
     if not folder.path:
         raise FileNotFoundError(
             "the folder has no path: set data.train.path (or data.eval.path) to the "
-            "folder with your images"
+            "folder with your images, or data.eval=none"
         )
     return folder.path
 

@@ -84,8 +84,11 @@ def _tar_members(
     file: BinaryIO,
 ) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
     """The key, suffix and size of each member of a sample, and what reads it."""
+    unpacked = _unpacked(file)
+    if isinstance(unpacked, gzip.GzipFile):  # read() loses what comes before damage
+        unpacked.read = unpacked.read1
     with tarfile.open(
-        fileobj=_unpacked(file), mode="r|*", bufsize=1 << 20, tarinfo=_Header
+        fileobj=unpacked, mode="r|*", bufsize=1 << 20, tarinfo=_Header
     ) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it keeps every member
