@@ -266,7 +266,8 @@ def reshard(args: argparse.Namespace) -> int:
     from navit.sources.index import Share, Unfinished
     from navit.sources.local_cache import open_cache
 
-    if ":" not in args.source:
+    _, colon, path = args.source.partition(":")
+    if not colon or path.startswith("//"):  # nothing, or the protocol of a URL
         raise ValueError(
             f"the source {args.source} has no kind: write KIND:PATH, such as "
             f"folder:{args.source} or tars:{args.source}"

@@ -482,6 +482,7 @@ def test_the_command_says_how_to_read_the_shards(
         (["reshard", "tar:x", out], "did you mean 'tars'"),
         (["reshard", "tars:x", out, "captoin=y"], "did you mean 'caption'"),
         (["reshard", "tars:x.tar", out, "--process", "2"], "name both"),
+        (["reshard", "memory://x.tar", out], "has no kind"),
     ):
         assert main(words) == 1
         assert message in capsys.readouterr().err

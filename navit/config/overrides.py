@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -42,8 +43,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
     fields; the first is then its name.
 
     Raises:
-      ValueError: for an unknown key (with the nearest known one), a value of the wrong
-        type, or a config that contradicts itself.
+      ValueError: for an unknown key (with the nearest known one), two paths for a
+        key, a value of the wrong type, or a config that contradicts itself.
     """
     changes: dict[str, Any] = {}
     for assignment in assignments:
@@ -53,6 +54,13 @@ def override(config: T, assignments: Sequence[str]) -> T:
         node = changes
         for key in path.split("."):
             node = node.setdefault(key, {})
+        # The last value counts, but the shell makes several of a pattern with braces.
+        other = node.get(_WHOLE, text)
+        if other != text and all(re.search("[:/]", x) for x in (other, text)):
+            raise ValueError(
+                f"{path} is set twice, to {other!r} and {text!r}: set it once, and put "
+                "a pattern with braces in quotes"
+            )
         node[_WHOLE] = text
     return _apply(config, changes)
 

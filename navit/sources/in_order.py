@@ -11,6 +11,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
 
 from navit.sources.tar_fields import NAME
@@ -84,9 +85,9 @@ def _tar_members(
     file: BinaryIO,
 ) -> Iterator[tuple[str, str, int, Callable[[], bytes]]]:
     """The key, suffix and size of each member of a sample, and what reads it."""
-    unpacked = _unpacked(file)
-    if isinstance(unpacked, gzip.GzipFile):  # read() loses what comes before damage
-        unpacked.read = unpacked.read1
+    unpacked: Any = _unpacked(file)
+    if isinstance(unpacked, gzip.GzipFile):  # its read() loses what precedes damage
+        unpacked = SimpleNamespace(read=unpacked.read1)
     with tarfile.open(
         fileobj=unpacked, mode="r|*", bufsize=1 << 20, tarinfo=_Header
     ) as tar:

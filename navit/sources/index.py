@@ -270,9 +270,11 @@ def _joined(work: Pass, place: Place, share: Share, writer: _Writer) -> Stored:
         # `again`, what is there may be the index from before.
         if not share.again and (whole := cache.read_arrays(place, "sizes")):
             return whole
+        has_parts = share.process < count
+        state = "is done, and others are not" if has_parts else "has nothing to read"
         raise Unfinished(
-            f"{place.identity}: process {share.process} of {share.processes} is done, "
-            f"and others are not; the last makes the index of their {count} parts "
+            f"{place.identity}: process {share.process} of {share.processes} {state}; "
+            f"the last makes the index of their {count} parts "
             f"({cache.shared(place)})"
         ) from None
     if share.publish:

@@ -144,6 +144,8 @@ def test_a_run_that_was_trained_on_a_stream_still_opens(path, source):
         (["data.train=photos"], ["folder", "tars", "tfds", "'photos'"]),
         (["data.train=tars:x", "data.train.captoin=y"], ["did you mean 'caption'"]),
         (["data.train=tars:x", "data.train.path=y"], ["set twice", "'x'", "'y'"]),
+        (["data.train=tars:x", "data.train=tars:y"], ["set twice", "'tars:y'"]),
+        (["data.train.path=x/0", "data.train.path=x/1"], ["set twice", "'x/1'"]),
         (["data.train=synthetic:many"], ["data.train.size", "int", "many"]),
     ],
 )

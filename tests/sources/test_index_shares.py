@@ -143,6 +143,8 @@ def test_an_index_made_again_has_nothing_from_before(reads):
     made = opened(Share(again=True, process=0, processes=2))
     assert {name for name, _ in reads} == {"0.tar", "2.tar", "4.tar"}
     assert made.fingerprint() == before.fingerprint()
+    with pytest.raises(Unfinished, match="6 of 7 has nothing to read; the last makes"):
+        opened(Share(again=True, process=SHARDS + 1, processes=SHARDS + 2))
 
 
 def test_a_later_call_joins_what_processes_have_left(reads):
