@@ -88,11 +88,15 @@ class Watch:
     ) -> None:
         saved = checkpoints.latest_step()
         last = "nothing was saved yet" if saved is None else f"step {saved} is saved"
+        most = self._config.train.skips
+        remedy = f"raise train.on_nonfinite=skip:{most}, which is used up"
+        if not most:
+            remedy = "leave such updates out with train.on_nonfinite=skip:10"
         before = state._replace(skipped=state.skipped - 1)
         with contextlib.closing(checkpoints.below(FOLDER)) as before_it:
             before_it.save(before, self._config, self._data)
         raise FloatingPointError(
-            f"{what}: lower optim.lr or model.init_scale, or leave such updates out "
-            f"with train.on_nonfinite=skip:10; {last}, and {self._folder} has the ids "
-            f"of this batch's images and the state of step {step - 1}"
+            f"{what}: lower optim.lr or model.init_scale, or {remedy}; {last}, and "
+            f"{self._folder} has the ids of this batch's images and the state of step "
+            f"{step - 1}"
         )
