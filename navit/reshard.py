@@ -189,7 +189,9 @@ def _usable(
             else:
                 yield sample
     except in_order.DAMAGE as error:
-        damage.append(f"{piece.name}: {reason(error)}")
+        checksum = "CRC" in str(error)  # gzip's, of all that was read
+        anywhere = "; the damage may lie in any image of it" if checksum else ""
+        damage.append(f"{piece.name}: {reason(error)}{anywhere}")
 
 
 def _fault(sample: Sample) -> str:
