@@ -195,6 +195,7 @@ def _usable(
 
 
 def _fault(sample: Sample) -> str:
+    """Why a sample cannot be used; empty if it can."""
     path = PurePosixPath(sample.key)
     if path.is_absolute() or ".." in path.parts:
         return "its name leads out of a folder"

@@ -164,7 +164,10 @@ def lanes_of(data: DataConfig, parts: Sequence[Part], count: int) -> Lanes:
 
 
 def chunk_ends(groups: np.ndarray, data: DataConfig) -> np.ndarray:
-    """Chunks of whole groups: as many neighbours as `data.chunk` records hold, or one.
+    """Ends of chunks of whole groups.
+
+    A chunk is as many neighbouring groups as fit in `data.chunk` records, or one larger
+    group.
 
     Args:
       groups: `[g]` records up to the end of each group that is read in one piece.
@@ -173,7 +176,7 @@ def chunk_ends(groups: np.ndarray, data: DataConfig) -> np.ndarray:
       `[c]` int64, the records up to the end of each chunk.
 
     Raises:
-      ValueError: if a group does not fit a window, as a lane holds whole windows.
+      ValueError: if a group does not fit in a window, as a lane holds whole windows.
     """
     groups = groups[np.diff(groups, prepend=0) > 0]
     largest, held = int(np.diff(groups, prepend=0).max()), data.window * data.chunk

@@ -1,6 +1,6 @@
 """Reads files from first to last: tars, also compressed ones, and TFRecord.
 
-Damage raises one of `DAMAGE`, after everything before it.
+Damage raises one of `DAMAGE`, after all samples before it have been returned.
 """
 
 from __future__ import annotations

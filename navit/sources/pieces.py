@@ -49,8 +49,7 @@ class Piece(NamedTuple):
     Attributes:
       name: comes before the names of its samples; empty for a range of records.
       size: its bytes, or its records.
-      samples: reads the samples, and calls its argument with the size of each part of
-        `size` that is read.
+      samples: reads the samples, and tells its argument how much of `size` is read.
     """
 
     name: str

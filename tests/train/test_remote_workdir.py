@@ -126,6 +126,19 @@ def test_a_second_run_is_refused_and_a_dead_one_is_not(url):
             lock.check()
 
 
+def test_a_run_that_has_lost_its_lock_replaces_no_file(url):
+    bucket = Bucket(url)
+    with (
+        pytest.raises(ValueError, match="another is training in"),
+        remote_workdir.training(url) as (workdir, sender),
+    ):
+        (workdir / "metrics.jsonl").write_text("of the run that lost it")
+        bucket.write("metrics.jsonl", b"of the other run")
+        while not sender.lock._lost_to:
+            bucket.write("lock", b'{"holder": "another", "id": "2"}')
+    assert bucket.read("metrics.jsonl") == b"of the other run"
+
+
 def test_a_changed_config_is_refused_before_the_lock(whole, url):
     bucket = Bucket(url)
     files = [x for x in whole.rglob("*") if x.is_file()]
