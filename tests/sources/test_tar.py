@@ -288,7 +288,7 @@ def test_more_shards_than_a_process_may_open(tmp_path, monkeypatch):
         ("{root}/{{00000..00003}}.tar", "00003.tar"),
         ("{root}/{{3..1}}.tar", "counts down"),
         ("{root}/x*.tar", "matches"),
-        ("gss://bucket/x.tar", "gss://bucket/x.tar cannot be opened"),
+        ("gss://bucket/x.tar", "'gss://bucket/x.tar' cannot be opened"),
     ],
 )
 def test_a_path_without_shards_is_named(shards, path, words):
