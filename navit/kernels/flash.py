@@ -59,7 +59,7 @@ def flash(
 
     If every segment is contiguous, as the packer lays them out, work grows with the sum
     of their squared lengths. Otherwise the kernels are slower but still exact. Products
-    of float32 are exact, not TF32. Outputs of queries that see no key are 0.
+    of float32 are exact, not TF32. Outputs and gradients of padding are 0.
 
     Args:
       qkv: the queries of all heads, then all keys, then all values:
@@ -168,7 +168,7 @@ def _forward_kernel(
 ) -> None:
     """Writes a block's outputs, and the logarithms to base 2 of its softmax sums."""
     own = _tokens(pl.program_id(0), c.queries)
-    queries, segments = c.load(q, own), ids[own]
+    queries, segments = c.load(q, own), _segments(ids, own)
 
     def visit(j: Array, carry: Any) -> Any:
         top, weight, totals = carry
@@ -214,7 +214,7 @@ def _backward_kernel(
     Which blocks meet is symmetric, so both loops have the same bounds.
     """
     scale, own = c.width**-0.5, _tokens(pl.program_id(0), c.backward)
-    segments = ids[own]
+    segments = _segments(ids, own)
 
     def weights(s: Array, seen: Array, less: Array) -> Array:
         return jnp.where(seen, jnp.exp2(s * (scale * LOG2E) - less), 0.0)
@@ -255,6 +255,16 @@ def _backward_kernel(
 
 def _tokens(block: Array, size: int) -> Any:
     return pl.ds(block * size, size)
+
+
+def _segments(ids: Any, tokens: Any) -> Array:
+    """The ids of a block's tokens; -1 for padding, which then equals no other token.
+
+    Otherwise padding would see padding in the blocks that happen to be visited. Those
+    may differ between the passes, and a weight could be infinite.
+    """
+    own = ids[tokens]
+    return jnp.where(own > 0, own, -1)
 
 
 class _Call:
