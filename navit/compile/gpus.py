@@ -14,11 +14,12 @@ class Gpu(NamedTuple):
       capability: CUDA compute capability.
       cores: streaming multiprocessors.
       units: float32 units of each.
-      threads: that one of them holds at a time.
-      shared: its shared memory, in KiB; a block may take 1 KiB less.
+      threads: the most that a multiprocessor holds at a time.
+      shared: shared memory of a multiprocessor, in KiB; a block may take 1 KiB less
+        (on a T4, all).
       memory: GiB.
-      cache: level 2, in MiB.
-      bandwidth: of the memory, GB/s.
+      cache: level 2 cache, in MiB.
+      bandwidth: bandwidth of the memory, in GB/s.
       clock: GHz.
     """
 
@@ -34,7 +35,9 @@ class Gpu(NamedTuple):
     clock: float
 
 
-# From openxla/xla, xla/backends/gpu/target_config/specs; T4 and L4 from deviceQuery.
+# From openxla/xla, xla/backends/gpu/target_config/specs; T4 and L4 from deviceQuery. The
+# memory of an H200 is what CUDA reports (PyTorch's "total capacity of 139.80 GiB"): the
+# 141 GiB of XLA's file are its nominal GB.
 GPUS = {
     "t4": Gpu("Tesla T4", (7, 5), 40, 64, 1024, 64, 14.76, 4, 320, 1.59),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100, 21.99, 48, 300, 2.04),
@@ -47,7 +50,7 @@ GPUS = {
     "h100": Gpu(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 79.11, 50, 3352, 1.98
     ),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 228, 141.0, 50, 4800, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 128, 2048, 228, 139.8, 50, 4800, 1.98),
 }
 
 

@@ -51,7 +51,7 @@ class Report:
         is unknown.
       unpriced: operations for which the compiler gives no cost. Their products are
         counted at the device's peak; without products they count as nothing.
-      kernels: how often a step runs each Pallas kernel and each library's routine.
+      kernels: how often a step runs each Pallas kernel and library routine, by name.
       model_tflops: the model's operations on real tokens, for one device's share.
       mfu_bound: `model_tflops` divided by time and peak.
     """
@@ -195,14 +195,16 @@ def table(report: Report) -> str:
     ]
     memory = report.memory
     if not report.fits:
-        lines += [f"does NOT fit in {memory['limit'] / 1024:.2f} GiB", report.error]
+        lines.append(f"does NOT fit in {memory['limit'] / 1024:.2f} GiB")
+        if report.error:
+            lines.append(report.error)
         lines.append(
             "to save memory: train.microbatches=2 or more (the same step in parts), "
             "model.remat=attention or full, mesh.fsdp over more devices, fewer "
             "data.rows"
         )
         if "peak" not in memory:
-            return "\n".join(line for line in lines if line) + "\n"
+            return "\n".join(lines) + "\n"
     else:
         margin = 1 - memory["peak"] / memory["limit"]
         lines.append(f"fits, with {margin:.0%} of the memory to spare")

@@ -80,7 +80,12 @@ def devices(name: str, slices: int = 1) -> list[Any]:
       ValueError: if the name is invalid, or the compiler refuses the slice or is not
         installed.
     """
-    if (match := _GPU_NAME.fullmatch(name)) and slices == 1 and int(match[2]):
+    if (match := _GPU_NAME.fullmatch(name)) and int(match[2]):
+        if slices > 1:
+            raise ValueError(
+                f"mesh.slices={slices} is for TPUs, and {name} is one node of GPUs: "
+                "set mesh.slices=1"
+            )
         return gpus.devices(match[1], int(match[2]))
     match = _NAME.fullmatch(name)
     if not match:

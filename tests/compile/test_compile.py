@@ -199,6 +199,11 @@ def test_an_unknown_slice_is_an_error(name):
         topology.devices(name)
 
 
+def test_gpus_of_several_slices_are_refused():
+    with pytest.raises(ValueError, match=r"mesh\.slices=2 .*h100:8 is one node"):
+        topology.devices("h100:8", 2)
+
+
 def test_a_gpu_has_the_memory_that_jax_takes_and_no_clock(monkeypatch):
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     monkeypatch.delenv(name, raising=False)

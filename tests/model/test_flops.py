@@ -129,6 +129,7 @@ def test_peaks_are_per_device():
         "NVIDIA H100 PCIe": 756,
         "NVIDIA H200": 989,
         "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA L40": 181,
     }.items():
         assert flops.peak(kind) == peak * 1e12, kind
     assert flops.peak("cpu") is None
