@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import statistics
 import tempfile
 import time
@@ -54,6 +55,8 @@ def main() -> None:
         help="enlarge the photographs to this longer side, such as 4000 for a camera",
     )
     args = parser.parse_args()
+    # Otherwise jax takes most of a GPU's memory at its start, and PyTorch lacks it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     print(provenance())
     files = sorted(SAMPLE.glob("*.jpg"))
     photographs = [file.read_bytes() for file in files]

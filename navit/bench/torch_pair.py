@@ -9,6 +9,7 @@ on real tokens (`navit.model.flops`). Nothing of this has been run on a GPU.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ FIXED = 1024
 
 def run(args: argparse.Namespace) -> None:
     """Prints images a second, MFU and ratios for every mix and row length."""
+    # Otherwise jax takes most of a GPU's memory at its start, and PyTorch lacks it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     peer = _torch(args.size)
     print(provenance())
     print(f"{args.size}/16 and its text tower; images a second (MFU), times as fast")

@@ -35,9 +35,9 @@ class Gpu(NamedTuple):
     clock: float
 
 
-# From openxla/xla, xla/backends/gpu/target_config/specs; T4 and L4 from deviceQuery. The
-# memory of an H200 is what CUDA reports (PyTorch's "total capacity of 139.80 GiB"): the
-# 141 GiB of XLA's file are its nominal GB.
+# From openxla/xla, xla/backends/gpu/target_config/specs; T4 and L4 from deviceQuery.
+# The memory of an H200 is what CUDA reports (PyTorch's "total capacity of 139.80 GiB"):
+# XLA's file has 141 GiB, which is its nominal number of GB.
 GPUS = {
     "t4": Gpu("Tesla T4", (7, 5), 40, 64, 1024, 64, 14.76, 4, 320, 1.59),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100, 21.99, 48, 300, 2.04),
