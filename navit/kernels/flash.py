@@ -43,7 +43,11 @@ def available() -> bool:
 
 
 def block_size(row_tokens: int, most: int) -> int:
-    """Tokens in a block: the largest power of two up to `most` that divides a row."""
+    """Tokens in a block: the largest power of two up to `most` that divides a row.
+
+    Args:
+      most: a power of two.
+    """
     return math.gcd(row_tokens, most)
 
 
@@ -61,6 +65,8 @@ def flash(
     of their squared lengths. Otherwise the kernels are slower but still exact. Products
     of float32 are exact, not TF32. Outputs and gradients of padding are 0.
 
+    Rows that are not a multiple of 16 tokens are padded to one.
+
     Args:
       qkv: the queries of all heads, then all keys, then all values:
         `c = 3 * h * width`.
@@ -69,26 +75,27 @@ def flash(
       blocks: sizes that override the chosen ones, see `_Blocks`.
 
     Raises:
-      ValueError: if the row length is not a multiple of 16 tokens, or the channels are
-        not those of such heads.
+      ValueError: if the channels are not those of such heads.
     """
-    n = qkv.shape[1]
-    if n % SIDE or qkv.shape[2] % (3 * width):
+    if qkv.shape[2] % (3 * width):
         raise ValueError(
-            f'"flash" takes rows of a multiple of {SIDE} tokens and three times the '
-            f"channels of heads of {width}, not {n} tokens and {qkv.shape[2]} "
-            'channels: pad the row or use "xla"'
+            f"{qkv.shape[2]} channels are not queries, keys and values of heads of "
+            f"{width}: change the width"
         )
     ids = segment_ids.ids if isinstance(segment_ids, Segments) else segment_ids
+    n, more = qkv.shape[1], -qkv.shape[1] % SIDE
+    if more:
+        qkv = jnp.pad(qkv, ((0, 0), (0, more), (0, 0)))
+        ids = jnp.pad(ids, ((0, 0), (0, more)))
     # A block of queries, of keys and of values must fit the smallest shared memory.
     most = 64 if qkv.dtype.itemsize <= 2 else 32
     plan = dict(
-        queries=block_size(n, 2 * most),
-        keys=block_size(n, most),
-        backward=block_size(n, most),
+        queries=block_size(n + more, 2 * most),
+        keys=block_size(n + more, most),
+        backward=block_size(n + more, most),
     )
     chosen = _Blocks(**(plan | blocks), width=width, interpret=bool(interpret))
-    return _attend(qkv, ids.astype(jnp.int32), chosen)
+    return _attend(qkv, ids.astype(jnp.int32), chosen)[:, :n]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,8 +73,7 @@ def attention(
           with a segment in common; work grows with the sum of squared lengths. Row
           lengths must be multiples of 128 tokens for both kernels.
         * "flash": GPU kernels that skip in the same way, for compute capability 8.0
-          (Ampere) and later, and rows of a multiple of 16 tokens. They have never run
-          on a GPU (docs/devices.md).
+          (Ampere) and later. They have never run on a GPU (docs/devices.md).
         * None: chosen by platform (`navit.sharding.platform`). On a TPU, one of its
           kernels, or "xla" if the row length is not a multiple of 128. On a CPU,
           "unpack" if the bounds show that it is the fastest, "xla" if rows are short,
@@ -330,7 +329,7 @@ def misfit(
     if platform != (own := PLATFORMS[implementation]):
         return f"is a {own.upper()} kernel, and this runs on a {platform}"
     if own == "gpu":
-        return _misfit_on_gpu(row_tokens)
+        return _misfit_on_gpu()
     if row_tokens % LANES or channels % (2 * SUBLANES):
         return (
             f"takes a multiple of {LANES} tokens in a row and of {2 * SUBLANES} "
@@ -341,17 +340,15 @@ def misfit(
     return None
 
 
-def _misfit_on_gpu(row_tokens: int) -> str | None:
+def _misfit_on_gpu() -> str | None:
     if not gpu.available():
-        return "needs Pallas' Triton backend, which this version of jax has no more"
+        return "needs Pallas' Triton backend, which this version of jax lacks"
     capability = compute_capability()
     if capability is not None and capability < AMPERE:
         return (
             f"needs compute capability {AMPERE} (Ampere) or later, and this GPU has "
             f"{capability}"
         )
-    if row_tokens % gpu.SIDE:
-        return f"takes a multiple of {gpu.SIDE} tokens in a row, not {row_tokens}"
     return None
 
 
