@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-Local = Callable[[str], Path]
+from navit.options import local
 
 _STRATEGIES = """strategies:
   square, anyres, template, internvl, deepseek_vl2, deepseek_ocr, llava_uhd, minicpm_v,
@@ -18,8 +16,8 @@ _STRATEGIES = """strategies:
 """
 
 
-def add(parsers: Any, local: Local) -> None:
-    """Adds both commands. `local` reads the path of a local file."""
+def add(parsers: Any) -> None:
+    """Adds both commands."""
     views = parsers.add_parser(
         "views",
         help="compare how resolution strategies cut and scale images",

@@ -23,6 +23,7 @@ from PIL import Image
 import navit
 from navit import cli
 from navit.embed_rows import embed_packed
+from navit.parser import make_parser
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "data/sample"
@@ -318,7 +319,7 @@ def test_mistakes_give_one_line_that_names_the_cause(workdir, tmp_path):
 )
 def test_a_url_where_a_local_path_belongs_is_refused(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli._parser().parse_args(command.split())
+        make_parser().parse_args(command.split())
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "://bucket" in error and "name a local path" in error
@@ -328,10 +329,10 @@ def test_a_url_where_a_local_path_belongs_is_refused(command, capsys):
 def test_a_url_that_lacks_a_slash_is_refused(command, capsys):
     for text in ("gs:/bucket/run", "file:/run"):
         with pytest.raises(SystemExit):
-            cli._parser().parse_args([*command.split(), text])
+            make_parser().parse_args([*command.split(), text])
         assert f"{text} is neither a URL" in capsys.readouterr().err
     for text in ("gs://bucket/run", "./gs:/bucket/run", "C:/run", "run:1"):
-        cli._parser().parse_args([*command.split(), text])
+        make_parser().parse_args([*command.split(), text])
 
 
 def test_unreadable_photograph_is_named_and_the_run_continues(tmp_path):
