@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import statistics
 import subprocess
 import sys
@@ -113,15 +114,32 @@ def main() -> None:
         return
     gpu = jax.default_backend() == "gpu"
     names = [*IMPLEMENTATIONS, *(("flash", *CANDIDATES) if gpu else ())]
-    mixes = args.mixes or MIXES["gpu" if gpu else "cpu"]
+    mixes = (args.mixes or MIXES["gpu" if gpu else "cpu"]).split(",")
+    try:
+        parsed = [_mix(text) for text in mixes]
+    except ValueError as error:
+        parser.error(str(error))
     print(provenance())
     for width in widths:
         print(f"{args.heads} heads of {width}; milliseconds, times as fast as xla")
         print(f"{'rows x tokens x images':>24}{'':10}", *map("{:>15}".format, names))
-        for mix in mixes.split(","):
-            rows, tokens, images = mix.split("x", 2)
-            sizes = args.heads, width, args.rounds, args.windows
-            _line(names, int(rows), int(tokens), images, *sizes)
+        for mix in parsed:
+            _line(names, *mix, args.heads, width, args.rounds, args.windows)
+
+
+def _mix(text: str) -> tuple[int, int, str]:
+    """Rows, tokens in a row, and images in a row or the name of drawn lengths."""
+    match = re.fullmatch(rf"(\d+)x(\d+)x(\d+|{'|'.join(LENGTHS)})", text)
+    if not match:
+        raise ValueError(
+            f"--mixes {text!r} is not rows x tokens x images, such as 2x1024x4 or "
+            f"4x1024xnaflex ({', '.join(LENGTHS)})"
+        )
+    rows, tokens, images = int(match[1]), int(match[2]), match[3]
+    longest = LENGTHS[images][1] if images in LENGTHS else int(images)
+    if tokens < longest:
+        raise ValueError(f"--mixes {text!r}: take rows of at least {longest} tokens")
+    return rows, tokens, images
 
 
 def _line(

@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    for mix in args.mixes.split(","):
+        if mix not in LENGTHS:
+            parser.error(f"--mixes {mix} is not one of {', '.join(LENGTHS)}")
     if args.peer == "torch":
         from navit.bench import torch_pair  # which imports this module
 

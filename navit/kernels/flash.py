@@ -130,6 +130,7 @@ class _Blocks:
 
     @property
     def padded(self) -> int:
+        """Channels of a head, with the zeros of its last piece."""
         start, size = self.pieces[-1]
         return start + size
 

@@ -1,6 +1,7 @@
 """navit.bench.training and attention_speed: what they time."""
 
 import numpy as np
+import pytest
 
 from navit.bench import attention_speed, torch_pair, training
 
@@ -17,6 +18,15 @@ def test_every_step_holds_whole_images_in_valid_rows():
             batch.images.check()
             assert (batch.images.grids.prod(-1).sum(-1) <= row).all()
             assert (batch.label >= 0).sum() == len(part.grids)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("1x256", "not rows x"), ("1x256xnaflx", "native"), ("1x256xnaflex", "1024")],
+)
+def test_a_mix_that_cannot_be_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        attention_speed._mix(text)
 
 
 def test_an_implementation_that_does_not_run_is_named(capsys):
