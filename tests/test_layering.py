@@ -27,7 +27,13 @@ ALLOWED = {
     "navit.plan": HOST,
     "navit.sources": HOST,
     "navit.input": (*HOST, "navit.plan", "navit.sources"),
-    "navit.compare": (*HOST, "navit.plan", "navit.sources", "navit.input"),
+    "navit.compare": (
+        *HOST,
+        "navit.options",
+        "navit.plan",
+        "navit.sources",
+        "navit.input",
+    ),
 }
 # Parts that may import nearly everything, and what they may not import.
 FORBIDDEN = {

@@ -50,16 +50,20 @@ def run(args: argparse.Namespace) -> None:
                 continue  # an image may be longer than the row
             rows = max(1, round(args.tokens / row))
             parts = training._steps(mix, row, rows, args.steps)
-            config = _config(args.size, row, parts, LENGTHS[mix][1])
+            config = _config(args.size, row, parts, LENGTHS[mix][1], args.attention)
             sides = [_navit(config, parts), peer(parts, None), peer(parts, FIXED)]
             _report(mix, row, config, parts, sides, args.rounds)
 
 
-def _config(size: str, row: int, parts: list[Rows], longest: int) -> Config:
+def _config(
+    size: str, row: int, parts: list[Rows], longest: int, attention: Any = "auto"
+) -> Config:
     slots = max(int(np.diff(part.offsets).max()) for part in parts)
     text = variants.text(size, vocab_size=VOCABULARY, length=CAPTION)
     return Config(
-        model=ModelConfig(vision=variants.vision(f"{size}/16"), text=text),
+        model=ModelConfig(
+            vision=variants.vision(f"{size}/16"), text=text, attention=attention
+        ),
         data=DataConfig(
             budgets=(longest,), row_tokens=row, rows=len(parts[0]), slots=slots
         ),

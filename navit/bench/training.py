@@ -31,7 +31,7 @@ import numpy as np
 from flax import nnx
 
 from navit.batch import Batch, PackedImages
-from navit.bench.attention_speed import LENGTHS
+from navit.bench.attention_speed import IMPLEMENTATIONS, LENGTHS
 from navit.config import Classification, Config, DataConfig, ModelConfig, TrainConfig
 from navit.model import variants
 from navit.model.two_tower import TwoTower
@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="in a step, about")
     parser.add_argument("--steps", type=int, default=1, help="in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    kinds = ("auto", *IMPLEMENTATIONS, "flash")
+    parser.add_argument("--attention", choices=kinds, default="auto", help="of navit")
     args = parser.parse_args()
     for mix in args.mixes.split(","):
         if mix not in LENGTHS:
@@ -75,7 +77,8 @@ def main() -> None:
             if row < LENGTHS[mix][1]:
                 continue  # an image may be longer than the row
             parts = _steps(mix, row, max(1, round(args.tokens / row)), args.steps)
-            sides = {"navit": _navit(args.size, row, parts, LENGTHS[mix][1])}
+            longest = LENGTHS[mix][1]
+            sides = {"navit": _navit(args.size, row, parts, longest, args.attention)}
             if peer is not None:
                 sides["peer"] = peer(parts)
             sides["products"] = _products(args.size, row, parts)
@@ -118,12 +121,12 @@ def _steps(mix: str, row_tokens: int, rows: int, steps: int) -> list[Rows]:
 
 
 def _navit(
-    size: str, row_tokens: int, parts: list[Rows], longest: int
+    size: str, row_tokens: int, parts: list[Rows], longest: int, attention: Any
 ) -> Callable[[], Any]:
     slots = max(int(np.diff(part.offsets).max()) for part in parts)
     vision = variants.vision(f"{size}/16", pool="mean", num_classes=CLASSES)
     config = Config(
-        model=ModelConfig(vision=vision, text=None),
+        model=ModelConfig(vision=vision, text=None, attention=attention),
         data=DataConfig(
             budgets=(longest,), row_tokens=row_tokens, rows=len(parts[0]), slots=slots
         ),

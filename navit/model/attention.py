@@ -221,7 +221,7 @@ def _attend(
         if why := misfit(implementation, n, channels, platform()):
             raise ValueError(
                 f"implementation={implementation!r} {why}: use None, "
-                '"xla", "unpack" or "blocks"'
+                '"xla", "unpack" or "blocks" (model.attention=auto takes None)'
             )
         qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
         return KERNELS[implementation](qkv, segment_ids, width=width)
