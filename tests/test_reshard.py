@@ -351,7 +351,7 @@ def test_what_cannot_be_used_is_left_out_named_and_counted(tmp_path, caplog):
     assert got[6] == image(ROWS[0])  # of 3.tar, as 1.tar.gz comes after all .tar
     assert got[7:] == [image(row) for row in ROWS[8 : 8 + len(got) - 7]]
     assert 4 < len(got) - 6 < 9
-    assert {path.name for path in tmp_path.parent.glob("*up*")} == set()
+    assert not [*tmp_path.parent.glob("up*")]
 
 
 def test_a_truncated_gzip_is_used_up_to_the_damage(tmp_path):
