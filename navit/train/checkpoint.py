@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -421,8 +422,9 @@ def _checkpointer(*, shared: bool) -> ocp.AsyncCheckpointer:
 def quiet_orbax() -> None:
     """Silences the tracebacks that orbax's threads print when a write fails.
 
-    And the warnings that each process writes its own files, which a URL asks for.
-    `save` and `close` raise the error. This lasts until the process ends.
+    And the warnings that each process writes its own files, which a URL asks for, and
+    that the rest of a failed write never ran. `save` and `close` raise the error. This
+    lasts until the process ends.
     """
     before = sys.unraisablehook
 
@@ -437,6 +439,7 @@ def quiet_orbax() -> None:
 
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(is_other)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = hook
 
 
