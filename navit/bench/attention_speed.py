@@ -113,7 +113,9 @@ def main() -> None:
             _scheduled(args.topology, args.only, args.heads, width)
         return
     gpu = jax.default_backend() == "gpu"
-    names = [*IMPLEMENTATIONS, *(("flash", *CANDIDATES) if gpu else ())]
+    names = list(IMPLEMENTATIONS)
+    if gpu:
+        names += ["flash", *CANDIDATES]
     mixes = (args.mixes or MIXES["gpu" if gpu else "cpu"]).split(",")
     try:
         parsed = [_mix(text) for text in mixes]
