@@ -205,8 +205,8 @@ def compute_capability() -> float | None:
 def multiplies_bfloat16() -> bool:
     """Whether the program being traced will run where XLA multiplies bfloat16.
 
-    It refuses such products with float32 sums on GPUs older than Ampere
-    ("Unsupported algorithm ... ALG_DOT_BF16_BF16_F32"), as `jax.nn`'s attention has.
+    The attention of `jax.nn` multiplies bfloat16 with float32 sums. XLA refuses this on
+    GPUs older than Ampere ("Unsupported algorithm ... ALG_DOT_BF16_BF16_F32").
     """
     capability = compute_capability() if platform() == "gpu" else None
     return capability is None or capability >= AMPERE

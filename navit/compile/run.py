@@ -37,7 +37,7 @@ def run(
         compiler is not installed.
     """
     # A quick compile makes programs too slow to be worth timing. For a GPU there is no
-    # schedule, and nothing is quicker.
+    # schedule, so --quick makes no difference.
     gpu = topologies.is_gpu(topology)
     dump = None if quick or gpu else Path(tempfile.mkdtemp(prefix="navit-compile-"))
     try:

@@ -54,7 +54,8 @@ def override(config: T, assignments: Sequence[str]) -> T:
         node = changes
         for key in path.split("."):
             node = node.setdefault(key, {})
-        # The last value counts, but the shell makes several of a pattern with braces.
+        # The last of several values counts. But two paths are more likely a pattern
+        # with braces that the shell has expanded.
         other = node.get(_WHOLE, text)
         if other != text and all(re.search("[:/]", x) for x in (other, text)):
             raise ValueError(

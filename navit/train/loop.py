@@ -74,7 +74,7 @@ def train(
         budgets.check_memory(config)
     pipeline.check_memory(config, jax.process_count())
     opener = Opener(cache=open_cache(config.data))
-    # First, as a path that does not exist should not cost the index of all images.
+    # Before the training images, so that a wrong path is named before they are indexed.
     opened = open_tasks(config, opener=opener)
     source = opener.open(config.data.train)
     data = pipeline.fingerprint(source, config.data)
