@@ -88,7 +88,7 @@ class ModelConfig:
     attention: Literal[
         "auto", "xla", "unpack", "blocks", "splash", "splash_skip", "flash"
     ] = "auto"
-    remat: Literal["none", "dots", "attention", "full"] = "none"
+    remat: Literal["auto", "none", "dots", "attention", "full"] = "auto"
     scan_unroll: int = 1
     fused: bool = True
 

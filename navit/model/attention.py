@@ -231,7 +231,7 @@ def _attend(
         out = _dense(q, k, v, ids, kv_segment_ids)
     elif implementation == "blocks":
         assert ids is not None
-        out = blocks(q, k, v, ids, kv_segment_ids)
+        out = blocks(q, k, v, ids, kv_segment_ids, longest=max_segment_tokens)
     elif implementation != "unpack":
         raise ValueError(
             f'implementation {implementation!r} is not one of None, "xla", "unpack", '

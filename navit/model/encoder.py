@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from navit.config import ModelConfig
+from navit.kernels.splash import SAVED
 from navit.model.block import Attend, Block, BlockOptions
 from navit.model.layers import compute_dtype, make_norm
 from navit.model.rotary import Rotation
@@ -24,9 +25,11 @@ class Encoder(nnx.Module):
     """`depth` blocks in one stacked tree, run by one scan, and a final norm.
 
     `config.remat` selects what the backward pass keeps: "none" every activation, "dots"
-    the outputs of matrix products with parameters, "attention" each block's input and
-    what attention's backward pass needs, "full" only each block's input. TPU kernels
-    (`fused`) always recompute their products, so "dots" then keeps almost nothing.
+    the outputs of matrix products with parameters and what attention's backward pass
+    needs, "attention" only the latter and each block's input, "full" only each block's
+    input. "auto" is "dots" on a CPU, where memory is slower than what it recomputes,
+    and "none" elsewhere. TPU kernels (`fused`) always recompute their products, so
+    "dots" then keeps no more than "attention".
     """
 
     def __init__(
@@ -80,12 +83,19 @@ class Encoder(nnx.Module):
                 own = functools.partial(attend, full=is_full)
             return block(x, own, rotation), None
 
-        if self.remat != "none":
+        remat = self.remat
+        if remat == "auto":
+            remat = "dots" if platform() == "cpu" else "none"
+        if remat != "none":
+            keep = jax.checkpoint_policies
+            attention = keep.save_only_these_names(SAVED)
             policy = {
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-                "full": jax.checkpoint_policies.nothing_saveable,
-            }[self.remat]
+                "dots": keep.save_from_both_policies(
+                    keep.dots_with_no_batch_dims_saveable, attention
+                ),
+                "attention": attention,
+                "full": keep.nothing_saveable,
+            }[remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=False)
         x, _ = jax.lax.scan(
             step, x.astype(self.dtype), (self.blocks, full), unroll=self.unroll

@@ -77,24 +77,30 @@ def _add_bias_forward(
 def _add_bias_backward(
     bias: Float[Array, " o"], gradient: Float[Array, "... o"]
 ) -> tuple[Array, Array]:
-    # A sum over rows as a matrix product, which is 20 times as fast on a TPU. The eight
-    # equal results keep the compiler from turning it back into a sum.
-    over = tuple(range(gradient.ndim - 1))
+    return gradient, _row_sum(gradient, bias)
+
+
+def _row_sum(x: Float[Array, "... o"], like: Float[Array, " o"]) -> Float[Array, " o"]:
+    """The sum of all rows in float32, sharded as `like`.
+
+    As a matrix product, it is 20 times as fast on a TPU and 8 times on a CPU. The eight
+    equal results keep the compiler from turning it back into a sum.
+    """
+    over = tuple(range(x.ndim - 1))
     by_row, spec = None, None
     if not jax.sharding.get_abstract_mesh().empty:
-        by_row = jax.P(*jax.typeof(gradient).sharding.spec[:-1], None)
-        spec = jax.P(None, *jax.typeof(bias).sharding.spec)
-    shape = (*gradient.shape[:-1], 8)
-    rows = jnp.ones(shape, gradient.dtype, out_sharding=by_row)
+        by_row = jax.P(*jax.typeof(x).sharding.spec[:-1], None)
+        spec = jax.P(None, *jax.typeof(like).sharding.spec)
+    rows = jnp.ones((*x.shape[:-1], 8), x.dtype, out_sharding=by_row)
     summed = jax.lax.dot_general(
         rows,
-        gradient,
+        x,
         ((over, over), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
         out_sharding=spec,
     )
-    return gradient, summed[0]
+    return summed[0]
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
@@ -130,6 +136,46 @@ def _split(name: str | None) -> str | None:
     return name if name == "tensor" else None
 
 
+class LayerNorm(nnx.LayerNorm):
+    """`nnx.LayerNorm`, in float32, with `_row_sum` for its parameters' gradients."""
+
+    def __call__(
+        self, x: Float[Array, "... d"], mask: Array | None = None
+    ) -> Float[Array, "... d"]:
+        del mask
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(-1, keepdims=True)
+        square = (wide**2).mean(-1, keepdims=True)
+        variance = jnp.maximum(square - mean**2, 0)
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        assert self.scale is not None
+        bias = None if self.bias is None else self.bias[...]
+        return _affine(y, self.scale[...], bias).astype(self.dtype)
+
+
+@jax.custom_vjp
+def _affine(
+    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"] | None
+) -> Float[Array, "... d"]:
+    over = range(x.ndim - 1)
+    y = x * jnp.expand_dims(scale, over)
+    return y if bias is None else y + jnp.expand_dims(bias, over)
+
+
+def _affine_forward(x: Array, scale: Array, bias: Array | None) -> tuple[Array, Any]:
+    return _affine(x, scale, bias), (x, scale, bias)
+
+
+def _affine_backward(residuals: Any, gradient: Array) -> tuple[Array, Array, Any]:
+    x, scale, bias = residuals
+    of_x = gradient * jnp.expand_dims(scale, range(x.ndim - 1))
+    of_bias = None if bias is None else _row_sum(gradient, bias)
+    return of_x, _row_sum(gradient * x, scale), of_bias
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
 def layer_norm(
     width: int,
     *,
@@ -139,7 +185,7 @@ def layer_norm(
     eps: float = EPSILON,
 ) -> Any:
     """LayerNorm, computed in float32."""
-    return nnx.LayerNorm(width, epsilon=eps, use_bias=use_bias, dtype=dtype, rngs=rngs)
+    return LayerNorm(width, epsilon=eps, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
 
 def make_norm(

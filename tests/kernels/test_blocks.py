@@ -29,39 +29,55 @@ ROWS = np.stack(
 )
 
 
-def visits(ids, key_ids, own):
-    found = module._visits(jnp.asarray(ids), jnp.asarray(key_ids), BLOCK, own)
-    first, *lists = map(np.asarray, found[:5])
+def found(ids, key_ids, own):
+    """Each loop's blocks, as (first query, end, first key, end), and its keys."""
+    lengths = module._lengths(BLOCK, key_ids.shape[1], key_ids.shape[1])
+    arrays = jax.tree.map(jnp.asarray, (ids, key_ids))
+    first, *lists = map(np.asarray, module._find(*arrays, BLOCK, lengths, own)[:5])
     return [
-        list(zip(*(x[a:b] for x in lists), strict=True))
-        for a, b in itertools.pairwise(first)
+        (keys, list(zip(*(x[a:b] for x in lists), strict=True)))
+        for keys, (a, b) in zip(lengths, itertools.pairwise(first), strict=True)
     ]
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_every_query_is_in_one_block_that_visits_all_its_keys(own, rng):
+def test_every_query_is_in_one_block_that_has_all_its_keys(own, rng):
     ids = np.stack([*ROWS, rng.permutation(ROWS[0])])
     keys = ids if own else rng.permuted(ids, axis=1)[:, :150]
-    for row, found in enumerate(visits(ids, keys, own)):
-        seen = np.zeros(ids.shape[1], int)
-        for start, end, key, key_end in found:
-            assert 0 < end - start <= BLOCK
+    seen = np.zeros(ids.size, int)
+    for most, blocks_found in found(ids, keys, own):
+        for start, end, key, key_end in blocks_found:
+            assert end - start > 0 and 0 <= key_end - key <= most
             seen[start:end] += 1
-            of_block = ids[row, start:end]
-            needed = np.isin(keys[row], of_block[of_block > 0])
-            assert not needed[:key].any() and not needed[key_end:].any()
-        assert (seen[ids[row] > 0] == 1).all() and seen.max(initial=0) <= 1
+            of_block = ids.ravel()[start:end]
+            assert end - start <= BLOCK or len(np.unique(of_block)) == 1
+            row, there = start // ids.shape[1], np.arange(keys.size)
+            needed = np.isin(keys.ravel(), of_block[of_block > 0])
+            needed &= there // keys.shape[1] == row
+            assert not needed[(there < key) | (there >= key_end)].any()
+    assert (seen[ids.ravel() > 0] == 1).all() and seen.max(initial=0) <= 1
 
 
 def test_work_follows_the_squared_lengths(rng):
-    """Of a segment, whole blocks; short ones share a block; of padding, nothing."""
+    """Of a segment, at most 1.4 times its keys; short ones share a block."""
     for _ in range(20):
-        lengths = rng.integers(1, 120, 6)
-        (found,) = visits(ids := segments_of(lengths, 800)[None], ids, True)
-        visited = sum(-(-(key_end - key) // BLOCK) for *_, key, key_end in found)
-        assert visited <= (np.ceil(lengths / BLOCK) ** 2).sum()
-    (found,) = visits(ids := segments_of([4] * 40, 800)[None], ids, True)
-    assert len(found) == 40 * 4 // BLOCK
+        lengths, work = rng.integers(1, 120, 6), 0
+        ids = segments_of(lengths, 800)[None]
+        for keys, blocks_found in found(ids, ids, True):
+            size = module._queries(keys, 1)
+            work += sum(-((a - b) // size) * size * keys for a, b, *_ in blocks_found)
+        rounded = np.maximum(BLOCK, 1.4 * lengths + 16)
+        assert work <= (rounded**2).sum()
+    ids = segments_of([4] * 40, 800)[None]
+    assert sum(len(x) for _, x in found(ids, ids, True)) == 40 * 4 // BLOCK
+
+
+@pytest.mark.parametrize("longest", [None, 64, 729, 4096])
+def test_the_numbers_of_keys_rise_to_a_whole_row(longest):
+    lengths = module._lengths(128, longest or 4090, 4090)
+    assert lengths[0] == 128 and lengths[-1] == 4096
+    for a, b in itertools.pairwise(lengths):
+        assert a < b <= (a * 1.34 if b <= (longest or 4090) else a * 2)
 
 
 def test_a_segment_alone_has_the_same_bits_as_among_others(rng):
@@ -85,10 +101,8 @@ def test_a_segment_alone_has_the_same_bits_as_among_others(rng):
             assert (np.asarray(b)[~own] == 0).all()
 
 
-@pytest.mark.parametrize("loops", [1, 2, 8])
-def test_values_and_gradients_in_any_number_of_loops(loops, monkeypatch, rng):
-    monkeypatch.setattr(module, "LOOPS", loops)
-    monkeypatch.setattr(module.os, "cpu_count", lambda: loops)
+@pytest.mark.parametrize("longest", [None, 200, 40])
+def test_values_and_gradients_whatever_is_said_of_the_longest(longest, rng):
     q, k, v = rng.normal(size=(3, *ROWS.shape, 3, 8)).astype(np.float32)
     weight = rng.normal(size=q.shape) * (ROWS > 0)[..., None, None]
 
@@ -99,7 +113,7 @@ def test_values_and_gradients_in_any_number_of_loops(loops, monkeypatch, rng):
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
-    found = results(lambda *x: blocks(*x, block=BLOCK))
+    found = results(lambda *x: blocks(*x, block=BLOCK, longest=longest))
     expected = results(lambda *x: attention(*x, implementation="xla"))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
@@ -124,7 +138,7 @@ def test_bfloat16_gradients_stay_close(rng):
 
 
 def test_saved_values_spare_the_loops_of_the_forward_pass():
-    """All but the walk along the blocks, which is cheap."""
+    """All but the walks along the blocks, which are cheap."""
     x = jnp.zeros((1, 200, 2, 8))
 
     def loops(policy):
