@@ -137,43 +137,55 @@ def _split(name: str | None) -> str | None:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm`, in float32, with `_row_sum` for its parameters' gradients."""
+    """`nnx.LayerNorm` in float32, with a backward pass of its own, which is faster."""
 
     def __call__(
         self, x: Float[Array, "... d"], mask: Array | None = None
     ) -> Float[Array, "... d"]:
         del mask
-        wide = x.astype(jnp.float32)
-        mean = wide.mean(-1, keepdims=True)
-        square = (wide**2).mean(-1, keepdims=True)
-        variance = jnp.maximum(square - mean**2, 0)
-        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
         assert self.scale is not None
         bias = None if self.bias is None else self.bias[...]
-        return _affine(y, self.scale[...], bias).astype(self.dtype)
+        y = _normalized(x.astype(jnp.float32), self.scale[...], bias, self.epsilon)
+        return y.astype(self.dtype)
 
 
-@jax.custom_vjp
-def _affine(
-    x: Float[Array, "... d"], scale: Float[Array, " d"], bias: Float[Array, " d"] | None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalized(
+    x: Float[Array, "... d"],
+    scale: Float[Array, " d"],
+    bias: Float[Array, " d"] | None,
+    eps: float,
 ) -> Float[Array, "... d"]:
+    return _normalized_forward(x, scale, bias, eps)[0]
+
+
+def _normalized_forward(
+    x: Array, scale: Array, bias: Array | None, eps: float
+) -> tuple[Array, Any]:
     over = range(x.ndim - 1)
-    y = x * jnp.expand_dims(scale, over)
-    return y if bias is None else y + jnp.expand_dims(bias, over)
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.maximum((x**2).mean(-1, keepdims=True) - mean**2, 0)
+    factor = jax.lax.rsqrt(variance + eps)
+    normal = (x - mean) * factor
+    y = normal * jnp.expand_dims(scale, over)
+    if bias is not None:
+        y += jnp.expand_dims(bias, over)
+    return y, (normal, factor, scale, bias)
 
 
-def _affine_forward(x: Array, scale: Array, bias: Array | None) -> tuple[Array, Any]:
-    return _affine(x, scale, bias), (x, scale, bias)
-
-
-def _affine_backward(residuals: Any, gradient: Array) -> tuple[Array, Array, Any]:
-    x, scale, bias = residuals
-    of_x = gradient * jnp.expand_dims(scale, range(x.ndim - 1))
+def _normalized_backward(
+    eps: float, residuals: Any, gradient: Array
+) -> tuple[Array, Array, Array | None]:
+    del eps
+    normal, factor, scale, bias = residuals
+    of_normal = gradient * jnp.expand_dims(scale, range(normal.ndim - 1))
+    along = (of_normal * normal).mean(-1, keepdims=True)
+    of_x = factor * (of_normal - of_normal.mean(-1, keepdims=True) - normal * along)
     of_bias = None if bias is None else _row_sum(gradient, bias)
-    return of_x, _row_sum(gradient * x, scale), of_bias
+    return of_x, _row_sum(gradient * normal, scale), of_bias
 
 
-_affine.defvjp(_affine_forward, _affine_backward)
+_normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 def layer_norm(
