@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from navit.kernels.splash import SAVED
 
-# Queries and logits of a step, at most: a cache holds them.
-QUERIES, LOGITS = 128, 2**21
+# A step has QUERIES queries at most, and so few that a cache holds their LOGITS logits,
+# but never fewer than LEAST.
+QUERIES, LOGITS, LEAST = 128, 2**21, 64
 _LOWEST = float(np.finfo(np.float32).min)
-_taken = functools.partial(lax.dynamic_slice_in_dim, axis=1)
 
 
 def blocks(
@@ -55,7 +55,8 @@ def blocks(
     """
     keys = segment_ids if kv_segment_ids is None else kv_segment_ids
     block = min(block, _rounded(max(q.shape[1], k.shape[1])))
-    lengths = _lengths(block, longest or k.shape[1], max(block, k.shape[1]))
+    row = max(block, k.shape[1])
+    lengths = _lengths(block, row if longest is None else longest, row)
     return _blocks(q, k, v, segment_ids, keys, block, lengths, kv_segment_ids is None)
 
 
@@ -64,9 +65,10 @@ def _rounded(x: int, multiple: int = 16) -> int:
 
 
 def _lengths(block: int, longest: int, row: int) -> tuple[int, ...]:
-    """The numbers of keys that have a loop, up to those of a whole row.
+    """The numbers of keys that have a loop, from a block's to a whole row's.
 
-    Up to the longest segment, each is at most 1.33 times the one before.
+    Up to the longest segment they rise by a third at most, but for rounding to 16, and
+    beyond it they double.
     """
     lengths = [block]
     while lengths[-1] < row:
@@ -78,7 +80,7 @@ def _lengths(block: int, longest: int, row: int) -> tuple[int, ...]:
 
 def _queries(keys: int, heads: int) -> int:
     """The queries of a step over so many keys."""
-    most = max(64, min(QUERIES, LOGITS // (heads * keys)))
+    most = max(LEAST, min(QUERIES, LOGITS // (heads * keys)))
     return _rounded(-(-keys // -(-keys // most)))
 
 
@@ -96,11 +98,13 @@ def _blocks(
     return _forward(q, k, v, ids, key_ids, block, lengths, own)[0]
 
 
-class _Found(NamedTuple):
-    """The blocks, sorted by their numbers of keys; tokens count on through the rows.
+class _Spans(NamedTuple):
+    """Where blocks and their keys are, sorted by the number of keys.
+
+    Rows are padded, and their tokens numbered through all rows.
 
     Attributes:
-      first: the number of each loop's first block, and of all blocks.
+      first: the index of each loop's first block, and last the number of all blocks.
       query: the first token of each block; the block ends before `query_end`.
       key: the first of the keys to attend to; the last is before `key_end`.
       ids: of the queries; -1 = padding.
@@ -112,28 +116,31 @@ class _Found(NamedTuple):
     query_end: Int[Array, " t"]
     key: Int[Array, " t"]
     key_end: Int[Array, " t"]
-    ids: Int[Array, " n"]
-    key_ids: Int[Array, " m"]
+    ids: Int[Array, "b padded_n"]
+    key_ids: Int[Array, "b padded_m"]
 
 
-def _find(
+def _find_spans(
     ids: Int[Array, "b n"],
     key_ids: Int[Array, "b m"],
     block: int,
     lengths: tuple[int, ...],
+    heads: int,
     own: bool,
-) -> _Found:
+) -> _Spans:
     """Walks from block to block: there are far fewer of them than tokens.
 
     A block holds as many whole runs of tokens of one segment as fit, or one longer run.
-    So how a segment is divided does not depend on other segments' ids.
+    To remove a segment leaves the blocks of others as they are, unless its place and
+    other padding become one run.
 
     Args:
       own: whether queries and keys are of the same tokens.
     """
+    ids = _padded(ids.astype(jnp.int32), _row(ids.shape[1], lengths, heads))
+    key_ids = _padded(key_ids.astype(jnp.int32), lengths[-1])
     (b, n), m = ids.shape, key_ids.shape[1]
     place, key_place = (jnp.arange(x, dtype=jnp.int32) for x in (n, m))
-    ids, key_ids = ids.astype(jnp.int32), key_ids.astype(jnp.int32)
     starts = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
     def step(carry: Any) -> Any:
@@ -152,42 +159,53 @@ def _find(
         visible = (keys >= low) & (keys <= high)
         key_end = jnp.where(visible, key_place + 1, 0).max()
         key = jnp.minimum(jnp.where(visible, key_place, m).min(), key_end)
-        if own:  # not from where the first segment starts: it may be removed
+        if own:  # from the block's start, which stays if its first segment is removed
             key = jnp.minimum(key, at)
         record = [row * n + at, row * n + end, row * m + key, row * m + key_end]
         found = lax.dynamic_update_slice(found, jnp.stack(record)[:, None], (0, count))
         return row * n + end, count + (high > 0), found
 
-    # Two blocks in a row hold more tokens than `block`. One place more than there can
-    # be blocks is where blocks of padding are noted.
+    # Two neighbouring blocks of a row have more than `block` tokens together. Padding
+    # is not counted: the next block overwrites it, or it is in the one place more.
     found = jnp.zeros((4, b * (2 * (n // block) + 2) + 1), jnp.int32)
     start = (jnp.int32(0), jnp.int32(0), found)
     _, count, found = lax.while_loop(lambda x: x[0] < b * n, step, start)
-    loop = jnp.searchsorted(jnp.array(lengths), found[3] - found[2])
+    loop = ((found[3] - found[2])[:, None] > jnp.array(lengths)[None]).sum(1)
     loop = jnp.where(jnp.arange(found.shape[1]) < count, loop, len(lengths))
     before = loop[:, None] < jnp.arange(len(lengths) + 1)[None]
-    first = before.sum(0, dtype=jnp.int32)
     query, query_end, key, key_end = found[:, jnp.argsort(loop)]
-    ids = jnp.where(ids > 0, ids, -1).ravel()
-    return _Found(first, query, query_end, key, key_end, ids, key_ids.ravel())
+    first = before.sum(0, dtype=jnp.int32)
+    ids = jnp.where(ids > 0, ids, -1)
+    return _Spans(first, query, query_end, key, key_end, ids, key_ids)
+
+
+def _row(tokens: int, lengths: tuple[int, ...], heads: int) -> int:
+    """Tokens of a padded row of queries, which no step leaves."""
+    return max(tokens, *(_queries(x, heads) for x in lengths))
+
+
+def _padded(x: Shaped[Array, "b n *rest"], size: int) -> Shaped[Array, "b size *rest"]:
+    return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
 
 
 class _Step(NamedTuple):
     """A part of a block's queries, and its keys.
 
     Attributes:
-      at: the first query of the slice that holds them; `mine` are they.
-      key: the first key of the slice that holds the keys; `seen` are those of `mine`.
+      query: the first query of a slice that holds the part.
+      inside: which queries of the slice are the part's own.
+      key: the first key of a slice that holds the keys.
+      seen: which keys of the slice each query attends to.
     """
 
-    at: Int[Array, ""]
-    mine: Bool[Array, " q"]
+    query: Int[Array, ""]
+    inside: Bool[Array, " q"]
     key: Int[Array, ""]
     seen: Bool[Array, "q m"]
 
 
 def _each(
-    found: _Found,
+    spans: _Spans,
     lengths: tuple[int, ...],
     heads: int,
     body: Callable[[_Step, Any], Any],
@@ -195,134 +213,134 @@ def _each(
 ) -> Any:
     """Runs `body(step, carry)` for the queries of all blocks."""
 
-    def held(first: Array, end: Array, ids: Array, size: int) -> tuple[Array, ...]:
-        """A slice of that size: its place, which tokens are from first to end, ids."""
-        at = jnp.minimum(first, ids.shape[0] - size)
+    def sliced(first: Array, end: Array, ids: Array, size: int) -> tuple[Array, ...]:
+        """A slice of that size in one row: its place, what is inside the span, ids."""
+        row_end = (first // ids.shape[1] + 1) * ids.shape[1]
+        at = jnp.minimum(first, row_end - size)
         tokens = at + jnp.arange(size)
-        own = (tokens >= first) & (tokens < end)
-        return at, own, lax.dynamic_slice_in_dim(ids, at, size)
+        inside = (tokens >= first) & (tokens < end)
+        return at, inside, lax.dynamic_slice_in_dim(ids.ravel(), at, size)
 
     def of_block(size: int, keys: int, t: Array, carry: Any) -> Any:
-        key, own, key_ids = held(
-            found.key[t], found.key_end[t], _longer(found.key_ids, keys), keys
+        key, inside, key_ids = sliced(
+            spans.key[t], spans.key_end[t], spans.key_ids, keys
         )
-        key_ids = jnp.where(own, key_ids, 0)
-        first, end = found.query[t], found.query_end[t]
+        key_ids = jnp.where(inside, key_ids, 0)
+        first, end = spans.query[t], spans.query_end[t]
 
         def step(i: Array, carry: Any) -> Any:
-            at, mine, ids = held(first + i * size, end, _longer(found.ids, size), size)
-            seen = jnp.where(mine, ids, -1)[:, None] == key_ids[None]
-            return body(_Step(at, mine, key, seen), carry)
+            query, inside, ids = sliced(first + i * size, end, spans.ids, size)
+            seen = jnp.where(inside, ids, -1)[:, None] == key_ids[None]
+            return body(_Step(query, inside, key, seen), carry)
 
         return lax.fori_loop(0, (end - first + size - 1) // size, step, carry)
 
     for i, keys in enumerate(lengths):
         one = functools.partial(of_block, _queries(keys, heads), keys)
-        carry = lax.fori_loop(found.first[i], found.first[i + 1], one, carry)
+        carry = lax.fori_loop(spans.first[i], spans.first[i + 1], one, carry)
     return carry
 
 
-def _longer(x: Array, size: int, axis: int = 0) -> Array:
-    """Pads to that size at least."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, max(0, size - x.shape[axis]))
-    return jnp.pad(x, widths)
-
-
-def _heads_first(x: Float[Array, "b n h k"], size: int) -> Float[Array, "h r k"]:
-    """All rows' tokens in float32, and at least so many."""
-    x = x.astype(jnp.float32).transpose(2, 0, 1, 3)
-    return _longer(x.reshape(x.shape[0], -1, x.shape[-1]), size, 1)
+def _heads_first(x: Float[Array, "b n h k"], row: int) -> Float[Array, "h r k"]:
+    """All tokens of rows that are padded to that size, in float32."""
+    x = _padded(x.astype(jnp.float32), row).transpose(2, 0, 1, 3)
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _like(x: Float[Array, "h r k"], y: Float[Array, "b n h k"]) -> Array:
+    """The tokens of rows as long as those of y, in its order and dtype."""
     b, n, h, width = y.shape
-    x = x[:, : b * n].reshape(h, b, n, width)
+    x = x.reshape(h, b, -1, width)[:, :, :n]
     return x.transpose(1, 2, 0, 3).astype(y.dtype)
 
 
-def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+def _product(
+    x: Float[Array, "h _ _"], y: Float[Array, "h _ _"], axes: tuple[int, int]
+) -> Float[Array, "h _ _"]:
     contract = (((axes[0],), (axes[1],)), ((0,), (0,)))
     return lax.dot_general(x, y, contract, preferred_element_type=jnp.float32)
 
 
-def _put(x: Array, new: Array, at: Array, where: Array, axis: int = 1) -> Array:
+_tokens = functools.partial(lax.dynamic_slice_in_dim, axis=1)
+_columns = functools.partial(lax.dynamic_slice_in_dim, axis=2)
+
+
+def _put(x: Array, new: Array, where: Array, at: Array, axis: int = 1) -> Array:
+    """Writes a slice where it is wanted, along an axis of tokens."""
     old = lax.dynamic_slice_in_dim(x, at, new.shape[axis], axis)
-    new = jnp.where(jnp.expand_dims(where, (0, 3 - axis)), new, old)
+    new = jnp.where(where, new, old)
     return lax.dynamic_update_slice_in_dim(x, new, at, axis)
 
 
-def _added(x: Array, new: Array, at: Array) -> Array:
-    new = _taken(x, at, new.shape[1]) + new
+def _add(x: Float[Array, "h r k"], new: Float[Array, "h s k"], at: Array) -> Array:
+    new = _tokens(x, at, new.shape[1]) + new
     return lax.dynamic_update_slice_in_dim(x, new, at, 1)
 
 
 def _forward(q, k, v, ids, key_ids, block, lengths, own):  # type: ignore[no-untyped-def]
-    found = _find(ids, key_ids, block, lengths, own)
     heads, width = q.shape[2:]
-    queries = _heads_first(q, max(_queries(x, heads) for x in lengths))
-    queries *= width**-0.5
+    spans = _find_spans(ids, key_ids, block, lengths, heads, own)
+    queries = _heads_first(q, spans.ids.shape[1]) * width**-0.5
     keys, values = (_heads_first(x, lengths[-1]) for x in (k, v))
 
     def body(step: _Step, carry: Any) -> Any:
-        out, total = carry
+        out, normalizer = carry
         n, m = step.seen.shape
-        mine, theirs = _taken(queries, step.at, n), _taken(keys, step.key, m)
-        logits = jnp.where(step.seen[None], _product(mine, theirs, (2, 2)), _LOWEST)
+        inside, seen = step.inside[None, :, None], step.seen[None]
+        q, k = _tokens(queries, step.query, n), _tokens(keys, step.key, m)
+        logits = jnp.where(seen, _product(q, k, (2, 2)), _LOWEST)
         top = logits.max(-1, keepdims=True)
-        weights = jnp.where(step.seen[None], jnp.exp(logits - top), 0)
-        weight = weights.sum(-1, keepdims=True)
-        weight = jnp.where(weight > 0, weight, 1)
-        sums = _product(weights, _taken(values, step.key, m), (2, 1))
-        out = _put(out, sums / weight, step.at, step.mine)
-        return out, _put(total, top + jnp.log(weight), step.at, step.mine)
+        weights = jnp.where(seen, jnp.exp(logits - top), 0)
+        total = weights.sum(-1, keepdims=True)
+        total = jnp.where(total > 0, total, 1)
+        sums = _product(weights, _tokens(values, step.key, m), (2, 1))
+        out = _put(out, sums / total, inside, step.query)
+        return out, _put(normalizer, top + jnp.log(total), inside, step.query)
 
     zeros = (jnp.zeros_like(queries), jnp.zeros_like(queries[..., :1]))
-    out, total = _each(found, lengths, heads, body, zeros)
+    out, normalizer = _each(spans, lengths, heads, body, zeros)
     out = checkpoint_name(_like(out, q), SAVED)
-    return out, (q, k, v, out, checkpoint_name(total, SAVED), found)
+    return out, (q, k, v, out, checkpoint_name(normalizer, SAVED), spans)
 
 
 def _backward(block, lengths, own, residuals, gradient):  # type: ignore[no-untyped-def]
     del block, own
-    q, k, v, out, total, found = residuals
-    heads, width = q.shape[2:]
-    scale, most = width**-0.5, total.shape[1]
-    queries, wanted = _heads_first(q, most) * scale, _heads_first(gradient, most)
+    q, k, v, out, normalizer, spans = residuals
+    (heads, width), row = q.shape[2:], spans.ids.shape[1]
+    scale = width**-0.5
+    queries, gradients = _heads_first(q, row) * scale, _heads_first(gradient, row)
     keys, values = (_heads_first(x, lengths[-1]) for x in (k, v))
-    common = gradient.astype(jnp.float32) * out.astype(jnp.float32)
-    common = _heads_first(common.sum(-1, keepdims=True), most)
-    # What has no other use is kept transposed: all products are then in the order in
-    # which they are fastest, with the first array's rows times the second's columns.
-    columns = keys.transpose(0, 2, 1) * scale
-    total, common = (x.transpose(0, 2, 1) for x in (total, common))
-    column = functools.partial(lax.dynamic_slice_in_dim, axis=2)
+    shift = gradient.astype(jnp.float32) * out.astype(jnp.float32)
+    shift = _heads_first(shift.sum(-1, keepdims=True), row)
+    # Logits are keys times queries here, and three arrays are transposed for once: so
+    # every product takes rows of its first array, which is the fastest.
+    turned_keys = keys.transpose(0, 2, 1) * scale
+    normalizer, shift = (x.transpose(0, 2, 1) for x in (normalizer, shift))
 
     def body(step: _Step, carry: Any) -> Any:
         of_q, of_k, of_v = carry
         n, m = step.seen.shape
-        seen = step.seen.T[None]
-        mine, goal = _taken(queries, step.at, n), _taken(wanted, step.at, n)
-        theirs, content = _taken(keys, step.key, m), _taken(values, step.key, m)
-        logits = _product(theirs, mine, (2, 2))
-        weights = jnp.where(seen, jnp.exp(logits - column(total, step.at, n)), 0)
-        of_weights = _product(content, goal, (2, 2)) - column(common, step.at, n)
-        # Elsewhere it may be infinite times 0.
+        inside, seen = step.inside[None, None], step.seen.T[None]
+        q, g = (_tokens(x, step.query, n) for x in (queries, gradients))
+        k, v = (_tokens(x, step.key, m) for x in (keys, values))
+        logits = _product(k, q, (2, 2)) - _columns(normalizer, step.query, n)
+        weights = jnp.where(seen, jnp.exp(logits), 0)
+        of_weights = _product(v, g, (2, 2)) - _columns(shift, step.query, n)
+        # What is not seen may be infinity times 0.
         of_logits = jnp.where(seen, weights * of_weights, 0)
-        here = _product(column(columns, step.key, m), of_logits, (2, 1))
-        of_q = _put(of_q, here, step.at, step.mine, 2)
-        of_k = _added(of_k, _product(of_logits, mine, (2, 1)), step.key)
-        of_v = _added(of_v, _product(weights, goal, (2, 1)), step.key)
+        here = _product(_columns(turned_keys, step.key, m), of_logits, (2, 1))
+        of_q = _put(of_q, here, inside, step.query, axis=2)
+        of_k = _add(of_k, _product(of_logits, q, (2, 1)), step.key)
+        of_v = _add(of_v, _product(weights, g, (2, 1)), step.key)
         return of_q, of_k, of_v
 
     zeros = (
-        jnp.zeros((heads, width, most)),
+        jnp.zeros_like(queries.transpose(0, 2, 1)),
         *(jnp.zeros_like(x) for x in (keys, values)),
     )
-    of_q, of_k, of_v = _each(found, lengths, heads, body, zeros)
-    of_q = of_q.transpose(0, 2, 1)
-    gradients = ((of_q, q), (of_k, k), (of_v, v))
-    return *(_like(x, y) for x, y in gradients), None, None
+    of_q, of_k, of_v = _each(spans, lengths, heads, body, zeros)
+    pairs = ((of_q.transpose(0, 2, 1), q), (of_k, k), (of_v, v))
+    return *(_like(x, y) for x, y in pairs), None, None
 
 
 _blocks.defvjp(_forward, _backward)

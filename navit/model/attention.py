@@ -63,9 +63,9 @@ def attention(
           that the logits stay in a CPU's cache, and puts the result back. Exact, and
           the fastest on a CPU if all segments are short, or if each row of 129 to 256
           tokens is one segment. Needs the bounds below.
-        * "blocks": visits, for each block of queries, only the keys of its segments. On
-          a CPU, work grows with the sum of squared lengths, whatever the lengths: with
-          rows of 1024 or more, 1.5 to 20 times as fast as "xla"
+        * "blocks": takes each image, or a few short ones, over the keys that they span.
+          On a CPU, work grows with the sum of squared lengths, whatever the lengths:
+          with rows of 1024 or more, 4 to 10 times as fast as "xla"
           (`navit.bench.attention_speed`). Exact; needs no bounds.
         * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
           block; the fastest for every such row.
@@ -80,16 +80,16 @@ def attention(
           and otherwise "blocks". On a GPU "xla".
 
         TPU and GPU kernels take no keys of another length than the queries: with
-        `kv_segment_ids`, "xla" runs in their place.
+        `kv_segment_ids`, "xla" runs in their place. For rows that a kernel does not
+        support, the choice of None runs in its place, with a warning.
       max_segments: the largest segment id that any row may have.
       max_segment_tokens: the longest segment that any row may have, of queries and of
-        keys. Longer segments would be cut, so take this bound from the plan. With
-        max_segments=1, None means the whole row.
+        keys. Take it from the plan: "unpack" would cut longer segments, and "blocks"
+        is slower on them. With max_segments=1, None means the whole row.
 
     Raises:
       ValueError: if the shapes do not agree, the implementation is unknown, "unpack"
-        has no bounds, or a kernel is requested on another platform or for a row
-        length it does not support.
+        has no bounds, or a kernel is requested on another platform.
     """
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(
@@ -217,12 +217,17 @@ def _attend(
         implementation = choice_on_cpu(longest, max_segments, max_segment_tokens)
     elif implementation is None:
         implementation = choice(platform(), n, channels)
-    if implementation in KERNELS:
-        if why := misfit(implementation, n, channels, platform()):
+    assert implementation is not None
+    if why := misfit(implementation, n, channels, platform()):
+        if PLATFORMS[implementation] != platform():
             raise ValueError(
                 f"implementation={implementation!r} {why}: use None, "
                 '"xla", "unpack" or "blocks" (model.attention=auto takes None)'
             )
+        # Such as the rows of an evaluation, which must not end a long run.
+        _warn_once(f"attention {implementation} {why}. Using the usual choice")
+        implementation = choice(platform(), n, channels)
+    if implementation in KERNELS:
         qkv = jnp.concatenate([x.reshape(*x.shape[:2], -1) for x in arrays], -1)
         return KERNELS[implementation](qkv, segment_ids, width=width)
     q, k, v = arrays if len(arrays) == 3 else split_heads(arrays[0], width)
@@ -232,6 +237,7 @@ def _attend(
     elif implementation == "blocks":
         assert ids is not None
         out = blocks(q, k, v, ids, kv_segment_ids, longest=max_segment_tokens)
+        return out.reshape(*out.shape[:2], -1)  # what it saves has its name already
     elif implementation != "unpack":
         raise ValueError(
             f'implementation {implementation!r} is not one of None, "xla", "unpack", '

@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 class Encoder(nnx.Module):
     """`depth` blocks in one stacked tree, run by one scan, and a final norm.
 
-    `config.remat` selects what the backward pass keeps: "none" every activation, "dots"
-    the outputs of matrix products with parameters and what attention's backward pass
-    needs, "attention" only the latter and each block's input, "full" only each block's
-    input. "auto" is "dots" on a CPU, where memory is slower than what it recomputes,
-    and "none" elsewhere. TPU kernels (`fused`) always recompute their products, so
-    "dots" then keeps no more than "attention".
+    `config.remat` selects what the backward pass keeps: "none" every activation,
+    "attention" each block's input and what attention's backward pass needs, "dots" also
+    the outputs of matrix products with parameters, and "full" only each block's input.
+    "auto" is "dots" on a CPU, where reading memory takes longer than computing norms
+    and activations again, and "none" elsewhere. TPU kernels (`fused`) always recompute
+    their products, so "dots" then keeps no more than "attention".
     """
 
     def __init__(

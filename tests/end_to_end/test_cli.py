@@ -383,6 +383,10 @@ def test_help_shows_examples():
     assert "key.path=value" in run("train", "--help").stdout
     done = run("train", "configs/quickstart.py", "optim.lr=0.5", "--print-config")
     assert json.loads(done.stdout)["optim"]["lr"] == 0.5
+    module = subprocess.run(
+        [sys.executable, "-m", "navit", "--help"], capture_output=True, text=True
+    )
+    assert "navit train configs/quickstart.py" in module.stdout
 
 
 def test_plan_and_bench_show_the_input_of_a_config(tmp_path):

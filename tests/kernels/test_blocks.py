@@ -29,47 +29,53 @@ ROWS = np.stack(
 )
 
 
-def found(ids, key_ids, own):
-    """Each loop's blocks, as (first query, end, first key, end), and its keys."""
+def spans(ids, key_ids, own):
+    """Each loop's blocks, as (first query, end, first key, end), and its keys.
+
+    Also the ids of queries and keys in rows as they are padded.
+    """
     lengths = module._lengths(BLOCK, key_ids.shape[1], key_ids.shape[1])
     arrays = jax.tree.map(jnp.asarray, (ids, key_ids))
-    first, *lists = map(np.asarray, module._find(*arrays, BLOCK, lengths, own)[:5])
-    return [
+    found = map(np.asarray, module._find_spans(*arrays, BLOCK, lengths, 1, own))
+    first, *lists, ids, key_ids = found
+    loops = [
         (keys, list(zip(*(x[a:b] for x in lists), strict=True)))
         for keys, (a, b) in zip(lengths, itertools.pairwise(first), strict=True)
     ]
+    return loops, np.maximum(ids, 0), key_ids
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_every_query_is_in_one_block_that_has_all_its_keys(own, rng):
     ids = np.stack([*ROWS, rng.permutation(ROWS[0])])
     keys = ids if own else rng.permuted(ids, axis=1)[:, :150]
+    loops, ids, keys = spans(ids, keys, own)
     seen = np.zeros(ids.size, int)
-    for most, blocks_found in found(ids, keys, own):
-        for start, end, key, key_end in blocks_found:
+    place = np.arange(keys.size)
+    for most, listed in loops:
+        for start, end, key, key_end in listed:
             assert end - start > 0 and 0 <= key_end - key <= most
             seen[start:end] += 1
             of_block = ids.ravel()[start:end]
             assert end - start <= BLOCK or len(np.unique(of_block)) == 1
-            row, there = start // ids.shape[1], np.arange(keys.size)
             needed = np.isin(keys.ravel(), of_block[of_block > 0])
-            needed &= there // keys.shape[1] == row
-            assert not needed[(there < key) | (there >= key_end)].any()
+            needed &= place // keys.shape[1] == start // ids.shape[1]
+            assert not needed[(place < key) | (place >= key_end)].any()
     assert (seen[ids.ravel() > 0] == 1).all() and seen.max(initial=0) <= 1
 
 
 def test_work_follows_the_squared_lengths(rng):
-    """Of a segment, at most 1.4 times its keys; short ones share a block."""
+    """Of a segment, at most 1.4 times its keys and 16; short ones share a block."""
     for _ in range(20):
         lengths, work = rng.integers(1, 120, 6), 0
         ids = segments_of(lengths, 800)[None]
-        for keys, blocks_found in found(ids, ids, True):
+        for keys, listed in spans(ids, ids, True)[0]:
             size = module._queries(keys, 1)
-            work += sum(-((a - b) // size) * size * keys for a, b, *_ in blocks_found)
+            work += sum(-((a - b) // size) * size * keys for a, b, *_ in listed)
         rounded = np.maximum(BLOCK, 1.4 * lengths + 16)
         assert work <= (rounded**2).sum()
     ids = segments_of([4] * 40, 800)[None]
-    assert sum(len(x) for _, x in found(ids, ids, True)) == 40 * 4 // BLOCK
+    assert sum(len(x) for _, x in spans(ids, ids, True)[0]) == 40 * 4 // BLOCK
 
 
 @pytest.mark.parametrize("longest", [None, 64, 729, 4096])
@@ -116,6 +122,44 @@ def test_values_and_gradients_whatever_is_said_of_the_longest(longest, rng):
     found = results(lambda *x: blocks(*x, block=BLOCK, longest=longest))
     expected = results(lambda *x: attention(*x, implementation="xla"))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_a_row_stays_in_it(bad, rng):
+    """Also where the slice that holds a segment would go on into the next row."""
+    ids = jnp.asarray(np.stack([segments_of([100, 90], 200)] * 3))
+    clean = rng.normal(size=(3, *ids.shape, 2, 8)).astype(np.float32)
+    broken = clean.copy()
+    broken[:, 1] = bad
+
+    @jax.jit
+    def both(*qkv):
+        out, back = jax.vjp(lambda *x: blocks(*x, ids, block=BLOCK), *qkv)
+        return out, *back(qkv[0])
+
+    for a, b in zip(both(*clean), both(*broken), strict=True):
+        np.testing.assert_array_equal(np.asarray(a)[::2], np.asarray(b)[::2])
+
+
+@pytest.mark.parametrize("n, m", [(1, 1), (5, 1), (1, 40), (33, 131), (131, 7)])
+def test_any_numbers_of_queries_and_keys(n, m, rng):
+    ids, key_ids = (np.sort(rng.integers(0, 4, (2, x)))[:, ::-1] for x in (n, m))
+    ids, key_ids = (jnp.asarray(x, jnp.int32) for x in (ids, key_ids))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(2, x, 2, 8)), jnp.float32) for x in (n, m, m)
+    )
+
+    def results(implementation):
+        def total(*qkv):
+            out = attention(
+                *qkv, ids, kv_segment_ids=key_ids, implementation=implementation
+            )
+            return (out * (ids > 0)[..., None, None] * q).sum()
+
+        return jax.tree.leaves(jax.value_and_grad(total, (0, 1, 2))(q, k, v))
+
+    for a, b in zip(results("blocks"), results("xla"), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 

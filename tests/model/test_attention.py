@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from navit.config import MeshConfig
+from navit.model import attention as module
 from navit.model.attention import attention, misfit
 from navit.sharding import make_mesh, split_rows, use_mesh
 
@@ -237,6 +238,18 @@ def test_kernels_refuse_shapes_with_the_values_and_the_remedy():
     assert "up to 1152 tokens, not 1280" in misfit("splash", 1280, 16, "tpu")
     assert "this runs on a gpu" in misfit("splash", 128, 16, "gpu")
     assert "GPU kernel, and this runs on a tpu" in misfit("flash", 128, 16, "tpu")
+
+
+def test_rows_that_a_kernel_does_not_take_get_the_usual_choice(monkeypatch, caplog):
+    """As in an evaluation at 729 tokens after training with `splash`."""
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+    x = jnp.zeros((1, 729, 2, 8))
+    ids = jnp.ones((1, 729), jnp.int32)
+    attention(x, x, x, ids, implementation="splash")
+    assert "takes a multiple of 128 tokens" in caplog.text
+    assert "Using the usual choice" in caplog.text
+    with pytest.raises(ValueError, match=r"flash.* and this runs on a tpu: use None"):
+        attention(x, x, x, ids, implementation="flash")
 
 
 @pytest.fixture(params=["many segments", "one segment"])

@@ -299,8 +299,9 @@ def test_remat_and_unroll_change_no_gradient(rng):
         vision = make_vision(config)
         return jax.jit(jax.grad(lambda v: (v(packed).pooled ** 2).sum()))(vision)
 
-    expected = gradient()
-    for options in (dict(remat="dots"), dict(remat="full"), dict(scan_unroll=2)):
+    expected = gradient(remat="none")
+    others = [dict(remat=x) for x in ("auto", "dots", "attention", "full")]
+    for options in (*others, dict(scan_unroll=2)):
         found = gradient(**options)
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=str(options))
