@@ -72,6 +72,10 @@ class ModelConfig:
     `dtype="auto"` is bfloat16 on an accelerator. It is float32 on a CPU, where bfloat16
     is slower, and on a GPU older than Ampere (T4), for which jax's attention does not
     compile in it. Parameters, softmax and losses are always float32.
+    `attention`: the implementations are described in navit/model/attention.py; "auto"
+    chooses by platform and row length.
+    `remat`: what a layer keeps for its backward pass (docs/sharding.md, "Memory").
+    "auto" is "dots" on a CPU and "none" elsewhere.
     `fused` lets TPUs run the norms and products around attention as separate kernels
     if they fit (`navit/kernels/fused.py`).
     `merger`: between the image tower and the language model that it was trained with;
