@@ -66,8 +66,8 @@ def attention(
         * "blocks": takes each image, or a few short ones, over the keys that they span.
           On a CPU, work grows with the sum of squared lengths, whatever the lengths:
           with rows of 1024 or more, 4 to 10 times as fast as "xla"
-          (`navit.bench.attention_speed`). Exact; needs no bounds. It has no forward-mode
-          derivatives (`jax.jvp`).
+          (`navit.bench.attention_speed`). Exact; needs no bounds. It has no
+          forward-mode derivatives (`jax.jvp`).
         * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
           block; the fastest for every such row.
         * "splash_skip": a TPU kernel for longer rows that visits only pairs of blocks
