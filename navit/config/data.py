@@ -144,7 +144,7 @@ class DataConfig:
     batch. A host plans only its own lanes, and reads each of their chunks once, in one
     piece. This is for data behind a URL, and for more images than one host should plan.
     A run can go on with any number of hosts that divides `lanes`. 0: one random order
-    of all images, in which `chunk` and `window` have no part.
+    of all images, which ignores `chunk` and `window`.
     `workers` is the number of decoding processes; 0 decodes in threads of this process.
     `cache` is a folder on this machine that keeps what is read behind URLs, up to
     `cache_gib` GiB; processes may share it. None keeps nothing.

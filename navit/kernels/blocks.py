@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from navit.kernels.splash import SAVED
 
-# A step has QUERIES queries at most, and so few that a cache holds their LOGITS logits,
-# but never fewer than LEAST.
+# A step takes at most QUERIES queries. It takes fewer if they would have more than
+# LOGITS logits, which a cache should hold, but never fewer than LEAST.
 QUERIES, LOGITS, LEAST = 128, 2**21, 64
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -60,8 +60,9 @@ def blocks(
     return _blocks(q, k, v, segment_ids, keys, block, lengths, kv_segment_ids is None)
 
 
-def _rounded(x: int, multiple: int = 16) -> int:
-    return -(-x // multiple) * multiple
+def _rounded(x: int) -> int:
+    """Up to a multiple of 16."""
+    return -(-x // 16) * 16
 
 
 def _lengths(block: int, longest: int, row: int) -> tuple[int, ...]:
@@ -104,7 +105,7 @@ class _Spans(NamedTuple):
     Rows are padded, and their tokens numbered through all rows.
 
     Attributes:
-      first: the index of each loop's first block, and last the number of all blocks.
+      first: the index of each loop's first block; the last entry is their number.
       query: the first token of each block; the block ends before `query_end`.
       key: the first of the keys to attend to; the last is before `key_end`.
       ids: of the queries; -1 = padding.
@@ -131,13 +132,14 @@ def _find_spans(
     """Walks from block to block: there are far fewer of them than tokens.
 
     A block holds as many whole runs of tokens of one segment as fit, or one longer run.
-    To remove a segment leaves the blocks of others as they are, unless its place and
+    Removing a segment leaves the blocks of others as they are, unless its place and
     other padding become one run.
 
     Args:
       own: whether queries and keys are of the same tokens.
     """
-    ids = _padded(ids.astype(jnp.int32), _row(ids.shape[1], lengths, heads))
+    longest_step = max(_queries(keys, heads) for keys in lengths)
+    ids = _padded(ids.astype(jnp.int32), max(ids.shape[1], longest_step))
     key_ids = _padded(key_ids.astype(jnp.int32), lengths[-1])
     (b, n), m = ids.shape, key_ids.shape[1]
     place, key_place = (jnp.arange(x, dtype=jnp.int32) for x in (n, m))
@@ -177,11 +179,6 @@ def _find_spans(
     first = before.sum(0, dtype=jnp.int32)
     ids = jnp.where(ids > 0, ids, -1)
     return _Spans(first, query, query_end, key, key_end, ids, key_ids)
-
-
-def _row(tokens: int, lengths: tuple[int, ...], heads: int) -> int:
-    """Tokens of a padded row of queries, which no step leaves."""
-    return max(tokens, *(_queries(x, heads) for x in lengths))
 
 
 def _padded(x: Shaped[Array, "b n *rest"], size: int) -> Shaped[Array, "b size *rest"]:
@@ -266,7 +263,7 @@ _columns = functools.partial(lax.dynamic_slice_in_dim, axis=2)
 
 
 def _put(x: Array, new: Array, where: Array, at: Array, axis: int = 1) -> Array:
-    """Writes a slice where it is wanted, along an axis of tokens."""
+    """Writes the places of a slice that `where` selects, along an axis of tokens."""
     old = lax.dynamic_slice_in_dim(x, at, new.shape[axis], axis)
     new = jnp.where(where, new, old)
     return lax.dynamic_update_slice_in_dim(x, new, at, axis)
@@ -312,8 +309,8 @@ def _backward(block, lengths, own, residuals, gradient):  # type: ignore[no-unty
     keys, values = (_heads_first(x, lengths[-1]) for x in (k, v))
     shift = gradient.astype(jnp.float32) * out.astype(jnp.float32)
     shift = _heads_first(shift.sum(-1, keepdims=True), row)
-    # Logits are keys times queries here, and three arrays are transposed for once: so
-    # every product takes rows of its first array, which is the fastest.
+    # Here logits are keys times queries. Three arrays are transposed once, before the
+    # loops, so that every product contracts its first array's last axis: the fastest.
     turned_keys = keys.transpose(0, 2, 1) * scale
     normalizer, shift = (x.transpose(0, 2, 1) for x in (normalizer, shift))
 

@@ -65,7 +65,7 @@ def attention(
           tokens is one segment. Needs the bounds below.
         * "blocks": takes each image, or a few short ones, over the keys that they span.
           On a CPU, work grows with the sum of squared lengths, whatever the lengths:
-          with rows of 1024 or more, 4 to 10 times as fast as "xla"
+          with rows of 1024 or more, 2 to 20 times as fast as "xla"
           (`navit.bench.attention_speed`). Exact; needs no bounds. It has no
           forward-mode derivatives (`jax.jvp`).
         * "splash": a TPU kernel that takes a whole row of up to 1152 tokens in one
@@ -225,7 +225,7 @@ def _attend(
                 f"implementation={implementation!r} {why}: use None, "
                 '"xla", "unpack" or "blocks" (model.attention=auto takes None)'
             )
-        # Such as the rows of an evaluation, which must not end a long run.
+        # An evaluation may have rows of another length. It must not end a long run.
         _warn_once(f"attention {implementation} {why}. Using the usual choice")
         implementation = choice(platform(), n, channels)
     if implementation in KERNELS:
@@ -238,7 +238,7 @@ def _attend(
     elif implementation == "blocks":
         assert ids is not None
         out = blocks(q, k, v, ids, kv_segment_ids, longest=max_segment_tokens)
-        return out.reshape(*out.shape[:2], -1)  # what it saves has its name already
+        return out.reshape(*out.shape[:2], -1)  # `blocks` names what it saves
     elif implementation != "unpack":
         raise ValueError(
             f'implementation {implementation!r} is not one of None, "xla", "unpack", '

@@ -83,7 +83,7 @@ def _add_bias_backward(
 def _row_sum(x: Float[Array, "... o"], like: Float[Array, " o"]) -> Float[Array, " o"]:
     """The sum of all rows in float32, sharded as `like`.
 
-    As a matrix product, it is 20 times as fast on a TPU and 8 times on a CPU. Eight
+    As a matrix product, it is 20 times as fast on a TPU, and faster on a CPU too. Eight
     equal columns keep the compiler from turning it back into a sum.
     """
     over = tuple(range(x.ndim - 1))
@@ -137,9 +137,9 @@ def _split(name: str | None) -> str | None:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """`nnx.LayerNorm` in float32, with scale, whose backward pass is written out.
+    """`nnx.LayerNorm` in float32, with a scale.
 
-    On a CPU, that takes 0.6 times the time of derived gradients (4096 tokens of 192).
+    Its backward pass is written out, which is faster on a CPU than derived gradients.
     """
 
     def __call__(
